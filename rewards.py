@@ -1,0 +1,203 @@
+"""Rewards: functions from (prompts, responses, references) to one number each. A task is a named list of them.
+
+    def polite(prompts, responses, references):  # lists of str, one entry a response
+        return [float("please" in response.lower()) for response in responses]
+
+    TASKS["tools"].append(Reward("polite", polite))
+
+NaN says that a reward is missing for a response; it is left out, never counted as 0. Model output is data: it is
+parsed, never run.
+"""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong. The message is one sentence that says what, and what to do."""
+
+
+class Reward(NamedTuple):
+    """One channel. fn: (prompts, responses, references) -> one float or NaN each. full: the value that satisfies it."""
+
+    name: str
+    fn: Callable[[list[str], list[str], list[str]], list[float]]
+    full: float = 1.0
+
+
+def tool_calls(text: str) -> list[dict]:
+    """The first <tool_call> block, one JSON object with a "name" a line. Raises ValueError for anything else."""
+    if "<tool_call>" not in text or "</tool_call>" not in text:
+        raise ValueError("no <tool_call> block")
+    block = text.split("<tool_call>")[1].split("</tool_call>")[0].strip()
+    try:
+        calls = [json.loads(line) for line in block.split("\n")]
+    except RecursionError as error:
+        raise ValueError("JSON nested too deep") from error
+    if not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+        raise ValueError('a line of the <tool_call> block is no JSON object with a "name"')
+    return calls
+
+
+# ToolRL (arXiv 2504.13958; github qiancheng0/ToolRL). The two rewards are independent of each other.
+
+
+def toolrl_format(prompts: list[str], responses: list[str], references: list[str]) -> list[float]:
+    """0 or 1: the blocks that the reference has, in order, one newline apart, each once, and nothing around them."""
+    out = []
+    for response, reference in zip(responses, references, strict=True):
+        pattern, once = r"<think>.*?</think>", []
+        if "<tool_call>" in reference:
+            pattern += r"\n<tool_call>\n.*?\n</tool_call>"
+            once += ["<tool_call>", "</tool_call>"]
+        if "<response>" in reference:
+            pattern += r"\n<response>.*?</response>"
+            once += ["<response>", "</response>"]
+        # Counted first: with each tag there once the lazy pattern cannot backtrack more than linearly.
+        well_formed = all(response.count(tag) == 1 for tag in once)
+        out.append(float(well_formed and re.fullmatch(pattern, response.strip(), re.DOTALL) is not None))
+    return out
+
+
+def _overlap(a: list, b: list) -> float:
+    """ToolRL's similarity of two lists as multisets: 1 if equal, 0 if one is empty, else intersection over union."""
+    if a == b:
+        return 1.0
+    if not a or not b:
+        return 0.0
+    both = (Counter(a) & Counter(b)).total()
+    return both / (len(a) + len(b) - both)
+
+
+def _toolrl_score(true: list[dict], predicted: list[dict]) -> float:
+    """-3 to 3. Raises what a malformed call raises: "parameters" missing, or no object."""
+    if true == predicted:
+        return 3.0
+    score = _overlap([call["name"] for call in true], [call["name"] for call in predicted])
+    unused = list(predicted)
+    for call in true:
+        best, match = 0.0, None
+        for candidate in unused:
+            if candidate["name"] != call["name"]:
+                continue
+            want, got = call["parameters"], candidate["parameters"]
+            total = _overlap(list(want.keys()), list(got.keys())) + sum(k in got and got[k] == want[k] for k in want)
+            if total > best:
+                best, match = total, candidate
+        if match is not None:
+            unused = [c for c in unused if c is not match]
+            score += best
+    best_possible = 1 + sum(1 + len(call["parameters"]) for call in true)
+    return 6 * score / best_possible - 3
+
+
+def toolrl_correctness(prompts: list[str], responses: list[str], references: list[str]) -> list[float]:
+    """-3 to 3: names, parameter names and values against the reference's calls; 0 where the reference has no call.
+
+    Values are compared as Python compares them (1 == 1.0 == true, as in the public code)."""
+    out = []
+    for response, reference in zip(responses, references, strict=True):
+        if "<tool_call>" not in reference:
+            out.append(0.0)
+            continue
+        true = tool_calls(reference)
+        try:
+            out.append(_toolrl_score(true, tool_calls(response)))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            out.append(-3.0)
+    return out
+
+
+# The built-in task `tools`: one call, in ToolRL's format, split into channels between 0 and 1.
+
+BLOCKS = re.compile(r"<think>.*?</think>\n<tool_call>\n.*?\n</tool_call>", re.DOTALL)
+TAGS = "<think>", "</think>", "<tool_call>", "</tool_call>"
+BRIEF = 200  # characters: enough for a short thought and any call of the task
+
+
+def _blocks(response: str) -> str | None:
+    """The think and tool_call blocks, if each tag is there once and they are in order."""
+    match = BLOCKS.search(response) if all(response.count(tag) == 1 for tag in TAGS) else None
+    return match and match.group()
+
+
+def _call(response: str) -> tuple[str, dict] | None:
+    """(name, parameters) of the first call, None if there is none that can be parsed."""
+    try:
+        call = tool_calls(response)[0]
+    except ValueError:
+        return None
+    return (call["name"], call["parameters"]) if isinstance(call.get("parameters"), dict) else None
+
+
+def _compared(score: Callable[[tuple[str, dict], tuple[str, dict]], float]) -> Callable:
+    """A reward from score(the response's call, the reference's call); 0 for a response without a call."""
+
+    def reward(prompts: list[str], responses: list[str], references: list[str]) -> list[float]:
+        pairs = [(_call(response), _call(reference)) for response, reference in zip(responses, references, strict=True)]
+        return [float(score(got, want)) if got else 0.0 for got, want in pairs]
+
+    return reward
+
+
+def well_formed(prompts: list[str], responses: list[str], references: list[str]) -> list[float]:
+    """0 or 1: a think block, a newline, a tool_call block, each tag once; text around them is `clean`'s business."""
+    return [float(_blocks(response) is not None) for response in responses]
+
+
+def clean(prompts: list[str], responses: list[str], references: list[str]) -> list[float]:
+    """0 to 1: the share of the response's characters that is inside the blocks."""
+    return [len(_blocks(r) or "") / max(1, len(r.strip())) for r in responses]
+
+
+def brief(prompts: list[str], responses: list[str], references: list[str]) -> list[float]:
+    """1 up to BRIEF characters, falling to 0 at twice as many."""
+    return [min(1.0, max(0.0, 2 - len(response) / BRIEF)) for response in responses]
+
+
+def _same_value(a: object, b: object) -> bool:
+    return type(a) is type(b) and a == b
+
+
+TASKS: dict[str, list[Reward]] = {
+    "tools": [
+        Reward("format", well_formed),
+        Reward("tool", _compared(lambda got, want: got[0] == want[0])),
+        Reward("arg_names", _compared(lambda got, want: sum(k in got[1] for k in want[1]) / len(want[1]))),
+        Reward("arg_values", _compared(
+            lambda got, want: sum(k in got[1] and _same_value(got[1][k], v) for k, v in want[1].items()) / len(want[1]))),
+        Reward("no_invented", _compared(lambda got, want: 1 - sum(k not in want[1] for k in got[1]) / max(1, len(got[1])))),
+        Reward("clean", clean),
+        Reward("brief", brief),
+    ],
+    "rlla": [Reward("format", toolrl_format), Reward("correctness", toolrl_correctness, full=3.0)],
+}
+
+
+def score(task: str, prompts: list[str], responses: list[str], references: list[str]) -> np.ndarray:
+    """(N, K) float64, one row a response, one column a reward of the task. Raises InputError naming a reward that does
+    not return one number or NaN for each response."""
+    columns = []
+    for name, fn, _ in TASKS[task]:
+        values = fn(prompts, responses, references)
+        if len(values) != len(responses):
+            raise InputError(f"reward '{name}' returned {len(values)} values for {len(responses)} responses")
+        for i, value in enumerate(values):
+            if not isinstance(value, (int, float, np.number)) or math.isinf(value):
+                raise InputError(f"reward '{name}' returned {value!r} for response {i}: return a finite number, or NaN "
+                                 "if it is missing")
+        columns.append(np.asarray(values, dtype=np.float64))
+    return np.stack(columns, axis=-1).reshape(len(responses), len(columns))
+
+
+def satisfied(task: str, rewards: np.ndarray) -> np.ndarray:
+    """(..., K) -> (...) bool: every reward that is present has its full value, and at least one is present."""
+    full = np.array([reward.full for reward in TASKS[task]])
+    missing = np.isnan(rewards)
+    return (missing | (rewards >= full - 1e-6)).all(-1) & ~missing.all(-1)

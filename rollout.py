@@ -1,0 +1,136 @@
+"""G samples a prompt, from vLLM inside the training process or from transformers' generate.
+
+An engine has `generate` and `push`. Both engines sample at temperature T from the full distribution: top_p, top_k and
+min_p would make the log-probs below those of another distribution, and bias the update.
+"""
+
+import hashlib
+import importlib.util
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from rewards import InputError
+
+
+class Response(NamedTuple):
+    tokens: list[int]  # the stop token included
+    logp: list[float]  # of each token when it was sampled, at the sampling temperature
+    mask: list[int]  # 1 = sampled, 0 = put there by an environment (not trained on)
+    finish: str  # "stop", or "length" if the response was cut off
+    text: str  # without the stop token; other special tokens stay visible to the rewards
+
+
+def request_seed(seed: int, step: int | str, slot: int) -> int:
+    """Seed of one prompt's G samples, from (run seed, step, the prompt's place in the step): the same command gives the
+    same rollouts on any number of ranks. vLLM adds the sample's number to it, hence the hash: neighbours never meet."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{slot}".encode()).digest()[:4]) >> 1
+
+
+def check_engine(name: str | None) -> str:
+    """--engine or its default: vLLM wherever it is installed."""
+    installed = importlib.util.find_spec("vllm") is not None
+    if name == "vllm" and not installed:
+        raise InputError("--engine vllm: vLLM is not installed; pip install -r requirements.txt, or use --engine hf")
+    return name or ("vllm" if installed else "hf")
+
+
+def _response(tokens: list[int], logp: list[float], finish: str, stops: list[int], tokenizer) -> Response:
+    kept = tokens[:-1] if tokens and tokens[-1] in stops else tokens
+    return Response(tokens, logp, [1] * len(tokens), finish, tokenizer.decode(kept, skip_special_tokens=False))
+
+
+class VLLMEngine:
+    """vLLM in this process, one engine a rank, holding a copy of the policy that `push` renews. All ranks build theirs
+    together: the size of the KV cache is agreed on between them."""
+
+    def __init__(self, path: Path, tokenizer, stops: list[int], max_len: int, temperature: float, max_tokens: int,
+                 seed: int, gpu_memory: float):
+        cuda = torch.cuda.is_available()
+        # Read when vLLM is imported. setdefault: whoever sets one by hand means it.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine in this process, not in a child
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else all threads share one core
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")  # GiB
+        from vllm import LLM
+
+        self.tokenizer, self.stops = tokenizer, stops
+        self.sampling = {"temperature": temperature, "max_tokens": max_tokens, "stop_token_ids": stops, "logprobs": 0,
+                         "detokenize": False}
+        self.dtype = torch.bfloat16 if cuda else torch.float32
+        options = {"gpu_memory_utilization": gpu_memory} if cuda else {
+            # A seeded request whose prompt is cut into chunks crashes on a CPU ("CPU Generator does not use offset").
+            "enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, max_len),
+            "block_size": 32,  # the default of 128 leaves up to 127 prompt tokens to be computed again by each sample
+            "enforce_eager": True,  # compiling takes longer than a short run gains from it
+        }
+        if "RANK" in os.environ:  # under torchrun: this rank's device, not device 0 for all
+            options["distributed_executor_backend"] = "external_launcher"
+        self.llm = LLM(
+            str(path), dtype=self.dtype, max_model_len=max_len, seed=seed, disable_log_stats=True,
+            # The first push fills the weights. Untied, so that it fills the output head, too: a reload would leave a
+            # head that is tied to the embeddings stale on a CPU.
+            load_format="dummy", hf_overrides={"tie_word_embeddings": False},
+            logprobs_mode="processed_logprobs",  # at temperature T; the default reports them at 1
+            **options,
+        )
+
+    def generate(self, prompts: list[list[int]], group: int, seeds: list[int]) -> list[list[Response]]:
+        """Token ids of n prompts -> n lists of `group` responses. A prompt is computed once for its group."""
+        from vllm import SamplingParams
+
+        if not prompts:
+            return []
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts],
+            [SamplingParams(n=group, seed=seed, **self.sampling) for seed in seeds], use_tqdm=False)
+        return [[_response(list(sample.token_ids), [next(iter(at.values())).logprob for at in sample.logprobs],
+                           sample.finish_reason, self.stops, self.tokenizer) for sample in output.outputs]
+                for output in outputs]
+
+    def push(self, model) -> None:
+        """Copy the policy's weights into the engine, and drop what it has cached under the old ones."""
+        weights = ((name, tensor.to(self.dtype)) for name, tensor in model.state_dict().items())
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM kept its prefix cache: the next samples would come from the old weights")
+
+
+class HFEngine:
+    """transformers' generate on the policy itself, prompt by prompt. Slower; no second copy of the weights."""
+
+    def __init__(self, model, tokenizer, stops: list[int], temperature: float, max_tokens: int):
+        from transformers import GenerationConfig
+
+        self.model, self.tokenizer, self.stops = model, tokenizer, stops
+        # Every field that shapes the distribution is spelled out: a checkpoint's own generation_config may have others.
+        self.config = GenerationConfig(
+            do_sample=True, temperature=temperature, top_k=0, top_p=1.0, repetition_penalty=1.0,
+            max_new_tokens=max_tokens, eos_token_id=stops, pad_token_id=stops[0], return_dict_in_generate=True,
+            output_scores=True)
+
+    @torch.no_grad()
+    def generate(self, prompts: list[list[int]], group: int, seeds: list[int]) -> list[list[Response]]:
+        """As VLLMEngine.generate."""
+        out, device = [], self.model.device
+        for prompt, seed in zip(prompts, seeds, strict=True):
+            ids = torch.tensor([prompt] * group, device=device)
+            with torch.random.fork_rng(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                torch.manual_seed(seed)
+                result = self.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=self.config)
+            sampled = result.sequences[:, len(prompt):]
+            # scores: T tensors (G, V), already at the temperature
+            logp = torch.stack([s.float().log_softmax(-1).gather(-1, sampled[:, t:t + 1]).squeeze(-1)
+                                for t, s in enumerate(result.scores)], dim=-1).tolist()
+            responses = []
+            for tokens, values in zip(sampled.tolist(), logp, strict=True):
+                end = next((i + 1 for i, token in enumerate(tokens) if token in self.stops), len(tokens))
+                finish = "stop" if tokens[end - 1] in self.stops else "length"
+                responses.append(_response(tokens[:end], values[:end], finish, self.stops, self.tokenizer))
+            out.append(responses)
+        return out
+
+    def push(self, model) -> None:
+        """Nothing to do: this engine samples from the policy itself."""
