@@ -164,12 +164,12 @@ def advantages(rewards: Tensor, agg: str, beta: float, weights: Tensor | None = 
 
 def parse_beta(text: str) -> tuple[float, float]:
     """'2' -> (2, 2); '0.5:2' -> (0.5, 2). Raises ValueError on anything that is no schedule."""
-    start, _, end = text.partition(":")
     try:
-        schedule = float(start), float(end or start)
+        schedule = tuple(float(part) for part in text.split(":"))
     except ValueError:
-        schedule = math.nan, math.nan
-    if not all(b >= 0 for b in schedule) or (math.inf in schedule and schedule[0] != schedule[1]):
+        schedule = (math.nan,)
+    schedule = schedule * 2 if len(schedule) == 1 else schedule
+    if len(schedule) != 2 or not all(b >= 0 for b in schedule) or (math.inf in schedule and schedule[0] != schedule[1]):
         raise ValueError(f"beta '{text}' is neither a number >= 0 nor START:END, such as 2 or 0.5:2")
     return schedule
 

@@ -37,7 +37,7 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 
 # Options that follow the model unless they are given: what fits 135M parameters on two cores is no setting for 7B.
 PRESETS = {
-    "smollm2": {"prompts": 4, "steps": 16, "max_tokens": 64, "lr": 2e-5, "warmup": 2, "eval_every": 0, "eval_prompts": 64},
+    "smollm2": {"prompts": 4, "steps": 14, "max_tokens": 64, "lr": 2e-5, "warmup": 2, "eval_every": 0, "eval_prompts": 64},
     "tiny": {"prompts": 2, "group": 4, "steps": 2, "max_tokens": 96, "lr": 1e-3, "warmup": 0, "eval_every": 0,
              "eval_prompts": 4},
 }

@@ -1,0 +1,230 @@
+"""The advantage against numbers worked out by hand, TRL's formula, and the properties that the method promises."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+import rvpo
+
+NAN = math.nan
+
+
+def rewards_strategy(levels: int = 5, missing: bool = False):
+    """(P, G, K) rewards on a grid, so that ties and constant channels happen."""
+    value = st.integers(0, levels - 1).map(lambda i: i / (levels - 1))
+    if missing:
+        value = st.one_of(value, st.just(NAN))
+    shape = st.tuples(st.integers(1, 3), st.integers(2, 8), st.integers(1, 6))
+    return shape.flatmap(lambda s: arrays("float64", s, elements=value)).map(torch.from_numpy)
+
+
+def test_by_hand():
+    # Each channel is two 0s and two 1s: mean 0.5, unbiased std sqrt(1/3), z = +-0.5 / (sqrt(1/3) + 1e-4) = +-a.
+    rewards = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [0.0, 0.0]])
+    a = 0.5 / (math.sqrt(1 / 3) + 1e-4)
+    mixed = -math.log(math.cosh(2 * a)) / 2  # -1/beta log((e^(-beta a) + e^(beta a)) / 2) with beta = 2
+    torch.testing.assert_close(rvpo.rvpo_advantage(rewards, 2.0), torch.tensor([mixed, mixed, a, -a]))
+    torch.testing.assert_close(rvpo.gdpo_advantage(rewards), torch.tensor([0.0, 0.0, a, -a]))
+    torch.testing.assert_close(rvpo.hardmin_advantage(rewards), torch.tensor([-a, -a, a, -a]))
+    torch.testing.assert_close(rvpo.explicit_advantage(rewards, 0.5), torch.tensor([-a * a / 2, -a * a / 2, a, -a]))
+    b = 1 / (math.sqrt(2 / 3) + 1e-4)  # sums 1, 1, 2, 0
+    torch.testing.assert_close(rvpo.grpo_advantage(rewards), torch.tensor([0.0, 0.0, b, -b]))
+
+
+def test_missing_reward_by_hand():
+    # Rollout 0 has no second reward, rollout 3 has none at all. Channel 1 over rollouts 1, 2: mean 0.5, std sqrt(0.5).
+    rewards = torch.tensor([[1.0, NAN], [0.0, 1.0], [1.0, 0.0], [NAN, NAN]])
+    p = (1 / 3) / (math.sqrt(1 / 3) + 1e-4)  # channel 0 over rollouts 0 to 2: mean 2/3, std sqrt(1/3)
+    q = 0.5 / (math.sqrt(0.5) + 1e-4)
+    torch.testing.assert_close(rvpo.gdpo_advantage(rewards), torch.tensor([p, (-2 * p + q) / 2, (p - q) / 2, 0.0]))
+    torch.testing.assert_close(rvpo.hardmin_advantage(rewards), torch.tensor([p, -2 * p, -q, 0.0]))
+    # grpo: rollout 0 counts as its mean over what it has, times two channels: 2, 1, 1
+    r = 1 / (math.sqrt(1 / 3) + 1e-4)
+    torch.testing.assert_close(rvpo.grpo_advantage(rewards), torch.tensor([r * 2 / 3, -r / 3, -r / 3, 0.0]))
+    whitened = rvpo.advantages(rewards[None], "rvpo", 2.0)[0]
+    assert whitened[3] == 0
+    assert abs(whitened[:3].mean()) < 1e-6 and abs(whitened[:3].std() - 1) < 1e-3
+
+
+@given(rewards_strategy(missing=True))
+def test_gdpo_is_trl_normalize_then_sum(rewards):
+    """TRL's formula, as its documentation gives it: nanmean and nanstd (ddof 1) in the group, eps 1e-4, nansum over the
+    channels; then whitening per sample. A sum and a mean whiten alike where nothing is missing."""
+    rewards = rewards.nan_to_num(0.5)
+    z = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
+    torch.testing.assert_close(rvpo.gdpo_advantage(rewards), z.mean(-1), atol=1e-9, rtol=1e-9)
+    if rvpo.has_signal(rewards).all() and z.mean(-1).std() > 0.01:  # TRL counts groups without signal in, we do not
+        scores = z.mean(-1)
+        expected = (scores - scores.mean()) / (scores.std() + 1e-4)
+        torch.testing.assert_close(rvpo.advantages(rewards, "gdpo", 1.0), expected, atol=1e-6, rtol=1e-6)
+
+
+@given(rewards_strategy(missing=True), st.sampled_from([0.0, 1e-6, 0.3, 1.0, 7.0, 1e3, math.inf]))
+def test_float32_is_accurate_for_every_beta(rewards, beta):
+    z = rvpo.zscore(rewards)
+    got = rvpo.soft_min(z.float(), beta)
+    low, mean = z.nan_to_num(math.inf).amin(-1), z.nanmean(-1)
+    empty = z.isnan().all(-1)
+    assert got.isfinite().all() and (got[empty] == 0).all()
+    for p, g in [(p, g) for p in range(z.shape[0]) for g in range(z.shape[1]) if not empty[p, g]]:
+        values = [v for v in z[p, g].tolist() if not math.isnan(v)]
+        if beta == 0:
+            exact = math.fsum(values) / len(values)
+        elif beta == math.inf:
+            exact = min(values)
+        elif beta * (max(values) - min(values)) < 1e-3:  # the naive formula has lost its digits here: use the series
+            centre = math.fsum(values) / len(values)
+            exact = centre - beta / 2 * math.fsum((v - centre) ** 2 for v in values) / len(values)
+        else:
+            shifted = math.fsum(math.exp(-beta * (v - min(values))) for v in values) / len(values)
+            exact = min(values) - math.log(shifted) / beta
+        assert abs(got[p, g].item() - exact) < 3e-6
+        assert low[p, g] - 3e-6 <= got[p, g] <= mean[p, g] + 3e-6
+
+
+@given(rewards_strategy(), st.floats(1e-3, 5.0))
+def test_taylor_bound(rewards, beta):
+    """|soft-min - (mean - beta/2 var)| <= beta^2 r^3 / (36 sqrt 3), r the range of z."""
+    z = rvpo.zscore(rewards)
+    taylor = z.mean(-1) - beta / 2 * z.var(-1, unbiased=False)
+    bound = beta**2 * (z.amax(-1) - z.amin(-1)) ** 3 / (36 * math.sqrt(3))
+    assert ((rvpo.soft_min(z, beta) - taylor).abs() <= bound + 1e-9).all()
+    torch.testing.assert_close(rvpo.explicit_advantage(rewards, beta / 2), taylor)
+
+
+@given(rewards_strategy(missing=True), st.floats(0.0, 20.0), st.randoms(use_true_random=False))
+def test_order_of_rollouts_and_channels_does_not_matter(rewards, beta, rng):
+    rollouts, channels = list(range(rewards.shape[1])), list(range(rewards.shape[2]))
+    rng.shuffle(rollouts)
+    rng.shuffle(channels)
+    for function in rvpo.AGGREGATIONS.values():
+        plain = function(rewards, beta)
+        torch.testing.assert_close(function(rewards[:, :, channels], beta), plain, atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(function(rewards[:, rollouts], beta), plain[:, rollouts], atol=1e-9, rtol=1e-9)
+        # padding with a channel that nobody has changes nothing
+        padded = torch.cat([rewards, torch.full_like(rewards[..., :1], NAN)], -1)
+        torch.testing.assert_close(function(padded, beta), plain, atol=1e-9, rtol=1e-9)
+
+
+@given(rewards_strategy(), st.floats(0.0, 5.0), st.floats(-3, 3), st.floats(10, 1000))
+def test_scale_and_shift_of_a_channel_do_not_matter(rewards, beta, shift, scale):
+    """Up to eps = 1e-4 beside a standard deviation of at least 0.08: and not at all for grpo, which is the point."""
+    changed = rewards.clone()
+    changed[..., 0] = changed[..., 0] * scale + shift
+    torch.testing.assert_close(rvpo.rvpo_advantage(changed, beta), rvpo.rvpo_advantage(rewards, beta), atol=2e-2, rtol=0)
+
+
+@given(rewards_strategy(missing=True), st.sampled_from([*rvpo.AGGREGATIONS]), st.floats(0.1, 5.0))
+def test_groups_without_signal_get_exactly_zero_and_stay_out(rewards, agg, beta):
+    got = rvpo.advantages(rewards, agg, beta)
+    signal = rvpo.has_signal(rewards)
+    assert got.isfinite().all() and (got[~signal] == 0).all()
+    constant = torch.full_like(rewards[:1], 0.1)
+    more = rvpo.advantages(torch.cat([constant, rewards, 3 * constant]), agg, beta)
+    assert (more[0] == 0).all() and (more[-1] == 0).all()
+    torch.testing.assert_close(more[1:-1], got)
+
+
+def test_the_trap_of_whitening_soft_min():
+    """8 prompts x 8 rollouts x 2 binary rewards: counting constant groups in would pay them about +0.25 at beta 1."""
+    rewards = torch.randint(0, 2, (8, 8, 2), generator=torch.Generator().manual_seed(0)).float()
+    rewards[:3] = 1.0
+    scores = rvpo.rvpo_advantage(rewards, 1.0)
+    trapped = rvpo.whiten(scores, torch.ones_like(scores, dtype=torch.bool))
+    assert trapped[:3].min() > 0.1
+    assert (rvpo.advantages(rewards, "rvpo", 1.0)[:3] == 0).all()
+
+
+def test_opposed_rewards_cancel_in_the_mean_but_not_in_the_soft_min():
+    r = torch.tensor([1.0, 1.0, 0.0, 0.0])
+    rewards = torch.stack([r, 1 - r], -1)
+    assert (rvpo.gdpo_advantage(rewards) == 0).all()
+    a = 0.5 / (math.sqrt(1 / 3) + 1e-4)
+    torch.testing.assert_close(rvpo.rvpo_advantage(rewards, 1.0), torch.full((4,), -math.log(math.cosh(a))))
+
+
+def test_weights():
+    rewards = torch.rand(2, 6, 3, generator=torch.Generator().manual_seed(0))
+    for function in rvpo.AGGREGATIONS.values():
+        same = function(rewards, 2.0, torch.tensor([7.0, 7.0, 7.0]))
+        torch.testing.assert_close(same, function(rewards, 2.0))
+        dropped = function(rewards, 2.0, torch.tensor([1.0, 0.0, 1.0]))
+        torch.testing.assert_close(dropped, function(rewards[..., [0, 2]], 2.0), atol=2e-4, rtol=1e-3)
+        by_prompt = function(rewards, 2.0, torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 1.0]]))
+        torch.testing.assert_close(by_prompt, torch.stack([same[0], dropped[1]]))
+    tiny_weight = rvpo.soft_min(torch.tensor([[-1.0, 0.0]]).double(), 1e3, torch.tensor([1e-8, 1.0]))
+    assert tiny_weight.item() == pytest.approx(-(1000 + math.log(1e-8)) / 1000, abs=1e-6)
+
+
+def test_soft_min_weights_are_its_gradient():
+    z = torch.randn(4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    for beta in (0.0, 0.5, 3.0):
+        gradient, = torch.autograd.grad(rvpo.soft_min(z, beta).sum(), z)
+        torch.testing.assert_close(rvpo.soft_min_weights(z.detach(), beta), gradient)
+    assert rvpo.soft_min_weights(torch.tensor([[1.0, 0.0, 0.0]]), math.inf).tolist() == [[0.0, 0.5, 0.5]]
+
+
+def test_channel_stats_by_hand():
+    rewards = torch.tensor([[[1.0, 0.0, NAN], [0.0, 0.0, NAN]], [[1.0, 1.0, 2.0], [1.0, 1.0, 2.0]]])
+    stats = rvpo.channel_stats(rewards, 2.0)
+    assert stats["mean"].tolist() == [0.75, 0.5, 2.0]
+    assert stats["constant"].tolist() == [0.5, 1.0, 1.0]
+    assert stats["missing"].tolist() == [0.0, 0.0, 0.5]
+    # Only the first group has signal: z = (+a, 0), (-a, 0). Channel 0 binds in its second rollout, channel 1 in the first.
+    assert stats["binding"].tolist() == [0.5, 0.5, 0.0]
+    assert stats["weight"].sum().item() == pytest.approx(1.0) and stats["weight"][2] == 0
+
+
+@pytest.mark.parametrize("rewards", [torch.zeros(4), torch.zeros(1, 3), torch.zeros(2, 0), torch.tensor([[1.0], [math.inf]])])
+def test_bad_rewards_are_refused(rewards):
+    with pytest.raises(ValueError, match="rewards"):
+        rvpo.rvpo_advantage(rewards, 1.0)
+
+
+def test_integer_rewards_and_bad_settings():
+    rewards = torch.tensor([[1, 0], [0, 1], [1, 1], [0, 0]])
+    torch.testing.assert_close(rvpo.rvpo_advantage(rewards, 2.0), rvpo.rvpo_advantage(rewards.float(), 2.0))
+    for beta in (-1.0, NAN):
+        with pytest.raises(ValueError, match="beta"):
+            rvpo.rvpo_advantage(rewards, beta)
+    for weights in ([1.0], [-1.0, 1.0], [0.0, 0.0], [NAN, 1.0]):
+        with pytest.raises(ValueError, match="weights"):
+            rvpo.rvpo_advantage(rewards, 1.0, torch.tensor(weights))
+
+
+def test_beta_schedule():
+    assert rvpo.parse_beta("2") == (2.0, 2.0) and rvpo.parse_beta("0.5:2") == (0.5, 2.0) and rvpo.parse_beta("inf")[0] == math.inf
+    assert [rvpo.beta_at((0.5, 2.0), step, 4) for step in range(4)] == [0.5, 1.0, 1.5, 2.0]
+    assert rvpo.beta_at((2.0, 2.0), 0, 1) == 2.0 and rvpo.beta_at((math.inf, math.inf), 1, 3) == math.inf
+    for text in ("", "x", "-1", "nan", "1:nan", "1:2:3", "0:inf", "1:"):
+        with pytest.raises(ValueError, match="beta"):
+            rvpo.parse_beta(text)
+
+
+def test_policy_loss_by_hand():
+    ratio = torch.tensor([1.0, 1.5, 0.5, 1.5, 0.5, 9.0])
+    advantage = torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0, 1.0])
+    mask = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 0.0])
+    old = torch.full((6,), -2.0)
+    sampler = old - torch.tensor([0.0, 0.0, 0.0, 0.0, math.log(10.0), 0.0])  # the last weight is capped at 2
+    logp = (old + ratio.log()).requires_grad_()
+    loss, stats = rvpo.policy_loss(logp, old, sampler, advantage, mask, n_tokens=10, clip_low=0.2, clip_high=0.3, is_cap=2.0)
+    # gains: 1, min(1.5, 1.3), min(0.5, 0.8), min(-1.5, -1.3), 2 * min(-0.5, -0.8)
+    assert loss.item() == pytest.approx(-(1 + 1.3 + 0.5 - 1.5 - 2 * 0.8) / 10)
+    assert stats["clip_fraction"] == 2 and stats["is_weight"] == 6
+    assert stats["sampler_gap"].item() == pytest.approx(math.log(10))
+    loss.backward()
+    torch.testing.assert_close(logp.grad, torch.tensor([-0.1, 0.0, -0.05, 0.15, 0.0, 0.0]))
+    uncorrected, _ = rvpo.policy_loss(logp, old, sampler, advantage, mask, 10, 0.2, 0.3, is_cap=0)
+    assert uncorrected.item() == pytest.approx(-(1 + 1.3 + 0.5 - 1.5 - 0.8) / 10)
+
+
+@settings(max_examples=50)
+@given(st.floats(-20, 0), st.floats(-20, 0))
+def test_k3(logp, ref):
+    k3 = rvpo.kl_k3(torch.tensor(logp, dtype=torch.float64), torch.tensor(ref, dtype=torch.float64))
+    assert k3 >= -1e-12 and k3.item() == pytest.approx(math.exp(ref - logp) - (ref - logp) - 1, abs=1e-9)

