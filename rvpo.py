@@ -22,7 +22,7 @@ EPS = 1e-4  # added to every standard deviation, as TRL does (verl's GDPO: 1e-6)
 
 
 def _check(rewards: Tensor) -> Tensor:
-    """Refuse what has no advantage; return float64. A step has at most some 1e5 rewards, so precision costs nothing."""
+    """Refuse what has no advantage; return float64. A step has few rewards: precision costs nothing."""
     if rewards.dim() not in (2, 3) or rewards.shape[-2] < 2 or rewards.shape[-1] < 1:
         raise ValueError(f"rewards must be (G, K) or (P, G, K) with G >= 2 and K >= 1, got {tuple(rewards.shape)}")
     if rewards.isinf().any():
@@ -95,7 +95,7 @@ def soft_min_weights(z: Tensor, beta: float, weights: Tensor | None = None) -> T
 
 
 def rvpo_advantage(rewards: Tensor, beta: float, weights: Tensor | None = None) -> Tensor:
-    """The paper's A: z-score each channel in its group, then the soft minimum over channels. See `soft_min` for beta."""
+    """The paper's A: z-score each channel in its group, then the soft minimum over the channels, see `soft_min`."""
     return _float_like(soft_min(zscore(_check(rewards)), beta, weights), rewards)
 
 

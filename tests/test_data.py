@@ -65,11 +65,11 @@ def test_an_unreadable_file_is_named(tmp_path, content):
 def test_held_out_rows(tmp_path):
     rows = [{**ROW, "prompt": [{"role": "user", "content": str(i)}]} for i in range(10)]
     (tmp_path / "a.json").write_text(json.dumps(rows))
-    train, held_out = data.load("rlla", str(tmp_path / "a.json"), None, 3)
+    train, held_out = data.load("rlla", str(tmp_path / "a.json"), None, 0, 3)
     assert [e.messages[0]["content"] for e in train] == list("0123456") and len(held_out) == 3
-    train, held_out = data.load("rlla", str(tmp_path / "a.json"), str(tmp_path / "a.json"), 4)
+    train, held_out = data.load("rlla", str(tmp_path / "a.json"), str(tmp_path / "a.json"), 0, 4)
     assert len(train) == 10 and len(held_out) == 4
     with pytest.raises(InputError, match="no rows are left"):
-        data.load("rlla", str(tmp_path / "a.json"), None, 10)
+        data.load("rlla", str(tmp_path / "a.json"), None, 0, 10)
     with pytest.raises(InputError, match="makes its own prompts"):
-        data.load("tools", str(tmp_path / "a.json"), None, 10)
+        data.load("tools", str(tmp_path / "a.json"), None, 0, 10)

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 import torch
+from conftest import ROOT
 
 import model
-from conftest import ROOT
 from rewards import InputError
 
 PROMPT = list(range(5, 155))
@@ -59,7 +59,7 @@ def test_stop_tokens(tiny):
 def test_the_default_model_converts_from_its_package():
     """Real weights: SmolLM2 prefers an answer in its own language's order."""
     path = model.resolve("smollm2")
-    assert model.context_length(path) == 8192
+    assert model.AutoConfig.from_pretrained(path).max_position_embeddings == 8192
     tokenizer, policy = model.load_tokenizer(path), model.load(path, torch.device("cpu"))
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "What is the capital of France?"}],
                                            add_generation_prompt=True, return_dict=False)

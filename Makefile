@@ -1,0 +1,20 @@
+# Both targets set up .venv themselves, with CPU builds. On a GPU machine: pip install -r requirements.txt, see README.md.
+PYTHON ?= python3
+RUN := demo-$(shell date +%m%d-%H%M%S)
+
+demo: .venv/ready  ## train SmolLM2-135M on tool calling with RVPO, and plot it: about 12 minutes on two cores
+	.venv/bin/python train.py --name $(RUN)
+	.venv/bin/python plot.py runs/$(RUN)
+
+test: .venv/ready
+	.venv/bin/ruff check .
+	.venv/bin/python -m pytest -q
+
+# Made again whenever the list changes. uv only because it installs the list four times as fast as pip.
+.venv/ready: requirements-cpu.txt
+	$(PYTHON) -m venv --clear .venv
+	.venv/bin/python -m pip install -q torch==2.13.0 uv
+	.venv/bin/uv pip install -q --python .venv/bin/python --no-deps -r requirements-cpu.txt
+	touch .venv/ready
+
+.PHONY: demo test
