@@ -36,7 +36,7 @@ def _float_like(scores: Tensor, rewards: Tensor) -> Tensor:
 
 
 def _varies(rewards: Tensor) -> Tensor:
-    """(..., G, K) -> (..., K): does the channel take two values in the group? Exact, where std > 0 is up to rounding."""
+    """(..., G, K) -> (..., K): does the channel take two values in the group? Exact, unlike std > 0."""
     missing = rewards.isnan()
     return rewards.masked_fill(missing, -math.inf).amax(-2) > rewards.masked_fill(missing, math.inf).amin(-2)
 

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
+from transformers import AutoConfig
 
 import data
 import model as policies
@@ -251,7 +252,7 @@ def setup(args: argparse.Namespace):
         if WORLD > 1:
             dist.barrier()
     tokenizer = policies.load_tokenizer(path)
-    stops, config = policies.stop_tokens(path, tokenizer), policies.AutoConfig.from_pretrained(path)
+    stops, config = policies.stop_tokens(path, tokenizer), AutoConfig.from_pretrained(path)
     room = config.max_position_embeddings - args.max_tokens
     train, held_out = encode(tokenizer, train, room), encode(tokenizer, held_out, room)
     longest = max(len(ids) for ids, _ in train + held_out) + args.max_tokens

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from transformers import AutoConfig
 
 import model
 from rewards import InputError
@@ -59,7 +60,7 @@ def test_stop_tokens(tiny):
 def test_the_default_model_converts_from_its_package():
     """Real weights: SmolLM2 prefers an answer in its own language's order."""
     path = model.resolve("smollm2")
-    assert model.AutoConfig.from_pretrained(path).max_position_embeddings == 8192
+    assert AutoConfig.from_pretrained(path).max_position_embeddings == 8192
     tokenizer, policy = model.load_tokenizer(path), model.load(path, torch.device("cpu"))
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "What is the capital of France?"}],
                                            add_generation_prompt=True, return_dict=False)
