@@ -103,7 +103,7 @@ def _rows(path: str) -> list[dict]:
         text = Path(path).read_text()
         if text.lstrip().startswith("["):
             return json.loads(text)
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
     except urllib.error.URLError as error:
         raise InputError(f"{path} could not be downloaded ({error.reason}): name a local copy with --data") from error
     except (OSError, ValueError, RecursionError) as error:
@@ -147,8 +147,9 @@ def load(task: str, data: str | None, eval_data: str | None, n_train: int,
         held_out = rlla(eval_data or RLLA_URL.format(split="test"))[:n_eval]
         train = rlla(data or RLLA_URL.format(split="train"))
     else:
-        train = rlla(data)
-        train, held_out = train[:len(train) - n_eval], train[len(train) - n_eval:]
+        rows = rlla(data)
+        cut = max(0, len(rows) - n_eval)
+        train, held_out = rows[:cut], rows[cut:]
     if not train:
         raise InputError(f"{data}: no rows are left for training after {n_eval} were held out; lower --eval-prompts")
     return train, held_out

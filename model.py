@@ -16,8 +16,11 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
 )
+from transformers.utils import logging as transformers_logging
 
 from rewards import InputError
+
+transformers_logging.disable_progress_bar()
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rvpo"
 
@@ -140,7 +143,8 @@ def response_logp(model, prompt: list[int], responses: list[list[int]], temperat
 
     The prompt is computed once, and nothing is padded: one row holds the prompt and then every response but its last
     token, which predicts nothing. A response sees the prompt and itself, and its positions continue the prompt's.
-    Exact: the same numbers and gradients as one sequence a response (tests/test_model.py).
+    Exact: the same numbers and gradients as one sequence a response (tests/test_model.py), as long as no layer's
+    attention window is shorter than prompt and response.
     """
     device = next(model.parameters()).device
     tokens, positions, segments, predictors = list(prompt), list(range(len(prompt))), [0] * len(prompt), []
@@ -165,6 +169,6 @@ def response_logp(model, prompt: list[int], responses: list[list[int]], temperat
 
 
 def save(model, tokenizer, path: Path, dtype: torch.dtype) -> None:
-    """A checkpoint that transformers and vLLM load as it is, in the dtype the model came in."""
+    """A checkpoint that transformers and vLLM load as it is. Casts the model in place, to the original's dtype."""
     model.to(dtype).save_pretrained(path)
     tokenizer.save_pretrained(path)

@@ -29,7 +29,7 @@ def read(run: Path) -> tuple[list[dict], list[dict]]:
 
 
 def plot(runs: list[Path], out: Path) -> None:
-    data = {run.name: read(run) for run in runs}
+    data = {str(run): read(run) for run in runs}
     channels = list(dict.fromkeys(name for steps, _ in data.values() for line in steps for name in line["channels"]))
     panels = [*channels, "joint", "grad_norm", "advantage_std"]
     columns = min(5, len(panels))

@@ -49,7 +49,8 @@ def tool_calls(text: str) -> list[dict]:
 
 
 def toolrl_format(prompts: list[str], responses: list[str], references: list[str]) -> list[float]:
-    """0 or 1: the blocks that the reference has, in order, one newline apart, each once, and nothing around them."""
+    """0 or 1: the blocks that the reference has, in order, one newline apart, and nothing around them. The tags of
+    tool_call and response occur once each; think tags are not counted."""
     out = []
     for response, reference in zip(responses, references, strict=True):
         pattern, once = r"<think>.*?</think>", []
@@ -190,7 +191,7 @@ def score(task: str, prompts: list[str], responses: list[str], references: list[
         if len(values) != len(responses):
             raise InputError(f"reward '{name}' returned {len(values)} values for {len(responses)} responses")
         for i, value in enumerate(values):
-            if not isinstance(value, (int, float, np.number)) or math.isinf(value):
+            if not isinstance(value, (int, float, np.number, np.bool_)) or math.isinf(value):
                 raise InputError(f"reward '{name}' returned {value!r} for response {i}: return a finite number, or NaN "
                                  "if it is missing")
         columns.append(np.asarray(values, dtype=np.float64))

@@ -25,7 +25,7 @@ class Response(NamedTuple):
 
 def request_seed(seed: int, step: int | str, slot: int) -> int:
     """Seed of one prompt's G samples, from (run seed, step, the prompt's place in the step): the same command gives the
-    same rollouts on any number of ranks. vLLM adds the sample's number to it, hence the hash: neighbours never meet."""
+    same rollouts on any number of ranks. vLLM adds the sample's number, hence the hash: neighbours hardly meet."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{slot}".encode()).digest()[:4]) >> 1
 
 
@@ -105,11 +105,9 @@ class HFEngine:
         from transformers import GenerationConfig
 
         self.model, self.tokenizer, self.stops = model, tokenizer, stops
-        # Every field that shapes the distribution is spelled out: a checkpoint's own generation_config may have others.
         self.config = GenerationConfig(
-            do_sample=True, temperature=temperature, top_k=0, top_p=1.0, repetition_penalty=1.0,
-            max_new_tokens=max_tokens, eos_token_id=stops, pad_token_id=stops[0], return_dict_in_generate=True,
-            output_scores=True)
+            do_sample=True, temperature=temperature, top_k=0, max_new_tokens=max_tokens, eos_token_id=stops,
+            pad_token_id=stops[0], return_dict_in_generate=True, output_scores=True)
 
     @torch.no_grad()
     def generate(self, prompts: list[list[int]], group: int, seeds: list[int]) -> list[list[Response]]:
@@ -119,7 +117,10 @@ class HFEngine:
             ids = torch.tensor([prompt] * group, device=device)
             with torch.random.fork_rng(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 torch.manual_seed(seed)
-                result = self.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=self.config)
+                # generate fills up what a config leaves open from the checkpoint's own: Qwen2.5's has top_k = 20
+                own, self.model.generation_config = self.model.generation_config, self.config
+                result = self.model.generate(ids, attention_mask=torch.ones_like(ids))
+                self.model.generation_config = own
             sampled = result.sequences[:, len(prompt):]
             # scores: T tensors (G, V), already at the temperature
             logp = torch.stack([s.float().log_softmax(-1).gather(-1, sampled[:, t:t + 1]).squeeze(-1)

@@ -60,6 +60,13 @@ def _channel_weights(z: Tensor, weights: Tensor | None) -> Tensor:
     return w / w.sum(-1, keepdim=True).clamp(min=torch.finfo(z.dtype).tiny)
 
 
+def _above_min(z: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """The minimum over channels with weight (..., G, 1), 0 if there is none, and the distances to it (..., G, K)."""
+    m = z.masked_fill(w == 0, math.inf).amin(-1, keepdim=True)
+    m = m.masked_fill(m == math.inf, 0.0)
+    return m, torch.where(w > 0, z - m, 0.0)
+
+
 def soft_min(z: Tensor, beta: float, weights: Tensor | None = None) -> Tensor:
     """Step 2: (..., G, K) -> (..., G), -1/beta * log sum_j w_j exp(-beta * z_j) over the channels that are present.
 
@@ -69,9 +76,7 @@ def soft_min(z: Tensor, beta: float, weights: Tensor | None = None) -> Tensor:
     if not beta >= 0:
         raise ValueError(f"beta must be >= 0, got {beta}")
     w = _channel_weights(z, weights)
-    m = z.masked_fill(w == 0, math.inf).amin(-1, keepdim=True)
-    m = m.masked_fill(m == math.inf, 0.0)  # a rollout without any reward scores 0
-    d = torch.where(w > 0, z - m, 0.0)  # (..., G, K), >= 0
+    m, d = _above_min(z, w)  # a rollout without any reward scores 0
     if beta == 0:
         above = (w * d).sum(-1)
     elif beta == math.inf:
@@ -84,14 +89,13 @@ def soft_min(z: Tensor, beta: float, weights: Tensor | None = None) -> Tensor:
 def soft_min_weights(z: Tensor, beta: float, weights: Tensor | None = None) -> Tensor:
     """(..., G, K) -> (..., G, K): the gradient of soft_min with respect to z; 0 for a missing channel."""
     w = _channel_weights(z, weights)
-    m = z.masked_fill(w == 0, math.inf).amin(-1, keepdim=True)
-    d = torch.where(w > 0, z - m, 0.0)
+    _, d = _above_min(z, w)
     p = w * (d == 0) if beta == math.inf else w * torch.exp(-beta * d)
     return p / p.sum(-1, keepdim=True).clamp(min=torch.finfo(z.dtype).tiny)
 
 
 # The aggregations. Each: raw rewards (G, K) or (P, G, K) -> scores (G,) or (P, G), not yet whitened. weights: optional,
-# (K,) or (P, K). Groups without signal (every channel constant) score exactly 0 in all of them.
+# (K,) or (P, K).
 
 
 def rvpo_advantage(rewards: Tensor, beta: float, weights: Tensor | None = None) -> Tensor:
@@ -111,6 +115,8 @@ def hardmin_advantage(rewards: Tensor, beta: float = 0.0, weights: Tensor | None
 
 def explicit_advantage(rewards: Tensor, beta: float, weights: Tensor | None = None) -> Tensor:
     """mean - beta * population variance of the z-scores; soft_min is mean - beta/2 * variance to second order."""
+    if not 0 <= beta < math.inf:
+        raise ValueError(f"beta must be >= 0 and finite, got {beta}")
     z = zscore(_check(rewards))
     w = _channel_weights(z, weights)
     mean = (w * z).nansum(-1, keepdim=True)
@@ -139,8 +145,9 @@ AGGREGATIONS = {
 
 
 def has_signal(rewards: Tensor) -> Tensor:
-    """(..., G, K) -> (..., G) bool: the rollout has a reward, and some channel of its group is not constant."""
-    return (~rewards.isnan()).any(-1) & _varies(rewards).any(-1, keepdim=True)
+    """(..., G, K) -> (..., G) bool: the rollout has a reward in a channel that is not constant in its group."""
+    rewards = _check(rewards)
+    return (~rewards.isnan() & _varies(rewards).unsqueeze(-2)).any(-1)
 
 
 def whiten(scores: Tensor, signal: Tensor, eps: float = EPS) -> Tensor:
@@ -159,19 +166,21 @@ def whiten(scores: Tensor, signal: Tensor, eps: float = EPS) -> Tensor:
 
 def advantages(rewards: Tensor, agg: str, beta: float, weights: Tensor | None = None) -> Tensor:
     """Steps 1 to 3: raw rewards (P, G, K) of the whole batch -> advantages (P, G). agg: a key of AGGREGATIONS."""
+    if weights is not None:  # a channel without weight is no signal either
+        rewards = rewards.masked_fill(weights.unsqueeze(-2) == 0, math.nan)
     return whiten(AGGREGATIONS[agg](rewards, beta, weights), has_signal(rewards))
 
 
 def parse_beta(text: str) -> tuple[float, float]:
     """'2' -> (2, 2); '0.5:2' -> (0.5, 2). Raises ValueError on anything that is no schedule."""
     try:
-        schedule = tuple(float(part) for part in text.split(":"))
+        parts = [float(part) for part in text.split(":")]
+        start, end = parts * 2 if len(parts) == 1 else parts
+        if not (start >= 0 and end >= 0) or (math.inf in (start, end) and start != end):
+            raise ValueError
     except ValueError:
-        schedule = (math.nan,)
-    schedule = schedule * 2 if len(schedule) == 1 else schedule
-    if len(schedule) != 2 or not all(b >= 0 for b in schedule) or (math.inf in schedule and schedule[0] != schedule[1]):
-        raise ValueError(f"beta '{text}' is neither a number >= 0 nor START:END, such as 2 or 0.5:2")
-    return schedule
+        raise ValueError(f"beta '{text}' is neither a number >= 0 nor START:END, such as 2 or 0.5:2") from None
+    return start, end
 
 
 def beta_at(schedule: tuple[float, float], step: int, steps: int) -> float:
@@ -181,7 +190,7 @@ def beta_at(schedule: tuple[float, float], step: int, steps: int) -> float:
 
 
 def channel_stats(rewards: Tensor, beta: float, weights: Tensor | None = None) -> dict[str, Tensor]:
-    """Diagnostics of raw rewards (P, G, K), each (K,); NaN for a channel that never occurs.
+    """Diagnostics of raw rewards (P, G, K), each (K,), the same for every aggregation; NaN for a channel without data.
 
     mean, std: over all rollouts. missing: share of NaN. constant: share of the groups with this channel in which it
     does not vary. binding: share of rollouts in which the channel has the largest soft-min weight (ties are shared).
@@ -210,8 +219,8 @@ def policy_loss(logp: Tensor, old_logp: Tensor, sampler_logp: Tensor, advantage:
 
     logp: of the sampled tokens under the policy, with gradient. old_logp: under the policy that the batch began with;
     for the first update of a batch that is logp.detach(). sampler_logp: as the sampling engine reported them. mask: 1
-    for sampled tokens. n_tokens: sampled tokens of the *whole* batch on all ranks, so that the micro-batches' losses
-    and gradients simply add up.
+    for sampled tokens. n_tokens: sampled tokens of the *whole* update, all micro-batches and ranks, so that losses and
+    gradients simply add up: each token counts the same, as in ToolRL and DAPO.
 
     The engine and the trainer compute the same policy with different kernels. The gap is corrected by the truncated
     importance weight min(exp(old_logp - sampler_logp), is_cap); is_cap = 0 leaves it out.
@@ -224,7 +233,7 @@ def policy_loss(logp: Tensor, old_logp: Tensor, sampler_logp: Tensor, advantage:
     weight = gap.exp().clamp(max=is_cap) if is_cap > 0 else torch.ones_like(gap)
     loss = -(weight * gain * mask).sum() / n_tokens
     return loss, {
-        "clip_fraction": ((ratio * advantage > clipped * advantage) * mask).sum().detach(),
+        "clip_fraction": ((ratio * advantage > clipped * advantage) * mask).sum(),
         "is_weight": (weight * mask).sum(),
         "sampler_gap": (gap.abs() * mask).sum(),
     }

@@ -30,80 +30,11 @@ import model as policies
 import rewards as scoring
 import rollout
 import rvpo
+from options import check_args, parse_args
 from rewards import InputError
 
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
-
-# Defaults that follow the model: what fits 135M parameters on two cores is no setting for 7B.
-PRESETS = {
-    "smollm2": {"prompts": 4, "steps": 14, "max_tokens": 64, "lr": 2e-5, "warmup": 2, "eval_prompts": 64},
-    "tiny": {"prompts": 2, "group": 4, "steps": 2, "max_tokens": 96, "lr": 1e-3, "warmup": 0, "eval_prompts": 4},
-}
-SMALLEST = {"steps": 1, "group": 2, "prompts": 1, "updates": 1, "max_tokens": 1, "tokens_per_microbatch": 1,
-            "warmup": 0, "eval_every": 0, "eval_prompts": 0, "seed": 0, "kl": 0, "is_cap": 0, "lr": 0, "clip_low": 0,
-            "clip_high": 0, "temperature": 0.01, "grad_clip": 1e-6, "gpu_memory": 0.01}
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def option(group, name: str, default, text: str) -> None:
-        group.add_argument(f"--{name}", default=default, type=str if default is None else type(default),
-                           help=f"{text} (default {default})")
-
-    task = parser.add_argument_group("task")
-    option(task, "model", "smollm2", "smollm2, tiny, a hub id, a directory or a GGUF file")
-    option(task, "task", "tools", "one of " + ", ".join(scoring.TASKS))
-    option(task, "data", None, "training prompts: parquet, JSON or JSONL (rlla; default: the public file)")
-    option(task, "eval-data", None, "held-out prompts (default with --data: its last rows)")
-    method = parser.add_argument_group("method")
-    option(method, "agg", "rvpo", "one of " + ", ".join(rvpo.AGGREGATIONS))
-    option(method, "beta", "0.5:2", "soft-min sharpness: a number, or START:END, linear over the run")
-    option(method, "group", 8, "G, rollouts a prompt")
-    option(method, "prompts", 128, "P, prompts a step, over all ranks")
-    option(method, "updates", 1, "optimizer steps a batch; with 1 it is on-policy, and nothing is ever clipped")
-    option(method, "clip-low", 0.2, "the ratio is clipped to 1 - this")
-    option(method, "clip-high", 0.2, "... and to 1 + this")
-    option(method, "is-cap", 2.0, "cap of the importance weight trainer/sampler; 0 leaves the correction out")
-    option(method, "kl", 0.0, "coefficient of the KL penalty to the initial policy; 0 loads no reference")
-    option(method, "temperature", 1.0, "of sampling, of evaluation and of the trained distribution")
-    option(method, "max-tokens", 1024, "longest response")
-    optim = parser.add_argument_group("optimization")
-    option(optim, "steps", 100, "batches to sample and train on")
-    option(optim, "lr", 1e-6, "AdamW's learning rate, constant after the warm-up")
-    option(optim, "warmup", 5, "steps of linear warm-up")
-    option(optim, "grad-clip", 1.0, "gradient norm is clipped to this")
-    option(optim, "tokens-per-microbatch", 16384, "most tokens in one forward; longer groups are split")
-    running = parser.add_argument_group("running")
-    option(running, "engine", None, "vllm, or hf for transformers' generate (default: vllm where it is installed)")
-    option(running, "gpu-memory", 0.4, "share of the GPU's memory that vLLM may take")
-    option(running, "eval-every", 0, "steps between evaluations; 0: before and after the run only")
-    option(running, "eval-prompts", 128, "held-out prompts, one sample each")
-    option(running, "seed", 0, "of prompts and rollouts")
-    option(running, "name", None, "results go to runs/NAME (default: task, aggregation, date and time)")
-    parser.set_defaults(**PRESETS.get(parser.parse_known_args(argv)[0].model, {}))
-    return parser.parse_args(argv)
-
-
-def check_args(args: argparse.Namespace) -> None:
-    """What can be wrong before anything is loaded. Raises InputError. Fills in the engine and the name."""
-    for name, known in [("task", scoring.TASKS), ("agg", rvpo.AGGREGATIONS), ("engine", ["vllm", "hf", None])]:
-        if getattr(args, name) not in known:
-            raise InputError(f"--{name} {getattr(args, name)}: choose one of {', '.join(filter(None, known))}")
-    for name, low in SMALLEST.items():
-        if not low <= getattr(args, name) < math.inf:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be finite and at least {low}")
-    if args.updates > args.prompts:
-        raise InputError(f"--updates {args.updates}: at most --prompts ({args.prompts}), each has prompts of its own")
-    try:
-        rvpo.parse_beta(args.beta)
-    except ValueError as error:
-        raise InputError(f"--beta: {error}") from error
-    args.engine = rollout.check_engine(args.engine)
-    args.name = args.name or f"{args.task}-{args.agg}-{time.strftime('%m%d-%H%M%S')}"
-    if RANK == 0 and (Path("runs") / args.name).exists():
-        raise InputError(f"runs/{args.name} exists: choose another --name, or delete it")
 
 
 def encode(tokenizer, examples: list[data.Example], limit: int) -> list[tuple[list[int], data.Example]]:
@@ -165,7 +96,8 @@ def evaluate(engine, held_out: list, args: argparse.Namespace) -> dict[str, tupl
     columns = {reward.name: rewards[:, 0, k] for k, reward in enumerate(scoring.TASKS[args.task])}
     columns["joint"] = scoring.satisfied(args.task, rewards[:, 0]).astype(float)
     present = {name: column[~np.isnan(column)] for name, column in columns.items()}
-    return {name: (x.mean(), x.std(ddof=1) / math.sqrt(len(x))) for name, x in present.items() if len(x) > 1}
+    return {name: (x.mean(), x.std(ddof=1) / math.sqrt(len(x)) if len(x) > 1 else math.nan)
+            for name, x in present.items() if len(x)}
 
 
 def forward_rows(prompt: list[int], responses: list[rollout.Response], limit: int) -> list[list[int]]:
@@ -183,7 +115,8 @@ def forward_rows(prompt: list[int], responses: list[rollout.Response], limit: in
 def update(policy, reference, optimizer, rows: list[dict], args: argparse.Namespace,
            device: torch.device) -> dict[str, float]:
     """Optimizer steps on one batch. rows: this rank's forwards, each {update: the optimizer step it belongs to, prompt:
-    token ids, responses, advantages (one a response)}. Returns means over all sampled tokens of all ranks."""
+    token ids, responses, advantages (one a response)}. Returns means over all sampled tokens of all ranks, and the
+    largest gradient norm before clipping."""
 
     def logp_of(network, row: dict) -> torch.Tensor:  # (N,) float32, N tokens of all the row's responses
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -200,10 +133,10 @@ def update(policy, reference, optimizer, rows: list[dict], args: argparse.Namesp
     sums, total_tokens, grad_norms = {}, 0.0, []
     for u in range(args.updates):
         mine = [row for row in rows if row["update"] == u]
-        # Counted over the whole update before any backward: the mean over tokens is then the same for any split into
-        # forwards and ranks, and gradients simply add up.
+        # Counted over the whole update and all ranks before any backward: the mean over tokens is then the same for
+        # any split into forwards and ranks, and gradients simply add up.
         n_tokens = sum(sum(r.mask) for row in mine for r in row["responses"])
-        n_tokens = all_sum(torch.tensor(float(n_tokens), device=device)).item()
+        n_tokens = max(1.0, all_sum(torch.tensor(float(n_tokens), device=device)).item())
         for row in mine:
             logp, mask = logp_of(policy, row), flat(row, "mask")
             lengths = torch.tensor([len(r.tokens) for r in row["responses"]])
@@ -231,7 +164,7 @@ def update(policy, reference, optimizer, rows: list[dict], args: argparse.Namesp
         total_tokens += n_tokens
     names = ["loss", "clip_fraction", "is_weight", "sampler_gap", "entropy"] + ["kl"] * (reference is not None)
     totals = [torch.as_tensor(sums.get(name, 0.0), dtype=torch.float64, device=device) for name in names]
-    means = (all_sum(torch.stack(totals)) / max(1.0, total_tokens)).tolist()
+    means = (all_sum(torch.stack(totals)) / total_tokens).tolist()
     return {**dict(zip(names, means, strict=True)), "grad_norm": max(grad_norms)}
 
 
@@ -241,16 +174,12 @@ def setup(args: argparse.Namespace):
     train, held_out = data.load(args.task, args.data, args.eval_data, args.steps * args.prompts, args.eval_prompts)
     # A faulty reward is found now, and not after the model is loaded.
     scoring.score(args.task, [train[0].messages[-1]["content"]] * 2, ["", train[0].reference], [train[0].reference] * 2)
+    path = policies.resolve(args.model)
     device = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if WORLD > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    for turn in (True, False):  # a node's first rank downloads or converts, the others find it done
-        if turn == (LOCAL_RANK == 0):
-            path = policies.resolve(args.model)
-        if WORLD > 1:
-            dist.barrier()
     tokenizer = policies.load_tokenizer(path)
     stops, config = policies.stop_tokens(path, tokenizer), AutoConfig.from_pretrained(path)
     room = config.max_position_embeddings - args.max_tokens
@@ -292,7 +221,7 @@ def write(file: Path, *records: dict) -> None:
 
 
 def main() -> None:
-    args = parse_args()
+    args = parse_args(__doc__)
     check_args(args)
     device, dtype, policy, reference, tokenizer, engine, train, held_out = setup(args)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.01)
@@ -377,8 +306,8 @@ def main() -> None:
     if RANK == 0:
         policies.save(policy, tokenizer, run / "checkpoint", dtype)
         print(f"\n{len(held_out)} held-out prompts    before           after     (standard error)")
-        for name, (mean, error) in first.items():
-            print(f"{name:>20}  {mean:.3f} ({error:.3f})  {last[name][0]:.3f} ({last[name][1]:.3f})")
+        for name in [name for name in first if name in last]:
+            print(f"{name:>20}  {first[name][0]:.3f} ({first[name][1]:.3f})  {last[name][0]:.3f} ({last[name][1]:.3f})")
         print(f"\n{run}: metrics.jsonl, samples.jsonl, checkpoint/")
     if WORLD > 1:
         dist.destroy_process_group()

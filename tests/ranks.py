@@ -37,7 +37,7 @@ for slot in range(5):  # five prompts on two ranks, of very different lengths
             rows.append({"update": slot * updates // 5, "prompt": prompt, "responses": [responses[g] for g in some],
                          "advantages": advantages[some]})
 
-args = train.parse_args(["--model", "tiny", "--kl", "0.1", "--updates", str(updates), "--grad-clip", "1e9"])
+args = train.parse_args("", ["--model", "tiny", "--kl", "0.1", "--updates", str(updates), "--grad-clip", "1e9"])
 # One step of 1 is the gradient. Several must be small: rounding differences grow with each.
 optimizer = torch.optim.SGD(policy.parameters(), lr=1.0 if updates == 1 else 0.1)
 metrics = train.update(policy, reference, optimizer, rows, args, device)

@@ -30,9 +30,9 @@ def test_several_hundred_thousand_prompts():
 
 
 def test_rlla_reads_every_format(tmp_path):
-    rows = [ROW, {**ROW, "reward_model": {"ground_truth": "<think> t </think>\n<response> r </response>"}}]
+    rows = [ROW, {**ROW, "reward_model": {"ground_truth": "<think> t\u2028 </think>\n<response> r </response>"}}]
     (tmp_path / "a.json").write_text(json.dumps(rows))
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     parsed = [data.rlla(str(tmp_path / name)) for name in ("a.json", "a.jsonl", "a.parquet")]
     assert parsed[0] == parsed[1] == parsed[2]
@@ -69,7 +69,8 @@ def test_held_out_rows(tmp_path):
     assert [e.messages[0]["content"] for e in train] == list("0123456") and len(held_out) == 3
     train, held_out = data.load("rlla", str(tmp_path / "a.json"), str(tmp_path / "a.json"), 0, 4)
     assert len(train) == 10 and len(held_out) == 4
-    with pytest.raises(InputError, match="no rows are left"):
-        data.load("rlla", str(tmp_path / "a.json"), None, 0, 10)
+    for n_eval in (10, 12):
+        with pytest.raises(InputError, match="no rows are left"):
+            data.load("rlla", str(tmp_path / "a.json"), None, 0, n_eval)
     with pytest.raises(InputError, match="makes its own prompts"):
         data.load("tools", str(tmp_path / "a.json"), None, 0, 10)

@@ -96,7 +96,7 @@ def test_a_checkpoints_generation_config_does_not_shape_the_samples(policy, tiny
     """Qwen2.5's has top_k 20, top_p 0.8 and a repetition penalty: they would make the log-probs another policy's."""
     once = hf_engine(policy, tiny).generate(PROMPTS[1:2], 8, [1])
     other = copy.deepcopy(policy)
-    other.generation_config.update(do_sample=True, top_k=2, top_p=0.1, repetition_penalty=2.0, temperature=0.1)
+    other.generation_config.update(do_sample=True, top_k=2, top_p=0.1, min_p=0.5, repetition_penalty=2.0, temperature=0.1)
     assert hf_engine(other, tiny).generate(PROMPTS[1:2], 8, [1]) == once
 
 

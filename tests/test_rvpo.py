@@ -139,6 +139,14 @@ def test_the_trap_of_whitening_soft_min():
     assert (rvpo.advantages(rewards, "rvpo", 1.0)[:3] == 0).all()
 
 
+def test_a_rollout_whose_only_rewards_are_constant_has_no_signal():
+    rewards = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, NAN]])
+    assert rvpo.has_signal(rewards).tolist() == [True, True, False]
+    assert rvpo.advantages(rewards[None], "rvpo", 2.0)[0, 2] == 0
+    unweighted = rvpo.advantages(rewards[None], "rvpo", 2.0, torch.tensor([1.0, 0.0]))
+    assert (unweighted == 0).all()  # only the channel without weight varies
+
+
 def test_opposed_rewards_cancel_in_the_mean_but_not_in_the_soft_min():
     r = torch.tensor([1.0, 1.0, 0.0, 0.0])
     rewards = torch.stack([r, 1 - r], -1)
@@ -188,6 +196,9 @@ def test_bad_rewards_are_refused(rewards):
 def test_integer_rewards_and_bad_settings():
     rewards = torch.tensor([[1, 0], [0, 1], [1, 1], [0, 0]])
     torch.testing.assert_close(rvpo.rvpo_advantage(rewards, 2.0), rvpo.rvpo_advantage(rewards.float(), 2.0))
+    with pytest.raises(ValueError, match="beta"):
+        rvpo.explicit_advantage(rewards, math.inf)
+    torch.testing.assert_close(rvpo.advantages(rewards[None], "rvpo", 2.0), rvpo.advantages(rewards[None].float(), "rvpo", 2.0))
     for beta in (-1.0, NAN):
         with pytest.raises(ValueError, match="beta"):
             rvpo.rvpo_advantage(rewards, beta)
