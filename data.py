@@ -120,6 +120,8 @@ def _rlla_example(row: object, where: str) -> Example:
     reference = reward_model.get("ground_truth") if isinstance(reward_model, dict) else None
     if not isinstance(reference, str) or not reference.strip():
         raise InputError(f'{where} has no reference answer: reward_model must have a text "ground_truth"')
+    # Only the answer counts: in the distilled variant of the data one thought in twenty talks about <tool_call> tags.
+    reference = reference.rpartition("</think>")[2].strip()
     if "<tool_call>" in reference:
         try:
             calls = tool_calls(reference)

@@ -8,6 +8,7 @@ import pyarrow.parquet
 import pytest
 
 import data
+import rewards
 from rewards import InputError
 
 PROMPT = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
@@ -36,7 +37,15 @@ def test_rlla_reads_every_format(tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     parsed = [data.rlla(str(tmp_path / name)) for name in ("a.json", "a.jsonl", "a.parquet")]
     assert parsed[0] == parsed[1] == parsed[2]
-    assert parsed[0][0] == data.Example(PROMPT, CALL) and len(parsed[0]) == 2
+    assert parsed[0][0] == data.Example(PROMPT, CALL.removeprefix("<think> t </think>\n")) and len(parsed[0]) == 2
+
+
+def test_a_thought_about_tags_is_no_tag(tmp_path):
+    """As 17 of the 399 rows of the distilled data have it; ToolRL's own parser would take the thought for the call."""
+    thought = CALL.replace(" t ", " I put the call between <tool_call> tags, and no <response>. ")
+    (tmp_path / "a.json").write_text(json.dumps([{**ROW, "reward_model": {"ground_truth": thought}}]))
+    reference = data.rlla(str(tmp_path / "a.json"))[0].reference
+    assert rewards.score("rlla", [""], [CALL], [reference]).tolist() == [[1, 3]]
 
 
 @pytest.mark.parametrize(("row", "message"), [
