@@ -10,7 +10,6 @@ parsed, never run.
 """
 
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -122,62 +121,41 @@ TAGS = "<think>", "</think>", "<tool_call>", "</tool_call>"
 BRIEF = 200  # characters: enough for a short thought and any call of the task
 
 
-def _blocks(response: str) -> str | None:
-    """The think and tool_call blocks, if each tag is there once and they are in order."""
-    match = BLOCKS.search(response) if all(response.count(tag) == 1 for tag in TAGS) else None
-    return match and match.group()
-
-
-def _call(response: str) -> tuple[str, dict] | None:
+def _call(text: str) -> tuple[str, dict] | None:
     """(name, parameters) of the first call, None if there is none that can be parsed."""
     try:
-        call = tool_calls(response)[0]
+        call = tool_calls(text)[0]
     except ValueError:
         return None
     return (call["name"], call["parameters"]) if isinstance(call.get("parameters"), dict) else None
 
 
-def _compared(score: Callable[[tuple[str, dict], tuple[str, dict]], float]) -> Callable:
-    """A reward from score(the response's call, the reference's call); 0 for a response without a call."""
-
-    def reward(prompts: list[str], responses: list[str], references: list[str]) -> list[float]:
-        pairs = [(_call(response), _call(reference)) for response, reference in zip(responses, references, strict=True)]
-        return [float(score(got, want)) if got else 0.0 for got, want in pairs]
-
-    return reward
-
-
-def well_formed(prompts: list[str], responses: list[str], references: list[str]) -> list[float]:
-    """0 or 1: a think block, a newline, a tool_call block, each tag once; text around them is `clean`'s business."""
-    return [float(_blocks(response) is not None) for response in responses]
-
-
-def clean(prompts: list[str], responses: list[str], references: list[str]) -> list[float]:
-    """0 to 1: the share of the response's characters that is inside the blocks."""
-    return [len(_blocks(r) or "") / max(1, len(r.strip())) for r in responses]
+def tools_channels(response: str, reference: str) -> dict[str, float]:
+    """Every channel of the task `tools`. A response without a call has 0 in the four that are about the call."""
+    call, (true_name, true) = _call(response), _call(reference)
+    name, parameters = call or (None, {})
+    blocks = BLOCKS.search(response) if all(response.count(tag) == 1 for tag in TAGS) else None
+    right = [key for key in true if key in parameters and parameters[key] == true[key]
+             and type(parameters[key]) is type(true[key])]
+    return {
+        "format": float(blocks is not None),  # think, newline, tool_call, each tag once; `clean` sees to text around
+        "tool": float(name == true_name),
+        "arg_names": sum(key in parameters for key in true) / len(true),
+        "arg_values": len(right) / len(true),
+        "no_invented": (call is not None) - sum(key not in true for key in parameters) / max(1, len(parameters)),
+        "clean": len(blocks.group() if blocks else "") / max(1, len(response.strip())),  # share that is in the blocks
+        "brief": min(1.0, max(0.0, 2 - len(response) / BRIEF)),  # falls to 0 at twice BRIEF
+    }
 
 
-def brief(prompts: list[str], responses: list[str], references: list[str]) -> list[float]:
-    """1 up to BRIEF characters, falling to 0 at twice as many."""
-    return [min(1.0, max(0.0, 2 - len(response) / BRIEF)) for response in responses]
+def _tools_reward(name: str) -> Reward:
+    return Reward(name, lambda prompts, responses, references: [
+        tools_channels(response, reference)[name] for response, reference in zip(responses, references, strict=True)])
 
 
-def _same(a: object, b: object) -> bool:
-    return type(a) is type(b) and a == b
-
-
+TOOLS_CHANNELS = "format", "tool", "arg_names", "arg_values", "no_invented", "clean", "brief"
 TASKS: dict[str, list[Reward]] = {
-    "tools": [
-        Reward("format", well_formed),
-        Reward("tool", _compared(lambda got, want: got[0] == want[0])),
-        Reward("arg_names", _compared(lambda got, want: sum(k in got[1] for k in want[1]) / len(want[1]))),
-        Reward("arg_values", _compared(
-            lambda got, want: sum(k in got[1] and _same(got[1][k], v) for k, v in want[1].items()) / len(want[1]))),
-        Reward("no_invented", _compared(
-            lambda got, want: 1 - sum(k not in want[1] for k in got[1]) / max(1, len(got[1])))),
-        Reward("clean", clean),
-        Reward("brief", brief),
-    ],
+    "tools": [_tools_reward(name) for name in TOOLS_CHANNELS],
     "rlla": [Reward("format", toolrl_format), Reward("correctness", toolrl_correctness, full=3.0)],
 }
 
@@ -188,10 +166,12 @@ def score(task: str, prompts: list[str], responses: list[str], references: list[
     columns = []
     for name, fn, _ in TASKS[task]:
         values = fn(prompts, responses, references)
+        if not isinstance(values, (list, tuple, np.ndarray)):
+            raise InputError(f"reward '{name}' returned {str(values)[:40]}: return a list, one number for each response")
         if len(values) != len(responses):
             raise InputError(f"reward '{name}' returned {len(values)} values for {len(responses)} responses")
         for i, value in enumerate(values):
-            if not isinstance(value, (int, float, np.number, np.bool_)) or math.isinf(value):
+            if not isinstance(value, (int, float, np.number, np.bool_)) or abs(value) > 1e300:
                 raise InputError(f"reward '{name}' returned {value!r} for response {i}: return a finite number, or NaN "
                                  "if it is missing")
         columns.append(np.asarray(values, dtype=np.float64))

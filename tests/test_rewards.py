@@ -64,7 +64,7 @@ def test_toolrl_format(reference, response, expected):
 
 def test_format_takes_linear_time():
     soup = "<think>" * 50_000 + "</think>\n<tool_call>\n" + "</think>\n" * 50_000 + "</tool_call>"
-    assert rewards.toolrl_format([""], [soup], [CALL]) == [1] and rewards.well_formed([""], [soup], [CALL]) == [0]
+    assert rewards.toolrl_format([""], [soup], [CALL]) == [1] and rewards.tools_channels(soup, CALL)["format"] == 0
 
 
 NAMES = [reward.name for reward in rewards.TASKS["tools"]]
@@ -97,7 +97,7 @@ def test_reference_answers_satisfy_every_channel():
         assert rewards.satisfied(task, rewards.score(task, [""] * 200, answers, answers)).all()
 
 
-@pytest.mark.parametrize("values", [[1.0], [1.0, None], [1.0, "1"], [1.0, math.inf], [[1.0], [1.0]]])
+@pytest.mark.parametrize("values", [[1.0], [1.0, None], [1.0, "1"], [1.0, math.inf], [1.0, 10**400], [[1.0], [1.0]], None, 1.0])
 def test_a_bad_reward_is_named(monkeypatch, values):
     monkeypatch.setitem(rewards.TASKS, "tools", [Reward("mine", lambda prompts, responses, references: values)])
     with pytest.raises(InputError, match="reward 'mine' returned"):
