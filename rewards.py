@@ -167,7 +167,7 @@ def score(task: str, prompts: list[str], responses: list[str], references: list[
     for name, fn, _ in TASKS[task]:
         values = fn(prompts, responses, references)
         if not isinstance(values, (list, tuple, np.ndarray)):
-            raise InputError(f"reward '{name}' returned {str(values)[:40]}: return a list, one number for each response")
+            raise InputError(f"reward '{name}' returned {str(values)[:40]}: return a list, one number a response")
         if len(values) != len(responses):
             raise InputError(f"reward '{name}' returned {len(values)} values for {len(responses)} responses")
         for i, value in enumerate(values):

@@ -7,6 +7,7 @@ min_p would make the log-probs below those of another distribution, and bias the
 import hashlib
 import importlib.util
 import os
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,6 +55,7 @@ class VLLMEngine:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else all threads share one core
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")  # GiB
+        warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")  # about its own imports
         from vllm import LLM
 
         self.tokenizer, self.stops = tokenizer, stops
