@@ -5,6 +5,7 @@ for ToolRL's output format: <think>..</think>, then a <tool_call> block of JSON 
 """
 
 import hashlib
+import http.client
 import json
 import random
 import urllib.error
@@ -93,6 +94,7 @@ RLLA_URL = "https://raw.githubusercontent.com/qiancheng0/ToolRL/main/dataset/rll
 
 def _rows(path: str) -> list[dict]:
     """The rows of a .parquet, .jsonl or .json file (a list of objects). An URL is downloaded."""
+    where = path
     try:
         if path.startswith(("http://", "https://")):
             path, _ = urllib.request.urlretrieve(path)
@@ -100,14 +102,19 @@ def _rows(path: str) -> list[dict]:
             import pyarrow.parquet
 
             return pyarrow.parquet.read_table(path).to_pylist()
-        text = Path(path).read_text()
+        text = Path(path).read_text(encoding="utf-8-sig")
         if text.lstrip().startswith("["):
             return json.loads(text)
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
-    except urllib.error.URLError as error:
-        raise InputError(f"{path} could not be downloaded ({error.reason}): name a local copy with --data") from error
+        rows = []
+        for number, line in enumerate(text.split("\n"), start=1):
+            where = f"{path}, line {number}"
+            if line.strip():
+                rows.append(json.loads(line))
+        return rows
+    except (urllib.error.URLError, http.client.HTTPException) as error:
+        raise InputError(f"{path} could not be downloaded ({error}): name a local copy with --data") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read as parquet, JSON or JSONL: {error}") from error
+        raise InputError(f"{where} cannot be read as parquet, JSON (a list) or JSONL: {error}") from error
 
 
 def _rlla_example(row: object, where: str) -> Example:
@@ -148,10 +155,13 @@ def load(task: str, data: str | None, eval_data: str | None, n_train: int,
     if eval_data or not data:
         held_out = rlla(eval_data or RLLA_URL.format(split="test"))[:n_eval]
         train = rlla(data or RLLA_URL.format(split="train"))
+        if not held_out and n_eval:
+            raise InputError(f"{eval_data} has no rows to evaluate on")
     else:
         rows = rlla(data)
         cut = max(0, len(rows) - n_eval)
         train, held_out = rows[:cut], rows[cut:]
     if not train:
-        raise InputError(f"{data}: no rows are left for training after {n_eval} were held out; lower --eval-prompts")
+        raise InputError(f"{data}: no rows are left for training after {len(held_out)} were held out; give more rows, "
+                         "or lower --eval-prompts")
     return train, held_out

@@ -1,12 +1,13 @@
 """The policy: finding and loading it, its log-probs of responses, and the checkpoint it leaves behind."""
 
+import contextlib
 import importlib.util
 import os
-import shutil
 import tempfile
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -23,6 +24,18 @@ from rewards import InputError
 transformers_logging.disable_progress_bar()
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rvpo"
+
+
+@contextlib.contextmanager
+def readable(name: str):
+    """Whatever a broken checkpoint raises, of a dozen kinds from half a dozen libraries, becomes one InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or "no reason given").splitlines()[0]
+        raise InputError(f"--model {name} cannot be loaded ({type(error).__name__}: {reason})") from error
 
 
 def resolve(name: str) -> Path:
@@ -49,6 +62,8 @@ def resolve(name: str) -> Path:
     if not (path / "config.json").is_file() or not [*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")]:
         raise InputError(f"--model {name}: {path} needs a config.json and weights (*.safetensors); name the directory "
                          "of a checkpoint, such as runs/NAME/checkpoint")
+    for file in path.glob("*.safetensors"):
+        safe_open(file, "pt")  # reads the header: a truncated file is found before anything is loaded
     return path
 
 
@@ -69,12 +84,10 @@ def _cached(name: str, make) -> Path:
     """CACHE/name, made by make(directory) if it is not there. Renamed into place, so it is whole or absent."""
     if not (CACHE / name).is_dir():
         CACHE.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(dir=CACHE))
-        make(part)
-        try:
-            part.rename(CACHE / name)
-        except OSError:  # another process was first
-            shutil.rmtree(part)
+        with tempfile.TemporaryDirectory(dir=CACHE) as part:
+            make(Path(part) / name)
+            with contextlib.suppress(OSError):  # another process was first
+                (Path(part) / name).rename(CACHE / name)
     return CACHE / name
 
 
@@ -111,6 +124,8 @@ def _make_tiny(out: Path) -> None:
 
 def load_tokenizer(path: Path):
     tokenizer = AutoTokenizer.from_pretrained(path)
+    if "hello" not in tokenizer.decode(tokenizer("hello").input_ids):  # transformers makes do with an empty one
+        raise InputError(f"{path}: the tokenizer cannot encode 'hello'; is its tokenizer.json missing?")
     if tokenizer.chat_template is None:
         raise InputError(f"{path}: the tokenizer has no chat template, so a chat cannot become a prompt: choose a "
                          "model that has one")
@@ -135,7 +150,11 @@ def stop_tokens(path: Path, tokenizer) -> list[int]:
 def load(path: Path, device: torch.device, dtype: torch.dtype = torch.float32):
     """The model without dropout: its log-probs must be those of the policy that sampled. The mask of `response_logp`
     needs sdpa attention."""
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa").to(device).eval()
+    model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa",
+                                                       output_loading_info=True)
+    if info["missing_keys"]:  # transformers fills them with random numbers
+        raise InputError(f"{path} lacks weights that its config.json asks for, {min(info['missing_keys'])} for one")
+    return model.to(device).eval()
 
 
 def response_logp(model, prompt: list[int], responses: list[list[int]], temperature: float) -> Tensor:

@@ -2,8 +2,8 @@
 
 import argparse
 import math
+import re
 import time
-from pathlib import Path
 
 import rvpo
 from rewards import TASKS, InputError
@@ -17,14 +17,20 @@ PRESETS = {
 SMALLEST = {"steps": 1, "group": 2, "prompts": 1, "updates": 1, "max_tokens": 1, "tokens_per_microbatch": 1,
             "warmup": 0, "eval_every": 0, "eval_prompts": 0, "seed": 0, "kl": 0, "is_cap": 0, "lr": 0, "clip_low": 0,
             "clip_high": 0, "temperature": 0.01, "grad_clip": 1e-6, "gpu_memory": 0.01}
+LARGEST = {"clip_low": 1, "gpu_memory": 1}
 
 
 def parse_args(description: str, argv: list[str] | None = None) -> argparse.Namespace:
-    model = argparse.ArgumentParser(add_help=False)
+    def fail(message: str) -> None:
+        raise InputError(f"{message}; see --help")
+
+    model = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     model.add_argument("--model", default="smollm2", help="smollm2, tiny, a hub id, a directory or a GGUF file")
+    model.error = fail
     preset = PRESETS.get(model.parse_known_args(argv)[0].model, {})
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     parents=[model])
+                                     parents=[model], allow_abbrev=False)
+    parser.error = fail
 
     def option(group, name: str, default, text: str) -> None:
         kind, default = str if default is None else type(default), preset.get(name, default)
@@ -68,8 +74,10 @@ def check_args(args: argparse.Namespace) -> None:
         if getattr(args, name) not in known:
             raise InputError(f"--{name} {getattr(args, name)}: choose one of {', '.join(filter(None, known))}")
     for name, low in SMALLEST.items():
-        if not low <= getattr(args, name) < math.inf:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be finite and at least {low}")
+        high = LARGEST.get(name, math.inf)
+        if not (low <= getattr(args, name) <= high and math.isfinite(getattr(args, name))):
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {low}"
+                             + (f" and at most {high}" if name in LARGEST else " and finite"))
     if args.updates > args.prompts:
         raise InputError(f"--updates {args.updates}: at most --prompts ({args.prompts}), each has prompts of its own")
     try:
@@ -80,5 +88,5 @@ def check_args(args: argparse.Namespace) -> None:
         raise InputError("--beta inf: the explicit penalty, mean - beta * variance, needs a finite beta")
     args.engine = check_engine(args.engine)
     args.name = args.name or f"{args.task}-{args.agg}-{time.strftime('%m%d-%H%M%S')}"
-    if (Path("runs") / args.name).exists():
-        raise InputError(f"runs/{args.name} exists: choose another --name, or delete it")
+    if not re.fullmatch(r"\w[\w.-]{0,99}", args.name):
+        raise InputError(f"--name {args.name}: at most 100 letters, digits, '.', '-', '_'; results go to runs/NAME")

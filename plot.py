@@ -25,7 +25,9 @@ def read(run: Path) -> tuple[list[dict], list[dict]]:
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     except (OSError, ValueError) as error:
         sys.exit(f"error: {run / 'metrics.jsonl'} cannot be read: {error}")
-    return [line for line in lines if "eval" not in line], [line for line in lines if "eval" in line]
+    if not any("channels" in line for line in lines):
+        sys.exit(f"error: {run / 'metrics.jsonl'} holds no training step yet")
+    return [line for line in lines if "channels" in line], [line for line in lines if "eval" in line]
 
 
 def plot(runs: list[Path], out: Path) -> None:
@@ -44,7 +46,7 @@ def plot(runs: list[Path], out: Path) -> None:
             points = [(line["step"], *line["eval"][panel]) for line in evals if panel in line["eval"]]
             if points:
                 at, mean, error = zip(*points, strict=True)
-                axis.errorbar(at, mean, error, color=f"C{color}", fmt="o", markersize=4, capsize=3)
+                axis.errorbar(at, mean, [e or 0 for e in error], color=f"C{color}", fmt="o", markersize=4, capsize=3)
         low, high = axis.get_ylim()
         if panel in [*channels, "joint"] and low > -0.2 and high < 1.2:
             axis.set_ylim(-0.03, 1.03)
@@ -65,5 +67,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, help="the PNG (default: plot.png in the first run)")
     args = parser.parse_args()
     out = args.out or args.runs[0] / "plot.png"
+    if out.suffix != ".png" or not out.parent.is_dir():
+        sys.exit(f"error: --out {out}: name a .png file in a directory that exists")
     plot(args.runs, out)
     print(out)

@@ -160,9 +160,19 @@ TASKS: dict[str, list[Reward]] = {
 }
 
 
+def _is_number(value: object) -> bool:
+    """NaN is one. Beyond 1e100 squares overflow, and the channel would lose its signal without a word."""
+    if isinstance(value, int):  # also True and False
+        return abs(value) <= 10**100
+    return isinstance(value, (float, np.integer, np.floating, np.bool_)) and not abs(float(value)) > 1e100
+
+
 def score(task: str, prompts: list[str], responses: list[str], references: list[str]) -> np.ndarray:
     """(N, K) float64, one row a response, one column a reward of the task. Raises InputError naming a reward that does
     not return one number or NaN for each response."""
+    names = ["joint", *(reward.name for reward in TASKS[task])]  # "joint" is what evaluation calls all of them
+    if len(set(names)) < len(names):
+        raise InputError(f"task {task}: each reward needs a name of its own, other than 'joint', got {names[1:]}")
     columns = []
     for name, fn, _ in TASKS[task]:
         values = fn(prompts, responses, references)
@@ -171,7 +181,7 @@ def score(task: str, prompts: list[str], responses: list[str], references: list[
         if len(values) != len(responses):
             raise InputError(f"reward '{name}' returned {len(values)} values for {len(responses)} responses")
         for i, value in enumerate(values):
-            if not isinstance(value, (int, float, np.number, np.bool_)) or abs(value) > 1e300:
+            if not _is_number(value):
                 raise InputError(f"reward '{name}' returned {value!r} for response {i}: return a finite number, or NaN "
                                  "if it is missing")
         columns.append(np.asarray(values, dtype=np.float64))

@@ -167,7 +167,7 @@ def whiten(scores: Tensor, signal: Tensor, eps: float = EPS) -> Tensor:
 def advantages(rewards: Tensor, agg: str, beta: float, weights: Tensor | None = None) -> Tensor:
     """Steps 1 to 3: raw rewards (P, G, K) of the whole batch -> advantages (P, G). agg: a key of AGGREGATIONS."""
     if weights is not None:  # a channel without weight is no signal either
-        rewards = rewards.masked_fill(weights.unsqueeze(-2) == 0, math.nan)
+        rewards = _check(rewards).masked_fill(torch.as_tensor(weights).unsqueeze(-2) == 0, math.nan)
     return whiten(AGGREGATIONS[agg](rewards, beta, weights), has_signal(rewards))
 
 
@@ -226,10 +226,11 @@ def policy_loss(logp: Tensor, old_logp: Tensor, sampler_logp: Tensor, advantage:
     importance weight min(exp(old_logp - sampler_logp), is_cap); is_cap = 0 leaves it out.
     Returns the loss and sums over tokens for the log: clipped tokens, importance weights, |old_logp - sampler_logp|.
     """
-    ratio = (logp - old_logp).exp()
+    # Forced tokens may have any sampler_logp, NaN too: masked before exp, or NaN * 0 would come through.
+    ratio = torch.where(mask > 0, logp - old_logp, 0.0).clamp(-20, 20).exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     gain = torch.minimum(ratio * advantage, clipped * advantage)
-    gap = old_logp - sampler_logp
+    gap = torch.where(mask > 0, old_logp - sampler_logp, 0.0)
     weight = gap.exp().clamp(max=is_cap) if is_cap > 0 else torch.ones_like(gap)
     loss = -(weight * gain * mask).sum() / n_tokens
     return loss, {
@@ -241,5 +242,5 @@ def policy_loss(logp: Tensor, old_logp: Tensor, sampler_logp: Tensor, advantage:
 
 def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
     """Per-token estimate of KL(policy || reference), never negative: Schulman's k3, exp(x) - x - 1, x = ref - logp."""
-    x = ref_logp - logp
+    x = (ref_logp - logp).clamp(-20, 20)
     return x.exp() - x - 1

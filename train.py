@@ -19,6 +19,7 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import jinja2
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -41,9 +42,13 @@ def encode(tokenizer, examples: list[data.Example], limit: int) -> list[tuple[li
     """(token ids, example) of each prompt. Raises InputError for one of more than `limit` tokens."""
     encoded = []
     for i, example in enumerate(examples):
-        ids = tokenizer.apply_chat_template(example.messages, add_generation_prompt=True, return_dict=False)
-        if len(ids) > limit:
-            raise InputError(f"prompt {i} has {len(ids)} tokens, and beside --max-tokens the model's context has room "
+        prompt = f"prompt {i} ('...{example.messages[-1]['content'][-40:]!a}')"
+        try:
+            ids = tokenizer.apply_chat_template(example.messages, add_generation_prompt=True, return_dict=False)
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise InputError(f"{prompt} does not go through the model's chat template: {error}") from error
+        if not 0 < len(ids) <= limit:
+            raise InputError(f"{prompt} has {len(ids)} tokens, and beside --max-tokens the model's context has room "
                              f"for {limit}: leave it out of the data, or lower --max-tokens")
         encoded.append((ids, example))
     return encoded
@@ -174,21 +179,24 @@ def setup(args: argparse.Namespace):
     train, held_out = data.load(args.task, args.data, args.eval_data, args.steps * args.prompts, args.eval_prompts)
     # A faulty reward is found now, and not after the model is loaded.
     scoring.score(args.task, [train[0].messages[-1]["content"]] * 2, ["", train[0].reference], [train[0].reference] * 2)
-    path = policies.resolve(args.model)
+    with policies.readable(args.model):
+        path = policies.resolve(args.model)
+        tokenizer = policies.load_tokenizer(path)
+        stops, config = policies.stop_tokens(path, tokenizer), AutoConfig.from_pretrained(path)
+        room = config.max_position_embeddings - args.max_tokens
+    if room < 1:
+        raise InputError(f"--max-tokens {args.max_tokens}: the model's context has no room for a prompt beside them")
+    train, held_out = encode(tokenizer, train, room), encode(tokenizer, held_out, room)
+    longest = max(len(ids) for ids, _ in train + held_out) + args.max_tokens
     device = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if WORLD > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    tokenizer = policies.load_tokenizer(path)
-    stops, config = policies.stop_tokens(path, tokenizer), AutoConfig.from_pretrained(path)
-    room = config.max_position_embeddings - args.max_tokens
-    train, held_out = encode(tokenizer, train, room), encode(tokenizer, held_out, room)
-    longest = max(len(ids) for ids, _ in train + held_out) + args.max_tokens
-
-    policy = policies.load(path, device)
-    frozen = torch.bfloat16 if device.type == "cuda" else torch.float32
-    reference = policies.load(path, device, frozen) if args.kl else None
+    with policies.readable(args.model):
+        policy = policies.load(path, device)
+        frozen = torch.bfloat16 if device.type == "cuda" else torch.float32
+        reference = policies.load(path, device, frozen) if args.kl else None
     if args.engine == "vllm":
         engine = rollout.VLLMEngine(path, tokenizer, stops, longest, args.temperature, args.max_tokens, args.seed,
                                     args.gpu_memory)
@@ -208,12 +216,14 @@ def versions() -> dict[str, str | None]:
 
 
 def write(file: Path, *records: dict) -> None:
-    """Append JSON lines, on rank 0. A missing number is null: NaN is no JSON."""
+    """Append JSON lines, on rank 0. NaN and infinity, which are no JSON, become null."""
 
     def plain(value):
         if isinstance(value, dict):
             return {key: plain(x) for key, x in value.items()}
-        return None if isinstance(value, float) and math.isnan(value) else value
+        if isinstance(value, (list, tuple)):
+            return [plain(x) for x in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
 
     if RANK == 0:
         with file.open("a") as out:
@@ -223,12 +233,23 @@ def write(file: Path, *records: dict) -> None:
 def main() -> None:
     args = parse_args(__doc__)
     check_args(args)
-    device, dtype, policy, reference, tokenizer, engine, train, held_out = setup(args)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.01)
-    engine.push(policy)
     run = Path("runs") / args.name
     if RANK == 0:
-        run.mkdir(parents=True)
+        try:
+            run.mkdir(parents=True)
+        except FileExistsError as error:
+            raise InputError(f"{run} exists: choose another --name, or delete it") from error
+        except OSError as error:
+            raise InputError(f"{run} cannot be made: {error}") from error
+    try:
+        device, dtype, policy, reference, tokenizer, engine, train, held_out = setup(args)
+    except InputError:
+        if RANK == 0:
+            run.rmdir()
+        raise
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.01)
+    engine.push(policy)
+    if RANK == 0:
         config = {**vars(args), "world_size": WORLD, "device": str(device), "versions": versions()}
         (run / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     names, beta_schedule = [reward.name for reward in scoring.TASKS[args.task]], rvpo.parse_beta(args.beta)

@@ -97,11 +97,19 @@ def test_reference_answers_satisfy_every_channel():
         assert rewards.satisfied(task, rewards.score(task, [""] * 200, answers, answers)).all()
 
 
-@pytest.mark.parametrize("values", [[1.0], [1.0, None], [1.0, "1"], [1.0, math.inf], [1.0, 10**400], [[1.0], [1.0]], None, 1.0])
+@pytest.mark.parametrize("values", [[1.0], [1.0, None], [1.0, "1"], [1.0, math.inf], [1.0, 10**400], [1.0, np.float32(math.inf)], [1.0, 1j], [[1.0], [1.0]], None, 1.0])
 def test_a_bad_reward_is_named(monkeypatch, values):
     monkeypatch.setitem(rewards.TASKS, "tools", [Reward("mine", lambda prompts, responses, references: values)])
     with pytest.raises(InputError, match="reward 'mine' returned"):
         rewards.score("tools", ["", ""], ["", ""], ["", ""])
+
+
+def test_reward_names_are_their_own(monkeypatch):
+    constant = lambda p, r, ref: [0.0] * len(r)  # noqa: E731
+    for names in (["a", "a"], ["joint"]):
+        monkeypatch.setitem(rewards.TASKS, "tools", [Reward(name, constant) for name in names])
+        with pytest.raises(InputError, match="a name of its own"):
+            rewards.score("tools", [""], [""], [""])
 
 
 def test_missing_rewards(monkeypatch):

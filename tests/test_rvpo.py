@@ -230,6 +230,8 @@ def test_policy_loss_by_hand():
     assert stats["sampler_gap"].item() == pytest.approx(math.log(10))
     loss.backward()
     torch.testing.assert_close(logp.grad, torch.tensor([-0.1, 0.0, -0.05, 0.15, 0.0, 0.0]))
+    forced, _ = rvpo.policy_loss(logp, old, sampler.masked_fill(mask == 0, NAN), advantage, mask, 10, 0.2, 0.3, is_cap=2.0)
+    assert forced.item() == loss.item()  # what an engine reports for a forced token does not matter
     uncorrected, _ = rvpo.policy_loss(logp, old, sampler, advantage, mask, 10, 0.2, 0.3, is_cap=0)
     assert uncorrected.item() == pytest.approx(-(1 + 1.3 + 0.5 - 1.5 - 0.8) / 10)
 

@@ -3,13 +3,14 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import ROOT
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import model
 import rewards
@@ -189,25 +190,52 @@ def test_vllm_on_two_ranks_and_its_checkpoint(tmp_path):
 @pytest.mark.parametrize(("args", "message"), [
     (["--task", "x"], "--task x: choose one of tools, rlla"), (["--agg", "x"], "--agg x: choose one of rvpo"),
     (["--engine", "x"], "--engine x: choose one of vllm, hf"), (["--beta", "x"], "beta 'x' is neither"),
-    (["--group", 1], "--group 1: must be finite and at least 2"), (["--prompts", 0], "--prompts 0: must be finite and at least 1"),
+    (["--group", 1], "--group 1: must be at least 2 and finite"), (["--prompts", 0], "--prompts 0: must be at least 1"),
     (["--temperature", 0], "--temperature 0.0: must be"), (["--lr", "nan"], "--lr nan"),
     (["--kl", -1], "--kl -1.0"), (["--updates", 3], "--updates 3: at most --prompts"),
-    (["--name", "there"], "runs/there exists"),
+    (["--name", "there"], "runs/there exists"), (["--name", "a/b"], "--name a/b: at most 100 letters"),
     (["--data", "x.json"], "makes its own prompts"), (["--task", "rlla", "--data", "x.json"], "x.json cannot be read"),
     (["--task", "rlla", "--data", "bad.json"], "row 1 has no prompt"), (["--model", "./x"], "--model ./x: no such file"),
     (["--model", "nothing"], "--model nothing: no such file"), (["--model", "./empty"], "needs a config.json and weights"),
-    (["--max-tokens", 4000], "prompt 0 has"), (["--seed", -1], "--seed -1"), (["--steps", 0], "--steps 0: must be"),
+    (["--max-tokens", 4000], "has room for 96"), (["--max-tokens", 5000], "no room for a prompt"), (["--gpu-memory", 2], "at most 1"),
+    (["--step", 3], "unrecognized arguments: --step"), (["--steps", "1e3"], "invalid int value"), (["--agg", "explicit", "--beta", "inf"], "finite beta"),
+    (["--model", "./json"], "./json cannot be loaded"), (["--model", "./cut"], "./cut cannot be loaded"),
+    (["--model", "./wordless"], "is its tokenizer.json missing?"), (["--task", "rlla", "--data", "odd.json"], "chat template"),
+    (["--task", "rlla", "--data", "good.json", "--eval-data", "none.json"], "no rows to evaluate on"), (["--seed", -1], "--seed -1"), (["--steps", 0], "--steps 0: must be"),
 ])
 def test_bad_input(monkeypatch, tmp_path, args, message):
     (tmp_path / "runs/there").mkdir(parents=True)
     (tmp_path / "empty").mkdir()
     good = {"prompt": [{"role": "user", "content": "u"}], "reward_model": {"ground_truth": "g"}}
     (tmp_path / "bad.json").write_text(json.dumps([good, {}]))
+    (tmp_path / "good.json").write_text(json.dumps([good] * 9))
+    (tmp_path / "none.json").write_text("[]")
+    (tmp_path / "odd.json").write_text(json.dumps([{**good, "prompt": [{"role": "user", "content": "\ud800"}]}] * 9))
+    for broken in ("json", "cut", "wordless"):
+        shutil.copytree(model.resolve("tiny"), tmp_path / broken)
+    (tmp_path / "json" / "config.json").write_text("no json")
+    (tmp_path / "cut" / "model.safetensors").write_bytes((tmp_path / "json" / "model.safetensors").read_bytes()[:1000])
+    (tmp_path / "wordless" / "tokenizer.json").unlink()
     monkeypatch.setattr(model, "load", lambda *args: pytest.fail("the model was loaded"))
     with pytest.raises(InputError) as error:
         run(monkeypatch, tmp_path, *args)
     assert message in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "runs/a").exists()
+
+
+def test_a_checkpoint_without_some_weights(monkeypatch, tmp_path):
+    """transformers would train with random ones in their place."""
+    shutil.copytree(model.resolve("tiny"), tmp_path / "holes")
+    weights = load_file(tmp_path / "holes/model.safetensors")
+    save_file({key: value for key, value in weights.items() if "layers.3" not in key}, tmp_path / "holes/model.safetensors")
+    with pytest.raises(InputError, match="lacks weights that its config.json asks for, model.layers.3"):
+        run(monkeypatch, tmp_path, "--model", "./holes")
+
+
+def test_runs_cannot_be_made(monkeypatch, tmp_path):
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(InputError, match="runs/a"):
+        run(monkeypatch, tmp_path)
 
 
 def test_a_bad_reward_is_found_before_the_model_is_loaded(monkeypatch, tmp_path):
