@@ -130,7 +130,7 @@ def test_groups_without_signal_get_exactly_zero_and_stay_out(rewards, agg, beta)
 
 
 def test_the_trap_of_whitening_soft_min():
-    """8 prompts x 8 rollouts x 2 binary rewards: counting constant groups in would pay them about +0.25 at beta 1."""
+    """8 prompts x 8 rollouts x 2 binary rewards: counting constant groups in would pay them about +0.2 at beta 1."""
     rewards = torch.randint(0, 2, (8, 8, 2), generator=torch.Generator().manual_seed(0)).float()
     rewards[:3] = 1.0
     scores = rvpo.rvpo_advantage(rewards, 1.0)
