@@ -330,7 +330,7 @@ def main() -> None:
         for name in [name for name in first if name in last]:
             print(f"{name:>20}  {first[name][0]:.3f} ({first[name][1]:.3f})  {last[name][0]:.3f} ({last[name][1]:.3f})")
         print(f"\n{run}: metrics.jsonl, samples.jsonl, checkpoint/")
-    if WORLD > 1:
+    if WORLD > 1 and args.engine == "hf":  # vLLM ends the process group itself, at exit
         dist.destroy_process_group()
 
 

@@ -27,7 +27,7 @@ def command(*args, cwd, ranks: int = 1, script: str = "train.py"):
                                                     f"--nproc_per_node={ranks}"]
     result = subprocess.run([*launcher, str(ROOT / script), *map(str, args)], cwd=cwd, capture_output=True, text=True,
                             env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert result.returncode == 0 and "Traceback" not in result.stderr, result.stdout[-3000:] + result.stderr[-3000:]
     return result.stdout
 
 
