@@ -59,7 +59,7 @@ def resolve(name: str) -> Path:
         return _cached(f"{path.stem}-{stat.st_size}-{int(stat.st_mtime)}", lambda out: _convert_gguf(path, out))
     if not path.is_dir():
         path = _download(name)
-    if not (path / "config.json").is_file() or not [*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")]:
+    if not (path / "config.json").is_file() or not [*path.glob("*.safetensors")]:  # no pickles
         raise InputError(f"--model {name}: {path} needs a config.json and weights (*.safetensors); name the directory "
                          "of a checkpoint, such as runs/NAME/checkpoint")
     for file in path.glob("*.safetensors"):
@@ -86,7 +86,7 @@ def _cached(name: str, make) -> Path:
         CACHE.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=CACHE) as part:
             make(Path(part) / name)
-            with contextlib.suppress(OSError):  # another process was first
+            with contextlib.suppress(OSError):  # another process was first, and its directory is there
                 (Path(part) / name).rename(CACHE / name)
     return CACHE / name
 
