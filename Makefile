@@ -10,7 +10,7 @@ test: .venv/ready
 	.venv/bin/ruff check .
 	.venv/bin/python -m pytest -q
 
-# Made again whenever the list changes. uv only because it installs the list four times as fast as pip.
+# Made again whenever the list changes. uv only because it installs the list in a fraction of pip's time.
 .venv/ready: requirements-cpu.txt
 	$(PYTHON) -m venv --clear .venv
 	.venv/bin/python -m pip install -q torch==2.13.0 uv

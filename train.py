@@ -4,8 +4,8 @@
     torchrun --nproc_per_node=8 train.py --model Qwen/Qwen2.5-7B --agg rvpo      # one node with 8 GPUs
 
 Kept from GRPO: G rollouts a prompt instead of a critic, the clipped ratio, an optional KL penalty. Each rank samples
-and updates on its own share of the step's prompts; rewards are gathered, so that every number below is the same for
-any number of ranks.
+and updates on its own share of the step's prompts; rewards are gathered, so that every number below is, but for
+rounding, the same for any number of ranks.
 """
 
 import argparse

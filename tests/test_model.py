@@ -58,7 +58,7 @@ def test_stop_tokens(tiny):
 
 
 def test_the_default_model_converts_from_its_package():
-    """Real weights: SmolLM2 prefers an answer in its own language's order."""
+    """Real weights: Paris is likelier than Lima or cheese."""
     path = model.resolve("smollm2")
     assert AutoConfig.from_pretrained(path).max_position_embeddings == 8192
     tokenizer, policy = model.load_tokenizer(path), model.load(path, torch.device("cpu"))

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from conftest import ROOT
@@ -131,6 +132,17 @@ def test_files_of_a_run(monkeypatch, tmp_path, graded):
     assert abs(sum(first)) < 1e-4 and abs(torch.tensor(first).std() - 1) < 1e-2
     start = load_file(model.resolve("tiny") / "model.safetensors")
     assert weights.keys() == start.keys() and all(not torch.equal(weights[key], start[key]) for key in weights)
+
+
+def test_plot_of_two_runs(monkeypatch, tmp_path, graded):
+    for name in ("a", "b"):
+        run(monkeypatch, tmp_path, "--max-tokens", 16, name=name)
+    assert command("runs/a", "runs/b", "--out", "both.png", cwd=tmp_path, script="plot.py") == "both.png\n"
+    height, width, _ = plt.imread(tmp_path / "both.png").shape
+    assert height > 200 and width > 1000  # vowels, short, joint, gradient norm, advantage std side by side
+    (tmp_path / "runs/a/metrics.jsonl").write_text("")
+    result = subprocess.run([sys.executable, ROOT / "plot.py", "runs/a"], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 1 and result.stderr == "error: runs/a/metrics.jsonl holds no training step yet\n"
 
 
 OPTIONS = [["--agg", "gdpo"], ["--beta", 5], ["--group", 5], ["--prompts", 3], ["--updates", 2], ["--is-cap", 0.5],
