@@ -1,26 +1,64 @@
-"""Prompts with their reference answers, from a task's name.
+"""Prompts with what their responses are scored by, from a task's name.
 
 `tools` is built in and generated: real text, no download. `rlla` is ToolRL's data set in its public schema. Both ask
-for ToolRL's output format: <think>..</think>, then a <tool_call> block of JSON lines.
+for ToolRL's output format: <think>..</think>, then a <tool_call> block of JSON lines. `rar-medicine`, `rar-science`
+(Rubrics as Rewards, arXiv 2507.17746) and `rubric` (a file of your own) have criteria for a judge instead.
 """
 
+import csv
 import hashlib
 import http.client
+import io
 import json
+import math
 import random
-import urllib.error
+import re
 import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
+import jinja2
+import numpy as np
+
 from rewards import InputError, tool_calls
 
 
+class Criterion(NamedTuple):
+    text: str  # the item that the judge decides
+    label: str  # criteria with the same label are one line in the logs
+    weight: float = 1.0  # in the soft-min
+    pitfall: bool = False  # the item is a mistake: meeting it is bad
+
+
 class Example(NamedTuple):
-    """messages: the chat so far, [{role, content}]. reference: what the task's rewards compare a response with."""
+    """messages: the chat so far, [{role, content}]. reference: what rule-based rewards compare a response with.
+    criteria: what a judge decides, each a reward channel of this prompt's group."""
 
     messages: list[dict[str, str]]
-    reference: str
+    reference: str = ""
+    criteria: tuple[Criterion, ...] = ()
+
+
+def encode(tokenizer, examples: list[Example], limit: int) -> list[tuple[list[int], Example]]:
+    """(token ids, example) of each prompt. Raises InputError for one of more than `limit` tokens."""
+    encoded = []
+    for i, example in enumerate(examples):
+        prompt = f"prompt {i} ('...{example.messages[-1]['content'][-40:]!a}')"
+        try:
+            ids = tokenizer.apply_chat_template(example.messages, add_generation_prompt=True, return_dict=False)
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise InputError(f"{prompt} does not go through the model's chat template: {error}") from error
+        if not 0 < len(ids) <= limit:
+            raise InputError(f"{prompt} has {len(ids)} tokens, and beside --max-tokens the model's context has room "
+                             f"for {limit}: leave it out of the data, or lower --max-tokens")
+        encoded.append((ids, example))
+    return encoded
+
+
+def prompt_at(position: int, n: int, seed: int) -> int:
+    """Index of the prompt at a position of the endless stream of shuffled epochs of n prompts."""
+    epoch, i = divmod(position, n)
+    return int(np.random.default_rng([seed, epoch]).permutation(n)[i])
 
 
 VALUES = {
@@ -88,21 +126,46 @@ def tools(n: int, split: str, seed: int = 0) -> list[Example]:
     return out
 
 
-# ToolRL's data set: github qiancheng0/ToolRL, dataset/rlla_4k (3,920 training and 80 test rows)
-RLLA_URL = "https://raw.githubusercontent.com/qiancheng0/ToolRL/main/dataset/rlla_4k/{split}.parquet"
+# Where public data are: {split} is train or test. ToolRL has 3,920 + 80 rows, RaR-Medicine 17,926 + 2,242, RaR-Science
+# 18,333 + 2,292.
+PUBLIC = {
+    "rlla": "https://raw.githubusercontent.com/qiancheng0/ToolRL/main/dataset/rlla_4k/{split}.parquet",
+    "rar-medicine": "hf://anisha2102/RaR-Medicine/{split}",
+    "rar-science": "hf://anisha2102/RaR-Science/{split}",
+}
 
 
-def _rows(path: str) -> list[dict]:
-    """The rows of a .parquet, .jsonl or .json file (a list of objects). An URL is downloaded."""
+def _hub_split(path: str) -> list[str]:
+    """hf://OWNER/NAME/SPLIT -> parquet files, from the branch into which the hub converts every data set."""
+    from huggingface_hub import snapshot_download
+
+    owner, name, split = path.removeprefix("hf://").split("/")
+    pattern = f"*/{split}/*.parquet"
+    folder = Path(snapshot_download(f"{owner}/{name}", repo_type="dataset", revision="refs/convert/parquet",
+                                    allow_patterns=pattern))
+    files = sorted(map(str, folder.glob(pattern)))
+    if not files:
+        raise OSError(f"the data set has no split '{split}'")
+    return files
+
+
+def read_rows(path: str) -> list[dict]:
+    """The rows of a .parquet, .jsonl, .json (a list of objects) or .csv file. An URL, or a data set of the hub
+    (hf://OWNER/NAME/SPLIT), is downloaded. Raises InputError."""
+    import httpx
+    import pyarrow.parquet
+
     where = path
     try:
+        if path.startswith("hf://"):
+            return pyarrow.parquet.read_table(_hub_split(path)).to_pylist()
         if path.startswith(("http://", "https://")):
             path, _ = urllib.request.urlretrieve(path)
         if Path(path).read_bytes()[:4] == b"PAR1":
-            import pyarrow.parquet
-
             return pyarrow.parquet.read_table(path).to_pylist()
         text = Path(path).read_text(encoding="utf-8-sig")
+        if where.endswith(".csv"):
+            return list(csv.DictReader(io.StringIO(text), strict=True))
         if text.lstrip().startswith("["):
             return json.loads(text)
         rows = []
@@ -111,19 +174,24 @@ def _rows(path: str) -> list[dict]:
             if line.strip():
                 rows.append(json.loads(line))
         return rows
-    except (urllib.error.URLError, http.client.HTTPException) as error:
-        raise InputError(f"{path} could not be downloaded ({error}): name a local copy with --data") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{where} cannot be read as parquet, JSON (a list) or JSONL: {error}") from error
+    except (OSError, ValueError, RecursionError, csv.Error, http.client.HTTPException, httpx.HTTPError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if "://" in where:
+            raise InputError(f"{where} could not be downloaded ({reason}): name a local copy with --data") from error
+        raise InputError(f"{where} cannot be read as parquet, JSON (a list), JSONL or CSV: {reason}") from error
 
 
-def _rlla_example(row: object, where: str) -> Example:
-    """One row in the public schema: prompt [{role, content}], reward_model {ground_truth}. where: for the message."""
-    prompt = row.get("prompt") if isinstance(row, dict) else None
-    messages = prompt if isinstance(prompt, list) and all(isinstance(message, dict) for message in prompt) else []
-    if not messages or not all(isinstance(m.get(key), str) for m in messages for key in ("role", "content")):
+def chat(messages: object, where: str) -> list[dict[str, str]]:
+    """A row's chat, checked. where: for the message of the InputError."""
+    chat = messages if isinstance(messages, list) and all(isinstance(message, dict) for message in messages) else []
+    if not chat or not all(isinstance(m.get(key), str) for m in chat for key in ("role", "content")):
         raise InputError(f'{where} has no prompt: it must be a list of {{"role": ..., "content": ...}}')
-    reward_model = row.get("reward_model")
+    return [{"role": m["role"], "content": m["content"]} for m in chat]
+
+
+def _rlla_example(row: dict, where: str) -> Example:
+    """One row in ToolRL's schema: prompt [{role, content}], reward_model {ground_truth}."""
+    messages, reward_model = chat(row.get("prompt"), where), row.get("reward_model")
     reference = reward_model.get("ground_truth") if isinstance(reward_model, dict) else None
     if not isinstance(reference, str) or not reference.strip():
         raise InputError(f'{where} has no reference answer: reward_model must have a text "ground_truth"')
@@ -136,29 +204,78 @@ def _rlla_example(row: object, where: str) -> Example:
             raise InputError(f"{where} has a reference answer that cannot be parsed: {error}") from error
         if not all(isinstance(call.get("parameters"), dict) for call in calls):
             raise InputError(f'{where} has a reference call without an object "parameters"')
-    return Example([{"role": m["role"], "content": m["content"]} for m in messages], reference)
+    return Example(messages, reference)
 
 
-def rlla(path: str) -> list[Example]:
-    """ToolRL's prompts from a file or URL. Raises InputError naming the row, counted from 0."""
-    return [_rlla_example(row, f"{path}: row {i}") for i, row in enumerate(_rows(path))]
+# RaR's categories: the weights of its explicit aggregation, and the smallest row weight, for rows that lack the prefix.
+CATEGORIES = {"essential": (1.0, 5), "important": (0.7, 3), "optional": (0.3, 0), "pitfall": (0.9, -math.inf)}
+WEIGHTS, PITFALLS = ("uniform", "category", "row"), ("invert", "literal", "drop")
 
 
-def load(task: str, data: str | None, eval_data: str | None, n_train: int,
-         n_eval: int) -> tuple[list[Example], list[Example]]:
+def _criterion(item: object, where: str, by_title: bool, weights: str, pitfalls: str) -> Criterion | None:
+    """One item of a rubric: {description, weight?, title?}. None for a pitfall that is to be dropped."""
+    text, weight = (item.get("description"), item.get("weight")) if isinstance(item, dict) else (None, None)
+    if not isinstance(text, str) or not text.strip():
+        raise InputError(f'{where} has an item of its rubric without a text "description"')
+    if not (weight is None or (isinstance(weight, (int, float)) and math.isfinite(weight) and weight != 0)):
+        raise InputError(f"{where} has an item with weight {weight!r}: it must be a number other than 0, negative for "
+                         "a pitfall")
+    prefix = re.match(r"\s*(essential|important|optional|pitfall) criteria:\s*", text, re.IGNORECASE)
+    by_weight = next(name for name, (_, low) in CATEGORIES.items() if (weight or 5) >= low)
+    category = prefix[1].lower() if prefix and by_weight != "pitfall" else by_weight
+    if category == "pitfall" and pitfalls == "drop":
+        return None
+    value = {"uniform": 1.0, "category": CATEGORIES[category][0], "row": abs(weight or 1.0)}[weights]
+    label = item["title"] if by_title and isinstance(item.get("title"), str) else category
+    return Criterion(text[prefix.end() if prefix else 0:].strip(), label, value,
+                     category == "pitfall" and pitfalls == "invert")
+
+
+def _rubric_example(row: dict, where: str, **options) -> Example:
+    """One row in RaR's schema: question (or prompt: a text or a chat), rubric [{description, weight, title}]."""
+    prompt = row.get("prompt", row.get("question"))
+    messages = chat([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt, where)
+    items = row.get("rubric")
+    if not isinstance(items, list) or not items:
+        raise InputError(f'{where} has no rubric: it must be a list of {{"description": ..., "weight": ...}}')
+    criteria = [_criterion(item, where, **options) for item in items]
+    if not any(criteria):
+        raise InputError(f"{where} has nothing but pitfalls: leave it out of the data, or do not --pitfalls drop")
+    return Example(messages, criteria=tuple(filter(None, criteria)))
+
+
+def read(task: str, path: str, weights: str = "uniform", pitfalls: str = "invert") -> list[Example]:
+    """A task's prompts from a file, URL or hub path. Raises InputError naming the row, counted from 0."""
+    out = []
+    for i, row in enumerate(read_rows(path)):
+        where = f"{path}: row {i}"
+        if not isinstance(row, dict):
+            raise InputError(f"{where} is no object")
+        if task == "rlla":
+            out.append(_rlla_example(row, where))
+        else:
+            out.append(_rubric_example(row, where, by_title=task == "rubric", weights=weights, pitfalls=pitfalls))
+    return out
+
+
+def load(task: str, data: str | None, eval_data: str | None, n_train: int, n_eval: int,
+         **rubric: str) -> tuple[list[Example], list[Example]]:
     """(training examples, held-out examples) of a task; at most n_eval of the latter. `tools` makes n_train of the
-    former, a file is used whole. With --data alone the last n_eval rows of the file are held out. Raises InputError."""
+    former, a file is used whole. With --data alone the last n_eval rows of the file are held out. rubric: options of
+    `read`. Raises InputError."""
     if task == "tools":
         if data or eval_data:
             raise InputError("--data and --eval-data: the task tools makes its own prompts; use --task rlla for a file")
         return tools(n_train, "train"), tools(n_eval, "test")
+    if not data and task not in PUBLIC:
+        raise InputError(f"--task {task} needs --data FILE, see README.md for its schema")
     if eval_data or not data:
-        held_out = rlla(eval_data or RLLA_URL.format(split="test"))[:n_eval]
-        train = rlla(data or RLLA_URL.format(split="train"))
+        held_out = read(task, eval_data or PUBLIC[task].format(split="test"), **rubric)[:n_eval]
+        train = read(task, data or PUBLIC[task].format(split="train"), **rubric)
         if not held_out and n_eval:
             raise InputError(f"{eval_data} has no rows to evaluate on")
     else:
-        rows = rlla(data)
+        rows = read(task, data, **rubric)
         cut = max(0, len(rows) - n_eval)
         train, held_out = rows[:cut], rows[cut:]
     if not train:

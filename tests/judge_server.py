@@ -1,0 +1,65 @@
+"""A local judge for the tests: an OpenAI-compatible endpoint that behaves as it is told to."""
+
+import asyncio
+import json
+import re
+import threading
+from collections.abc import Callable
+
+from aiohttp import web
+
+
+class Server:
+    """answer: (request body, number of the request) -> the judge's message, a (status, text) or a (status, text, headers)
+    reply, or seconds to stall for and then say nothing. delay: seconds before every answer."""
+
+    def __init__(self, answer: Callable, delay: float = 0.0):
+        self.answer, self.delay, self.requests, self.in_flight, self.most_in_flight = answer, delay, [], 0, 0
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()
+        self.port = asyncio.run_coroutine_threadsafe(self._start(), self.loop).result()
+        self.url = f"http://127.0.0.1:{self.port}/v1"
+
+    async def _start(self) -> int:
+        app = web.Application()
+        app.router.add_post("/v1/chat/completions", self._handle)
+        self.runner = web.AppRunner(app, access_log=None, shutdown_timeout=0)
+        await self.runner.setup()
+        site = web.TCPSite(self.runner, "127.0.0.1", 0)
+        await site.start()
+        return site._server.sockets[0].getsockname()[1]
+
+    def stop(self) -> None:
+        asyncio.run_coroutine_threadsafe(self.runner.cleanup(), self.loop).result()
+
+    async def _handle(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        self.requests.append({"body": body, "key": request.headers.get("Authorization")})
+        self.in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        try:
+            await asyncio.sleep(self.delay)
+            reply = self.answer(body, len(self.requests))
+            if isinstance(reply, (int, float)):
+                await asyncio.sleep(reply)
+                reply = (500, "late")
+            if isinstance(reply, tuple):
+                return web.Response(status=reply[0], text=reply[1], headers=reply[2] if len(reply) > 2 else None)
+            return web.json_response({"choices": [{"message": {"role": "assistant", "content": reply}}],
+                                      "usage": {"prompt_tokens": 100, "completion_tokens": 10}})
+        finally:
+            self.in_flight -= 1
+
+
+def names(body: dict) -> list[str]:
+    """The verdicts that a request asks for."""
+    properties = body["response_format"]["json_schema"]["schema"]["properties"]
+    return [name for name, kind in properties.items() if kind["type"] == "boolean"]
+
+
+def graded(body: dict) -> str:
+    """A response's own word: which of the criteria it meets, such as "meets 1 3"."""
+    prompt = body["messages"][0]["content"]
+    response = prompt.split("Response to grade:\n")[1].split("\n")[0]
+    met = re.findall(r"\d+", response)
+    return json.dumps({name: name.removeprefix("criterion_") in met for name in names(body)})
