@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from transformers import AutoConfig
 
 import benchmarks
 import data
@@ -26,7 +25,7 @@ import rollout
 from judge import connect, total_counts
 from options import check_eval_args, parse_eval_args, versions
 from rewards import InputError
-from rollout import LOCAL_RANK, RANK, WORLD, gather
+from rollout import RANK, WORLD, gather
 from train import make_run, write
 
 RESAMPLES, PAIRED_RESAMPLES = 1_000, 10_000
@@ -133,17 +132,9 @@ def evaluate(args, run: Path) -> dict[str, dict[str, float]]:
     judge = connect(args, WORLD, explain=True) if args.task == "healthbench" else None
     items = benchmarks.load(args)
     averages = benchmarks.bfcl_averages() if args.task == "bfcl" else {}
-    with policies.readable(args.model):
-        path = policies.resolve(args.model)
-        tokenizer = policies.load_tokenizer(path)
-        stops, config = policies.stop_tokens(path, tokenizer), AutoConfig.from_pretrained(path)
-    chats = data.encode(tokenizer, [example for item in items for example in item.examples],
-                        config.max_position_embeddings - args.max_tokens)
-    device = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if WORLD > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    path, tokenizer, stops, _, room = policies.describe(args.model, args.max_tokens)
+    chats = data.encode(tokenizer, [example for item in items for example in item.examples], room)
+    device = rollout.join_ranks()
     with policies.readable(args.model):
         if args.engine == "vllm":
             longest = max(len(ids) for ids, _ in chats) + args.max_tokens

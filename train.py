@@ -21,7 +21,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
-from transformers import AutoConfig
 
 import data
 import model as policies
@@ -31,7 +30,7 @@ import rvpo
 from judge import Judge, connect, total_counts
 from options import check_args, parse_args, versions
 from rewards import InputError
-from rollout import LOCAL_RANK, RANK, WORLD, gather
+from rollout import RANK, WORLD, gather
 
 
 def all_sum(tensor: torch.Tensor) -> torch.Tensor:
@@ -165,20 +164,10 @@ def setup(args: argparse.Namespace):
     if judge is None:  # a faulty reward is found now, and not after the model is loaded
         scoring.score(args.task, [train[0].messages[-1]["content"]] * 2, ["", train[0].reference],
                       [train[0].reference] * 2)
-    with policies.readable(args.model):
-        path = policies.resolve(args.model)
-        tokenizer = policies.load_tokenizer(path)
-        stops, config = policies.stop_tokens(path, tokenizer), AutoConfig.from_pretrained(path)
-        room = config.max_position_embeddings - args.max_tokens
-    if room < 1:
-        raise InputError(f"--max-tokens {args.max_tokens}: the model's context has no room for a prompt beside them")
+    path, tokenizer, stops, dtype, room = policies.describe(args.model, args.max_tokens)
     train, held_out = data.encode(tokenizer, train, room), data.encode(tokenizer, held_out, room)
     longest = max(len(ids) for ids, _ in train + held_out) + args.max_tokens
-    device = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if WORLD > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    device = rollout.join_ranks()
     with policies.readable(args.model):
         policy = policies.load(path, device)
         frozen = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -188,7 +177,7 @@ def setup(args: argparse.Namespace):
                                     args.gpu_memory)
     else:
         engine = rollout.HFEngine(policy, tokenizer, stops, args.temperature, args.max_tokens)
-    return device, config.dtype or torch.float32, policy, reference, tokenizer, engine, judge, train, held_out
+    return device, dtype, policy, reference, tokenizer, engine, judge, train, held_out
 
 
 def write(file: Path, *records: dict) -> None:

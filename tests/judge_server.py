@@ -63,3 +63,8 @@ def graded(body: dict) -> str:
     response = prompt.split("Response to grade:\n")[1].split("\n")[0]
     met = re.findall(r"\d+", response)
     return json.dumps({name: name.removeprefix("criterion_") in met for name in names(body)})
+
+
+if __name__ == "__main__":  # in a process of its own, for measuring: every verdict is true, after 50 ms
+    print(Server(lambda body, n: json.dumps(dict.fromkeys(names(body), True)), delay=0.05).url, flush=True)
+    threading.Event().wait()
