@@ -7,6 +7,7 @@ averages are taken.
 
 import base64
 import collections
+import functools
 import importlib.util
 import json
 import os
@@ -120,7 +121,8 @@ def gpqa(args) -> list[Item]:
                     {"letters": letters, "correct": correct,
                      "responses_base64": [base64.b64encode(response.encode()).decode() for response in responses]})
 
-        examples = [Example([{"role": "user", "content": chat}]) for chat in chats]
+        examples = [Example([{"role": "user", "content": chat}], letter)
+                    for chat, letter in zip(chats, correct, strict=True)]
         return Item(str(row.get("Record ID") or i), "", examples, score)
 
     return [item(i, row) for i, row in enumerate(rows)]
@@ -170,12 +172,14 @@ REFUSAL = "4. If none of the tools fits the request, make no tool call and say s
 FORMS = "<tool_call>", "<response>", "<tool_call> <response>"  # references, for toolrl_format: what a response may hold
 
 
+@functools.cache
 def bfcl_package() -> types.SimpleNamespace:
     """What is used of bfcl-eval. Raises InputError if it is missing."""
     if importlib.util.find_spec("bfcl_eval") is None:
         raise InputError("--task bfcl takes its data and checker from a package: pip install --no-deps "
                          "bfcl-eval==2026.3.23 (its own dependencies conflict with vLLM's, and are not needed)")
-    os.environ.setdefault("BFCL_PROJECT_ROOT", tempfile.mkdtemp(prefix="bfcl"))  # it makes folders when imported
+    scratch = tempfile.TemporaryDirectory(prefix="bfcl")  # it makes folders when imported
+    os.environ.setdefault("BFCL_PROJECT_ROOT", scratch.name)
     # The checker looks one flag up in a table of all model handlers, which imports the libraries of all vendors.
     table = types.ModuleType("bfcl_eval.constants.model_config")
     table.MODEL_CONFIG_MAPPING = collections.defaultdict(lambda: types.SimpleNamespace(underscore_to_dot=False))
@@ -185,7 +189,7 @@ def bfcl_package() -> types.SimpleNamespace:
     from bfcl_eval.utils import load_dataset_entry, load_ground_truth_entry
 
     return types.SimpleNamespace(entries=load_dataset_entry, truths=load_ground_truth_entry, check=ast_checker,
-                                 language=Language)
+                                 language=Language, scratch=scratch)
 
 
 def toolrl_messages(functions: list[dict], messages: list[dict]) -> list[dict]:
@@ -241,16 +245,16 @@ def bfcl(args) -> list[Item]:
                 return ({"correct": bfcl_correct(package, category, functions, truth, calls), "format": right_format},
                         {"response": responses[0], "calls": calls})
 
-            items.append(Item(entry["id"], category,
-                              [Example(toolrl_messages(entry["function"], entry["question"][0]))], score))
+            example = Example(toolrl_messages(entry["function"], entry["question"][0]), json.dumps(truth))
+            items.append(Item(entry["id"], category, [example], score))
     return items
 
 
 def bfcl_averages() -> dict[str, dict[str, float]]:
     """{name: {category: weight}}. Non-live: simple, the mean of its three languages, is one of five; live: weighted by
-    rows. v3's overall is the mean of non-live, live and multi-turn; multi-turn runs simulators and is not here."""
-    package = bfcl_package()
-    sizes = {category: len(package.entries(category)) for category in NON_LIVE + LIVE}
+    rows. v3's overall is the mean of non-live, live and multi-turn; multi-turn runs simulators and is not here. The
+    package's files are v4's: 884 and 16 rows of live (ir)relevance, where v3 had 882 and 18."""
+    sizes = {category: len(bfcl_package().entries(category)) for category in NON_LIVE + LIVE}
     non_live = {c: 1 / 15 if c.startswith("simple") else 1 / 5 for c in NON_LIVE}
     live = {c: sizes[c] / sum(sizes[c] for c in LIVE) for c in LIVE}
     return {"v3 without multi-turn (live, non-live)": {c: w / 2 for c, w in (non_live | live).items()},
@@ -288,7 +292,7 @@ def load(args) -> list[Item]:
     items = LOADERS[args.task](args)
     items = items if args.task == "bfcl" else items[:args.limit or None]
     if not items:
-        raise InputError(f"{args.data}: no rows to evaluate on")
+        raise InputError(f"{args.data or args.task}: no rows to evaluate on")
     if len({item.id for item in items}) < len(items):
-        raise InputError(f"{args.data}: two rows have the same id, so their results could not be told apart")
+        raise InputError(f"{args.data or args.task}: two rows have the same id, and results go by it")
     return items

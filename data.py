@@ -227,6 +227,8 @@ def _criterion(item: object, where: str, by_title: bool, weights: str, pitfalls:
         return None
     value = {"uniform": 1.0, "category": CATEGORIES[category][0], "row": abs(weight or 1.0)}[weights]
     label = item["title"] if by_title and isinstance(item.get("title"), str) else category
+    if label == "joint":
+        raise InputError(f"{where} has an item titled 'joint', the logs' name for all of them together: rename it")
     return Criterion(text[prefix.end() if prefix else 0:].strip(), label, value,
                      category == "pitfall" and pitfalls == "invert")
 

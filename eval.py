@@ -22,7 +22,7 @@ import benchmarks
 import data
 import model as policies
 import rollout
-from judge import connect, total_counts
+from judge import check_missing, connect, total_counts
 from options import check_eval_args, parse_eval_args, versions
 from rewards import InputError
 from rollout import RANK, WORLD, gather
@@ -129,7 +129,7 @@ def compare(first: Path, second: Path) -> list[dict]:
 
 def evaluate(args, run: Path) -> dict[str, dict[str, float]]:
     """Everything. Returns the metrics. Raises InputError if the judge fails too often, with samples.jsonl written."""
-    judge = connect(args, WORLD, explain=True) if args.task == "healthbench" else None
+    judge = connect(args, explain=True) if args.task == "healthbench" else None
     items = benchmarks.load(args)
     averages = benchmarks.bfcl_averages() if args.task == "bfcl" else {}
     path, tokenizer, stops, _, room = policies.describe(args.model, args.max_tokens)
@@ -157,8 +157,11 @@ def evaluate(args, run: Path) -> dict[str, dict[str, float]]:
                         "truncated": np.mean([response.finish == "length" for response, _ in own]),
                         "tokens": sum(len(response.tokens) for response, _ in own), **more})
     write(run / "samples.jsonl", *samples)
-    counts = total_counts(judge, [verdicts for _, verdicts in answers], args.judge_max_missing) if judge else {}
-    items_seen = [[item.id, item.group, [[e.messages, e.criteria] for e in item.examples]] for item in items]
+    counts = total_counts(judge, [verdicts for _, verdicts in answers]) if judge else {}
+    if judge:  # a row without all of its verdicts has no score
+        counts["rows_missing"] = np.mean([np.isnan(verdicts).any() for _, verdicts in answers])
+        check_missing(counts, counts["rows_missing"], "the rows have a verdict", args.judge_max_missing)
+    items_seen = [[item.id, item.group, item.examples] for item in items]
     results = {
         "task": args.task,
         "settings": {"items": hashlib.sha256(json.dumps(items_seen).encode()).hexdigest(), "model": args.model,

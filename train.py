@@ -15,6 +15,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ import model as policies
 import rewards as scoring
 import rollout
 import rvpo
-from judge import Judge, connect, total_counts
+from judge import Judge, JudgeFailed, check_missing, connect, total_counts
 from options import check_args, parse_args, versions
 from rewards import InputError
 from rollout import RANK, WORLD, gather
@@ -38,6 +39,16 @@ def all_sum(tensor: torch.Tensor) -> torch.Tensor:
     if WORLD > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def score(judge: Judge | None, sampled: list) -> tuple[list, np.ndarray, dict]:
+    """Of the whole batch, the same on every rank: P lists of G responses, raw rewards (P, G, K), NaN where a prompt has
+    fewer than K channels, and what the judge did. sampled: this rank's share, see rollout.sample."""
+    everyone = gather([(responses, rewards()) for responses, rewards in sampled])
+    width = max(own.shape[1] for _, own in everyone)
+    padded = [np.pad(own, ((0, 0), (0, width - own.shape[1])), constant_values=np.nan) for _, own in everyone]
+    counts = total_counts(judge, [own for _, own in everyone]) if judge else {}
+    return [responses for responses, _ in everyone], np.stack(padded), counts
 
 
 def channel_weights(batch: list, width: int) -> torch.Tensor:
@@ -53,34 +64,20 @@ def channel_names(task: str, example: data.Example) -> list[str]:
     return [criterion.label for criterion in example.criteria] or [reward.name for reward in scoring.TASKS[task]]
 
 
-def score(judge: Judge | None, batch: list, sampled: list, args: argparse.Namespace) -> tuple[list, np.ndarray, dict]:
-    """Of the whole batch, the same on every rank: P lists of G responses, raw rewards (P, G, K), NaN where a prompt has
-    fewer than K channels, and what the judge did. Raises InputError if the judge fails too often."""
-    everyone = gather([(responses, rewards()) for responses, rewards in sampled])
-    counts = total_counts(judge, [own for _, own in everyone], args.judge_max_missing) if judge else {}
-    rewards = np.full((len(batch), len(everyone[0][0]), max(own.shape[1] for _, own in everyone)), np.nan)
-    for p, (_, own) in enumerate(everyone):
-        rewards[p, :, :own.shape[1]] = own
-    return [responses for responses, _ in everyone], rewards, counts
-
-
-def sample(engine, judge: Judge | None, batch: list, args: argparse.Namespace, group: int, step: int | str) -> list:
-    """This rank's share of the batch, as rollout.sample."""
-    start = judge.start if judge else functools.partial(scoring.start, args.task)
-    return rollout.sample(engine, start, batch, group, args.seed, step)
-
-
-def evaluate(engine, judge: Judge | None, held_out: list, args: argparse.Namespace) -> tuple[dict, dict]:
-    """One sample for each held-out prompt, with the same request seeds each time. {name: (mean, standard error)} over
-    prompts of every channel and of the joint rate (all channels satisfied), and what the judge did."""
-    _, rewards, counts = score(judge, held_out, sample(engine, judge, held_out, args, 1, "eval"), args)
+def evaluate(engine, judge: Judge | None, start: Callable, held_out: list,
+             args: argparse.Namespace) -> tuple[dict[str, tuple[float, float]], dict]:
+    """One sample for each held-out prompt, with the same request seeds each time. Mean and standard error over prompts
+    of every channel and of the joint rate (all channels satisfied), and what the judge did. start: as rollout.sample
+    has it."""
+    _, rewards, counts = score(judge, rollout.sample(engine, start, held_out, 1, args.seed, "eval"))
     columns: dict[str, list[float]] = {}
     for (_, example), own in zip(held_out, rewards[:, 0], strict=True):
-        names = channel_names(args.task, example)
-        for name in dict.fromkeys(names):
-            values = [own[k] for k in range(len(names)) if names[k] == name and not np.isnan(own[k])]
-            columns.setdefault(name, []).extend([np.mean(values)] if values else [])
-    columns["joint"] = scoring.satisfied(args.task, rewards[:, 0]).tolist()
+        names = np.array(channel_names(args.task, example))
+        for name in dict.fromkeys(names.tolist()):
+            values = own[:len(names)][(names == name) & ~np.isnan(own[:len(names)])]
+            columns.setdefault(name, []).extend([values.mean()] if len(values) else [])
+    joint = scoring.satisfied(args.task, rewards[:, 0])
+    columns["joint"] = joint[~np.isnan(joint)].tolist()
     return {name: (np.mean(x), np.std(x, ddof=1) / math.sqrt(len(x)) if len(x) > 1 else math.nan)
             for name, x in columns.items() if x}, counts
 
@@ -158,7 +155,7 @@ def setup(args: argparse.Namespace):
     engine, judge, training prompts, held-out prompts). Raises InputError, as early as it can."""
     rubric, judge = {}, None
     if args.task in scoring.JUDGED:
-        rubric, judge = {"weights": args.criterion_weights, "pitfalls": args.pitfalls}, connect(args, WORLD)
+        rubric, judge = {"weights": args.criterion_weights, "pitfalls": args.pitfalls}, connect(args)
     train, held_out = data.load(args.task, args.data, args.eval_data, args.steps * args.prompts, args.eval_prompts,
                                 **rubric)
     if judge is None:  # a faulty reward is found now, and not after the model is loaded
@@ -209,12 +206,15 @@ def fit(args: argparse.Namespace, run: Path, device: torch.device, policy, refer
         return time.perf_counter()
 
     def run_evaluation(step: int) -> dict[str, tuple[float, float]]:
-        result, counts = evaluate(engine, judge, held_out, args) if held_out else ({}, {})
-        write(run / "metrics.jsonl", {"step": step, "eval": result, **({"judge": counts} if judge else {})})
+        result, counts = evaluate(engine, judge, start, held_out, args) if held_out else ({}, {})
+        write(run / "metrics.jsonl", {"step": step, "eval": result, **({"judge": counts} if counts else {})})
+        if counts:
+            check_missing(counts, counts["missing"], "the judge's verdicts are", args.judge_max_missing)
         say(f"held out, {step} steps: " + " ".join(f"{name} {mean:.2f}" for name, (mean, _) in result.items()))
         return result
 
     engine.push(policy)
+    start = judge.start if judge else functools.partial(scoring.start, args.task)
     first = last = run_evaluation(0)
     for step in range(args.steps):
         times = [now()]
@@ -222,9 +222,9 @@ def fit(args: argparse.Namespace, run: Path, device: torch.device, policy, refer
         # Sample and score the P prompts of this step. A judge is already at work while the last prompts are sampled.
         positions = range(step * args.prompts, (step + 1) * args.prompts)
         batch = [train[data.prompt_at(position, len(train), args.seed)] for position in positions]  # P (ids, Example)
-        sampled = sample(engine, judge, batch, args, args.group, step)
+        sampled = rollout.sample(engine, start, batch, args.group, args.seed, step)
         times.append(now())
-        responses, rewards, judged = score(judge, batch, sampled, args)  # P lists of G, (P, G, K)
+        responses, rewards, judged = score(judge, sampled)  # P lists of G, (P, G, K)
         times.append(now())
 
         # Advantages of the whole batch, on every rank.
@@ -232,6 +232,16 @@ def fit(args: argparse.Namespace, run: Path, device: torch.device, policy, refer
         weights = channel_weights(batch, rewards.shape[-1]) if judge else None  # (P, K)
         advantages = rvpo.advantages(rewards, args.agg, beta, weights)  # (P, G)
         times.append(now())
+
+        names = [channel_names(args.task, example) for _, example in batch]  # P lists
+        write(run / "samples.jsonl", *(
+            {"step": step + 1, "prompt": example.messages, "response": response.text, "finish": response.finish,
+             "rewards": dict(zip([f"{k} {c.text}" for k, c in enumerate(example.criteria, 1)] or names[p],
+                                 rewards[p, g].tolist(), strict=False)),  # shorter than K where padded
+             "advantage": advantages[p, g].item()}
+            for p, (_, example) in enumerate(batch) for g, response in enumerate(responses[p])))
+        if judge:
+            check_missing(judged, judged["missing"], "the judge's verdicts are", args.judge_max_missing)
 
         # Update on this rank's share.
         rows = [{"update": slot * args.updates // args.prompts, "prompt": batch[slot][0],
@@ -246,11 +256,11 @@ def fit(args: argparse.Namespace, run: Path, device: torch.device, policy, refer
         times.append(now())
 
         # Log.
-        names = [channel_names(args.task, example) for _, example in batch]  # P lists
         lengths = [len(response.tokens) for group in responses for response in group]
         seconds = dict(zip(("sample", "score", "advantage", "update", "sync"), np.diff(times).tolist(), strict=True))
+        joint = torch.from_numpy(scoring.satisfied(args.task, rewards.numpy())).nanmean().item()
         metrics |= {
-            "joint": scoring.satisfied(args.task, rewards.numpy()).mean(), "beta": beta, "lr": lr,
+            "joint": joint, "beta": beta, "lr": lr,
             "advantage_std": advantages.std().item(), "no_signal": 1 - rvpo.has_signal(rewards).double().mean().item(),
             "truncated": np.mean([response.finish == "length" for group in responses for response in group]),
             "length_mean": np.mean(lengths), "length_max": max(lengths),
@@ -260,18 +270,12 @@ def fit(args: argparse.Namespace, run: Path, device: torch.device, policy, refer
         if judge:
             metrics["judge"] = {**judged, "share_of_step": judged["seconds"] / (times[-1] - times[0])}
         write(run / "metrics.jsonl", {"step": step + 1, **metrics})
-        write(run / "samples.jsonl", *(
-            {"step": step + 1, "prompt": example.messages, "response": response.text, "finish": response.finish,
-             "rewards": dict(zip([f"{k} {c.text}" for k, c in enumerate(example.criteria, 1)] or names[p],
-                                 rewards[p, g].tolist(), strict=False)),  # shorter than K where padded
-             "advantage": advantages[p, g].item()}
-            for p, (_, example) in enumerate(batch) for g, response in enumerate(responses[p])))
-        say(f"step {step + 1}: joint {metrics['joint']:.2f} | "
+        say(f"step {step + 1}: joint {joint:.2f} | "
             + " ".join(f"{name} {stats['mean']:.2f}" for name, stats in metrics["channels"].items())
             + f" | grad {metrics['grad_norm']:.2f} entropy {metrics['entropy']:.2f} length {np.mean(lengths):.0f} | "
             + " ".join(f"{phase} {t:.1f}s" for phase, t in seconds.items() if t >= 0.05)
             + (f" | judge {judged['requests']} requests {judged['seconds']:.1f}s" if judge else ""))
-        bar.set_postfix(joint=f"{metrics['joint']:.2f}", grad=f"{metrics['grad_norm']:.2f}", refresh=False)
+        bar.set_postfix(joint=f"{joint:.2f}", grad=f"{metrics['grad_norm']:.2f}", refresh=False)
         bar.update()
         if step + 1 == args.steps or (args.eval_every and (step + 1) % args.eval_every == 0):
             last = run_evaluation(step + 1)
@@ -311,7 +315,9 @@ def main() -> None:
         except InputError as error:
             if RANK == 0:
                 policies.save(policy, tokenizer, run / "checkpoint", dtype)
-            raise InputError(f"{error}; the policy as it was then is in {run}/checkpoint") from error
+            if isinstance(error, JudgeFailed) and WORLD > 1:  # on all ranks: wait, or torchrun ends the one that saves
+                dist.barrier()
+            raise type(error)(f"{error}; the policy as it was then is in {run}/checkpoint") from error
     if RANK == 0:
         policies.save(policy, tokenizer, run / "checkpoint", dtype)
         print(f"\n{len(held_out)} held-out prompts    before           after     (standard error)")
@@ -326,4 +332,4 @@ if __name__ == "__main__":
     try:
         main()
     except InputError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(1 if isinstance(error, JudgeFailed) and RANK else f"error: {error}")  # once is enough

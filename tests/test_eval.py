@@ -55,12 +55,6 @@ def healthbench(tmp_path, server, rows=None) -> list:
     return ["--task", "healthbench", "--data", "h.jsonl", "--max-tokens", 8, "--judge-url", server.url, "--judge-model", "m"]
 
 
-def grader(met: set[str]):
-    """A judge that knows by heart which criteria are met."""
-    return lambda body, n: json.dumps({"explanation": "x"} | {name: any(f"] {c}" in body["messages"][0]["content"] for c in met)
-                                                              for name in names(body)}).replace("\\u005b", "[")
-
-
 def test_healthbench(monkeypatch, tmp_path):
     server = Server(lambda body, n: json.dumps({"explanation": "x", **{name: any(f" {c}\"" in body["messages"][0]["content"] for c in ("c1", "c3", "c4", "bad"))
                                                                        for name in names(body)}}))
@@ -86,7 +80,7 @@ def test_healthbench_clips_the_mean_and_bootstraps():
 
 def test_healthbench_without_enough_verdicts_keeps_the_responses(monkeypatch, tmp_path):
     server = Server(lambda body, n: '{"explanation": "x", "criterion_1": "true"}' if n > 1 else '{"criterion_1": true}')
-    with pytest.raises(InputError, match="100% of the judge's verdicts are missing"):
+    with pytest.raises(InputError, match="100% of the rows have a verdict missing"):
         evaluate(monkeypatch, tmp_path, *healthbench(tmp_path, server))
     lines = (tmp_path / "runs/a/samples.jsonl").read_text().splitlines()
     assert len(lines) == 2 and json.loads(lines[0])["met"] == [None] * 4 and json.loads(lines[0])["scores"]["overall"] is None
@@ -95,9 +89,12 @@ def test_healthbench_without_enough_verdicts_keeps_the_responses(monkeypatch, tm
 
 def test_one_missing_verdict_leaves_its_row_out(monkeypatch, tmp_path):
     server = Server(lambda body, n: (400, "too long") if " c2" in body["messages"][0]["content"] else json.dumps(dict.fromkeys(names(body), True)))
-    results, samples = evaluate(monkeypatch, tmp_path, *healthbench(tmp_path, server))
+    results, samples = evaluate(monkeypatch, tmp_path, *healthbench(tmp_path, server), "--judge-max-missing", 0.6)
     assert samples[0]["scores"]["overall"] is None and samples[0]["scores"]["axis:completeness"] == 1
     assert results["metrics"]["overall"] == pytest.approx({"mean": 0, "stderr": 0, "n": 1}) and results["judge"]["missing"] == pytest.approx(1 / 6)
+    assert results["judge"]["rows_missing"] == 0.5
+    with pytest.raises(InputError, match="50% of the rows have a verdict missing, more than --judge-max-missing 0.2"):
+        evaluate(monkeypatch, tmp_path, *healthbench(tmp_path, server), name="b")
 
 
 # GPQA

@@ -35,7 +35,7 @@ def make(server: Server, **options) -> Judge:
 
 
 def ask(client: Judge, responses=("meets 1", "meets 2 3"), n: int = 3, chat=CHAT) -> np.ndarray:
-    return np.array(client.submit(chat, list(responses), [f"c{k}" for k in range(n)]).result())
+    return client.start(Example(chat, criteria=tuple(Criterion(f"c{k}", "c") for k in range(n))), list(responses))()
 
 
 # Reward hacking
@@ -76,6 +76,7 @@ def test_what_is_no_verdict(message):
 @pytest.mark.parametrize(("message", "verdicts"), [
     ('{"criterion_1": true, "criterion_2": false}', {"criterion_1": 1.0, "criterion_2": 0.0}),
     ('```json\n{"explanation": "because }", "criterion_1": false, "criterion_2": true}\n```', {"criterion_1": 0.0, "criterion_2": 1.0}),
+    ('{"explanation": "It says </think>.", "criterion_1": true}', {"criterion_1": 1.0}),
     ('<think>It says {"criterion_1": false}</think>\n{"criterion_1": true, "criterion_2": true}', {"criterion_1": 1.0, "criterion_2": 1.0}),
     ('{"criterion_1": "true", "criterion_2": true}', {"criterion_2": 1.0}), ('{"criterion_1": 1, "criterion_2": null}', {}),
     ('{"criterion_2": false}', {"criterion_2": 0.0}), ("{}", {}),
@@ -136,7 +137,8 @@ def first_fails(fault):
 
 
 @pytest.mark.parametrize("fault", [(500, "oops"), (429, "slow down", {"Retry-After": "0"}), (503, "loading"), (200, "no json"), (200, "{}"),
-                                   (200, '{"choices": [{"message": {"content": null}}]}'), '{"criterion_1": tr', '{"criterion_1": "true"}', '{"criterion_9": true}'])
+                                   (200, '{"choices": [{"message": {"content": null}}]}'), (522, "a proxy's"),
+                                   (200, json.dumps({"choices": [{"message": {"content": '{"criterion_1": false}'}, "finish_reason": "length"}]})), '{"criterion_1": tr', '{"criterion_1": "true"}', '{"criterion_9": true}'])
 def test_a_passing_fault_is_retried(fault):
     client = make(Server(first_fails(fault)), concurrency=1)
     assert ask(client, ["meets 1"], n=1).tolist() == [[1]]
@@ -162,6 +164,34 @@ def test_one_bad_verdict_of_several_is_missing_alone():
     client = make(Server(lambda body, n: '{"criterion_1": true, "criterion_2": "true", "criterion_3": false}'), mode="all")
     verdicts = ask(client, ["x"])[0]
     assert verdicts[0] == 1 and math.isnan(verdicts[1]) and verdicts[2] == 0
+
+
+def test_the_better_of_two_partial_answers_counts():
+    """Asked again, the judge forgets what it knew."""
+    client = make(Server(lambda body, n: ['{"criterion_1": true, "criterion_2": "x", "criterion_3": 0}', '{"criterion_3": false}'][n - 1]), mode="all")
+    verdicts = ask(client, ["x"])[0]
+    assert verdicts[0] == 1 and math.isnan(verdicts[1]) and verdicts[2] == 0
+
+
+def test_a_cache_file_outlives_the_judge(tmp_path):
+    server, file = Server(lambda body, n: (400, "no") if n == 1 else graded(body)), str(tmp_path / "cache.jsonl")
+    first = make(server, cache=file, concurrency=1)
+    assert np.isnan(ask(first, ["meets 2"])[0]).tolist() == [True, False, False]
+    assert ask(make(server, cache=file), ["meets 2"]).tolist() == [[0, 1, 0]] and len(server.requests) == 4  # only the missing one
+    assert ask(make(server, cache=file, explain=True), ["meets 2"]).tolist() == [[0, 1, 0]] and len(server.requests) == 7  # another question
+    ask(Judge(server.url, "other model", cache=file), ["meets 2"])
+    assert len(server.requests) == 10
+    (tmp_path / "bad").write_text("no json\n")
+    for bad in (tmp_path / "bad", tmp_path, tmp_path / "no/such"):
+        with pytest.raises(InputError, match="--judge-cache .* cannot be read and written"):
+            make(server, cache=str(bad))
+
+
+def test_a_judge_without_constrained_decoding():
+    server = Server(lambda body, n: (400, "response_format?") if "response_format" in body else '{"criterion_1": true}')
+    make(server, constrain=False).check()
+    with pytest.raises(InputError, match="response_format"):
+        make(server).check()
 
 
 def test_a_failure_is_not_cached():
@@ -274,15 +304,19 @@ def test_no_judge_no_run(tmp_path):
     assert not (tmp_path / "runs/a").exists()
 
 
-def test_a_judge_that_dies_in_mid_run_stops_it_and_the_state_is_saved(tmp_path):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_judge_that_dies_in_mid_run_stops_it_and_the_state_is_saved(tmp_path, ranks):
     server = Server(lambda body, n: (500, "dead") if n > 60 else vowels(body, n))
     start = time.monotonic()
-    result = train(tmp_path, server.url, "--name", "a", "--steps", 50, "--judge-timeout", 1)
+    result = train(tmp_path, server.url, "--name", "a", "--steps", 50, "--judge-timeout", 1, ranks=ranks)
     assert time.monotonic() - start < 120 and result.returncode == 1
     assert "of the judge's verdicts are missing, more than --judge-max-missing 0.2 allows; the last reason was: no verdict" in result.stderr
-    assert result.stderr.splitlines()[-1].endswith("the policy as it was then is in runs/a/checkpoint") and "Traceback" not in result.stderr
+    assert result.stderr.count("the policy as it was then is in runs/a/checkpoint\n") == 1
     steps, _, samples, weights = read(tmp_path / "runs/a")
-    assert len(steps) >= 1 and weights and all(x is not None for s in samples for x in s["rewards"].values())
+    assert len(steps) >= 1 and weights
+    for sample in samples:  # those of the failed step are kept, too: null, and not 0
+        assert sample["step"] > len(steps) or None not in sample["rewards"].values()
+    assert any(None in s["rewards"].values() for s in samples)
 
 
 def test_missing_verdicts_are_null_and_the_run_goes_on_if_it_may(tmp_path):
@@ -298,7 +332,7 @@ def test_missing_verdicts_are_null_and_the_run_goes_on_if_it_may(tmp_path):
 def test_options_of_the_judge(monkeypatch, tmp_path):
     rubric = ["--task", "rubric", "--data", "x.jsonl"]
     for args, message in [(rubric, "--judge-url None: --task rubric needs a judge"), ([*rubric, "--judge-url", "localhost:8000"], "name an OpenAI-compatible"),
-                          ([*rubric, "--judge-url", "http://h/v1"], "--judge-model"), (["--judge-mode", "x"], "--judge-mode x: choose one of each, all"),
+                          ([*rubric, "--judge-url", "http://h/v1"], "--judge-model"), (["--judge-mode", "x"], "--judge-mode x: choose one of each, all"), (["--judge-format", "x"], "--judge-format x: choose one of schema, text"),
                           (["--pitfalls", "x"], "--pitfalls x: choose"), (["--criterion-weights", "x"], "--criterion-weights x"),
                           (["--judge-concurrency", 0], "--judge-concurrency 0"), (["--judge-max-missing", 2], "at most 1"), (["--judge-timeout", "inf"], "finite")]:
         with pytest.raises(InputError) as error:

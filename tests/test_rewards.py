@@ -117,4 +117,4 @@ def test_missing_rewards(monkeypatch):
     monkeypatch.setitem(rewards.TASKS, "tools", [one, two])
     values = rewards.score("tools", [""] * 3, [""] * 3, [""] * 3)
     np.testing.assert_array_equal(values, [[math.nan, math.nan], [1, 1], [1, math.nan]])
-    assert rewards.satisfied("tools", values).tolist() == [False, True, True]
+    assert np.array_equal(rewards.satisfied("tools", values), [np.nan, 1, 1], equal_nan=True)
