@@ -160,7 +160,7 @@ def literal(value, kind: str) -> str:
     if isinstance(value, list) and kind == "ArrayList":
         return f"new ArrayList<String>(Arrays.asList({', '.join(literal(x, 'json') for x in value)}))"
     if isinstance(value, list) and kind == "Array":
-        return f"new String[]{{{', '.join(literal(x, 'json') for x in value)}}}"
+        return f"new String[]{{{', '.join(map(str, value))}}}"  # the converter keeps quotes as a part of the string
     if isinstance(value, dict) and kind == "HashMap":
         return "new HashMap<String, Object>() {{ " + " ".join(f'put("{k}", {literal(v, "json")});' for k, v in value.items()) + " }}"
     if kind in ("long", "float"):
@@ -169,10 +169,10 @@ def literal(value, kind: str) -> str:
 
 
 def plain(value):
-    """Of nested answers the first accepted value of every key."""
-    if isinstance(value, dict):
-        return {k: plain(v[0]) for k, v in value.items() if v and v[0] != ""}
-    return [plain(x) if isinstance(x, dict) else x for x in value] if isinstance(value, list) else value
+    """Of an object, or of the objects in a list, the first accepted value of every key."""
+    if isinstance(value, list):
+        return [plain(x) if isinstance(x, dict) else x for x in value]
+    return {k: v[0] for k, v in value.items() if v and v[0] != ""} if isinstance(value, dict) else value
 
 
 def echo(category: str, functions: list[dict], truth: list[dict]) -> str:
@@ -182,7 +182,8 @@ def echo(category: str, functions: list[dict], truth: list[dict]) -> str:
         ((name, accepted),) = call.items()
         parameters = {k: plain(values[0]) for k, values in accepted.items() if values and values[0] != ""}
         if category in ("simple_java", "simple_javascript"):
-            parameters = {k: literal(v, properties[name][k]["type"]) for k, v in parameters.items()}
+            kinds = {k: kind["type"] if category == "simple_java" else "String" for k, kind in properties[name].items()}
+            parameters = {k: literal(v, kinds[k]) for k, v in parameters.items()}
         lines.append(json.dumps({"name": name, "parameters": parameters}))
     return "<think> t </think>\n<tool_call>\n" + "\n".join(lines) + "\n</tool_call>"
 
@@ -193,7 +194,7 @@ def bfcl_items():
 
 
 def test_bfcl_ground_truth_passes_its_checker(bfcl_items):
-    """The rest is the data's own: a few rows accept only what they forbid, and two Java types have no converter."""
+    """The rest is the data's own: a few rows require a parameter that their answer leaves out."""
     package, passed, total = benchmarks.bfcl_package(), 0, 0
     items = {item.id: item for item in bfcl_items}
     for category in benchmarks.NON_LIVE + benchmarks.LIVE:
@@ -255,7 +256,7 @@ def test_bfcl_averages_by_hand():
 def test_bfcl_eval_missing(monkeypatch):
     monkeypatch.setattr(benchmarks.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="pip install --no-deps bfcl-eval"):
-        benchmarks.bfcl_package()
+        benchmarks.bfcl_package.__wrapped__()
 
 
 # Comparing
