@@ -114,6 +114,24 @@ def test_text_shows_special_tokens_but_not_the_stop_token(tiny):
     assert rollout._response(word, [], "length", [end], tokenizer).text == "hello"
 
 
+def test_scoring_starts_while_others_are_sampled():
+    events = []
+
+    class Engine:
+        def generate(self, prompts, group, seeds):
+            for i in (1, 0):  # in the order in which they finish
+                events.append(f"sampled {prompts[i]}")
+                yield i, [rollout.Response([], [], [], "stop", "text")] * group
+
+    def start(example, texts):
+        events.append(f"scoring {example}")
+        return lambda: (example, texts)
+
+    out = rollout.sample(Engine(), start, [(["p"], "a"), (["q"], "b")], 2, 0, 0)
+    assert events == ["sampled ['q']", "scoring b", "sampled ['p']", "scoring a"]
+    assert [rewards() for _, rewards in out] == [("a", ["text", "text"]), ("b", ["text", "text"])]
+
+
 def test_request_seeds_never_meet():
     seeds = [rollout.request_seed(s, step, slot) for s in range(3) for step in [*range(50), "eval"] for slot in range(50)]
     assert all(0 <= seed < 2**31 for seed in seeds)

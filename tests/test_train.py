@@ -267,4 +267,4 @@ def test_vllm_missing_when_asked_for(monkeypatch, tmp_path):
 
 def test_an_error_is_one_line_and_no_traceback(tmp_path):
     result = subprocess.run([sys.executable, ROOT / "train.py", "--task", "x"], cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 1 and result.stderr == "error: --task x: choose one of tools, rlla\n"
+    assert result.returncode == 1 and result.stderr == "error: --task x: choose one of tools, rlla, rar-medicine, rar-science, rubric\n"
