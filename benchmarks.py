@@ -52,10 +52,14 @@ def healthbench_score(points: list[float], met: np.ndarray) -> float:
 
 def _healthbench_item(row: dict, where: str) -> Item:
     messages, rubrics, tags = data.chat(row.get("prompt"), where), row.get("rubrics"), row.get("example_tags") or []
-    if not isinstance(rubrics, list) or not rubrics or not all(
-            isinstance(r, dict) and isinstance(r.get("criterion"), str) and isinstance(r.get("points"), (int, float))
-            for r in rubrics):
-        raise InputError(f'{where} has no rubrics: a list of {{"criterion": text, "points": number, "tags": [...]}}')
+    if not isinstance(rubrics, list) or not all(
+            isinstance(r, dict) and isinstance(r.get("criterion"), str) and type(r.get("points")) in (int, float)
+            and abs(r["points"]) <= 1e6 for r in rubrics) or not any(r["points"] > 0 for r in rubrics):
+        raise InputError(f'{where} has no rubrics: a list of {{"criterion": text, "points": number, "tags": [...]}}, '
+                         "one of them with positive points")
+    for own in [tags, *(r.get("tags") or [] for r in rubrics)]:
+        if not isinstance(own, list) or not all(isinstance(tag, str) and tag.isprintable() for tag in own):
+            raise InputError(f"{where} has tags that are no list of texts: {str(own)[:40]!r}")
     criteria = tuple(Criterion(f"[{r['points']:g}] {r['criterion']}", "criteria") for r in rubrics)
     points = [r["points"] for r in rubrics]
 
@@ -68,7 +72,7 @@ def _healthbench_item(row: dict, where: str) -> Item:
             scores[axis] = healthbench_score([points[i] for i in own], met[own])
         return scores, {"response": responses[0], "met": met.tolist()}
 
-    return Item(str(row.get("prompt_id")), "", [Example(messages, criteria=criteria)], score)
+    return Item(str(row.get("prompt_id") or where), "", [Example(messages, criteria=criteria)], score)
 
 
 def healthbench(args) -> list[Item]:

@@ -160,25 +160,31 @@ def read_rows(path: str) -> list[dict]:
         if path.startswith("hf://"):
             return pyarrow.parquet.read_table(_hub_split(path)).to_pylist()
         if path.startswith(("http://", "https://")):
-            path, _ = urllib.request.urlretrieve(path)
-        if Path(path).read_bytes()[:4] == b"PAR1":
-            return pyarrow.parquet.read_table(path).to_pylist()
-        text = Path(path).read_text(encoding="utf-8-sig")
-        if where.endswith(".csv"):
-            return list(csv.DictReader(io.StringIO(text), strict=True))
-        if text.lstrip().startswith("["):
-            return json.loads(text)
-        rows = []
-        for number, line in enumerate(text.split("\n"), start=1):
-            where = f"{path}, line {number}"
-            if line.strip():
-                rows.append(json.loads(line))
-        return rows
+            with urllib.request.urlopen(path, timeout=60) as reply:
+                content = reply.read()
+        else:
+            content = Path(path).read_bytes()
+        if content[:4] == b"PAR1":
+            return pyarrow.parquet.read_table(io.BytesIO(content)).to_pylist()
+        text, rows = content.decode("utf-8-sig"), []
+        if path.lower().endswith(".csv"):
+            rows = list(csv.DictReader(io.StringIO(text), strict=True))
+        elif text.lstrip().startswith("["):
+            rows = json.loads(text)
+        else:
+            for number, line in enumerate(text.split("\n"), start=1):
+                where = f"{path}, line {number}"
+                if line.strip():
+                    rows.append(json.loads(line))
     except (OSError, ValueError, RecursionError, csv.Error, http.client.HTTPException, httpx.HTTPError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if "://" in where:
             raise InputError(f"{where} could not be downloaded ({reason}): name a local copy with --data") from error
         raise InputError(f"{where} cannot be read as parquet, JSON (a list), JSONL or CSV: {reason}") from error
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise InputError(f"{path}: row {i} is no object")
+    return rows
 
 
 def chat(messages: object, where: str) -> list[dict[str, str]]:
@@ -215,20 +221,21 @@ WEIGHTS, PITFALLS = ("uniform", "category", "row"), ("invert", "literal", "drop"
 def _criterion(item: object, where: str, by_title: bool, weights: str, pitfalls: str) -> Criterion | None:
     """One item of a rubric: {description, weight?, title?}. None for a pitfall that is to be dropped."""
     text, weight = (item.get("description"), item.get("weight")) if isinstance(item, dict) else (None, None)
-    if not isinstance(text, str) or not text.strip():
+    prefix = re.match(r"\s*(essential|important|optional|pitfall) criteria:\s*", str(text), re.IGNORECASE)
+    if not isinstance(text, str) or not text[prefix.end() if prefix else 0:].strip():
         raise InputError(f'{where} has an item of its rubric without a text "description"')
-    if not (weight is None or (isinstance(weight, (int, float)) and math.isfinite(weight) and weight != 0)):
-        raise InputError(f"{where} has an item with weight {weight!r}: it must be a number other than 0, negative for "
-                         "a pitfall")
-    prefix = re.match(r"\s*(essential|important|optional|pitfall) criteria:\s*", text, re.IGNORECASE)
+    if weight is not None and not (type(weight) in (int, float) and 1e-6 <= abs(weight) <= 1e6):
+        raise InputError(f"{where} has an item with weight {str(weight)[:40]!r}: it must be a number up to 1e6, other "
+                         "than 0, negative for a pitfall")
     by_weight = next(name for name, (_, low) in CATEGORIES.items() if (weight or 5) >= low)
     category = prefix[1].lower() if prefix and by_weight != "pitfall" else by_weight
     if category == "pitfall" and pitfalls == "drop":
         return None
     value = {"uniform": 1.0, "category": CATEGORIES[category][0], "row": abs(weight or 1.0)}[weights]
-    label = item["title"] if by_title and isinstance(item.get("title"), str) else category
-    if label == "joint":
-        raise InputError(f"{where} has an item titled 'joint', the logs' name for all of them together: rename it")
+    label = item["title"] if by_title and item.get("title") is not None else category
+    if not isinstance(label, str) or not label.strip() or not label.isprintable() or label == "joint":
+        raise InputError(f"{where} has an item with title {label!r}: it must be one line of text, and not 'joint', the "
+                         "logs' name for all together")
     return Criterion(text[prefix.end() if prefix else 0:].strip(), label, value,
                      category == "pitfall" and pitfalls == "invert")
 
@@ -251,8 +258,6 @@ def read(task: str, path: str, weights: str = "uniform", pitfalls: str = "invert
     out = []
     for i, row in enumerate(read_rows(path)):
         where = f"{path}: row {i}"
-        if not isinstance(row, dict):
-            raise InputError(f"{where} is no object")
         if task == "rlla":
             out.append(_rlla_example(row, where))
         else:

@@ -11,6 +11,7 @@ line an item, with its scores), and prints the table.
 
 import hashlib
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def metrics(samples: list[dict], averages: dict[str, dict[str, float]]) -> dict[
     values = {name: np.array([sample["scores"].get(name) for sample in samples], dtype=float)  # None becomes NaN
               for name in dict.fromkeys(name for sample in samples for name in sample["scores"])}
     out = {}
-    for name, weight in averages.items():
+    for name, weight in averages.items() if "correct" in values else ():
         sizes = {group: (groups == group).sum() for group in weight}
         out[name] = values["correct"], np.array([weight.get(g, 0.0) / sizes.get(g, 1) for g in groups])
     for group in dict.fromkeys(groups) if averages else []:
@@ -73,14 +74,21 @@ def summarize(samples: list[dict], averages: dict, clip: bool, seed: int) -> dic
 
 
 def _read(file: Path) -> tuple[dict, list[dict]]:
+    """What two evaluations must share, and the items by id."""
     try:
         results = json.loads(file.read_text())
         samples = [json.loads(line) for line in (file.parent / "samples.jsonl").read_text().splitlines()]
-        results["task"], results["settings"], results["averages"], [(s["id"], s["group"], s["scores"]) for s in samples]
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        settings = {"task": results["task"], "averages": results["averages"], **results["settings"]}
+        samples.sort(key=lambda sample: sample["id"])
+        values = [x for sample in samples for x in sample["scores"].values() if x is not None]
+        if len({(sample["id"], str(sample["group"])) for sample in samples}) < max(1, len(samples)):
+            raise ValueError("no items, or one of them twice")
+        if not all(type(x) in (int, float) and abs(x) < math.inf for x in values):
+            raise ValueError("a score that is no number")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"{file} and the samples.jsonl beside it cannot be read as eval.py writes them: "
                          f"{type(error).__name__} {error}") from error
-    return results, samples
+    return settings, samples
 
 
 def holm(p: list[float]) -> list[float]:
@@ -97,15 +105,13 @@ def compare(first: Path, second: Path) -> list[dict]:
     test, for every metric that both have. All but the first are also corrected together by Holm. Nothing is clipped.
     Raises InputError for different items or settings."""
     (a, a_samples), (b, b_samples) = _read(first), _read(second)
-    a_settings, b_settings = ({"task": results["task"], **results["settings"]} for results in (a, b))
-    for key in sorted((a_settings.keys() | b_settings.keys()) - UNCOMPARED):
-        x, y = a_settings.get(key), b_settings.get(key)
+    if a.get("items") != b.get("items") or [(s["id"], s["group"]) for s in a_samples] != [
+            (s["id"], s["group"]) for s in b_samples]:
+        raise InputError("the two evaluations cannot be compared: they are of different items")
+    for key in sorted((a.keys() | b.keys()) - UNCOMPARED):
+        x, y = a.get(key), b.get(key)
         if x != y:
             raise InputError(f"the two evaluations cannot be compared: {key} is {x} in {first}, and {y} in {second}")
-    a_samples.sort(key=lambda sample: sample["id"])
-    b_samples.sort(key=lambda sample: sample["id"])
-    if [s["id"] for s in a_samples] != [s["id"] for s in b_samples]:
-        raise InputError("the two evaluations cannot be compared: their samples.jsonl hold different items")
     groups, rows = np.array([sample["group"] for sample in a_samples]), []
     of_b = metrics(b_samples, b["averages"])
     for name, (x, weights) in metrics(a_samples, a["averages"]).items():
@@ -122,6 +128,8 @@ def compare(first: Path, second: Path) -> list[dict]:
         rows.append({"metric": name, "first": float(weights @ x), "second": float(weights @ y),
                      "difference": difference, "low": float(low), "high": float(high),
                      "p": (1 + extreme) / (1 + PAIRED_RESAMPLES), "n": len(x)})
+    if not rows:
+        raise InputError(f"{first} and {second} have no metric in common")
     for row, p in zip(rows[1:], holm([row["p"] for row in rows[1:]]), strict=True):
         row["p_holm"] = p
     return rows
@@ -161,6 +169,9 @@ def evaluate(args, run: Path) -> dict[str, dict[str, float]]:
     if judge:  # a row without all of its verdicts has no score
         counts["rows_missing"] = np.mean([np.isnan(verdicts).any() for _, verdicts in answers])
         check_missing(counts, counts["rows_missing"], "the rows have a verdict", args.judge_max_missing)
+    table = summarize(samples, averages, args.task == "healthbench", args.seed)
+    if not table:
+        raise InputError(f"no item has a score; the responses are in {run}/samples.jsonl")
     items_seen = [[item.id, item.group, item.examples] for item in items]
     results = {
         "task": args.task,
@@ -168,7 +179,7 @@ def evaluate(args, run: Path) -> dict[str, dict[str, float]]:
                      "engine": args.engine, "temperature": args.temperature, "max_tokens": args.max_tokens,
                      "seed": args.seed, **({"judge_model": args.judge_model, "judge_mode": args.judge_mode,
                                             "judge_max_tokens": args.judge_max_tokens} if judge else {})},
-        "metrics": summarize(samples, averages, args.task == "healthbench", args.seed),
+        "metrics": table,
         "averages": averages,
         "truncated": float(np.mean([sample["truncated"] for sample in samples])),
         "judge": counts,
@@ -176,7 +187,7 @@ def evaluate(args, run: Path) -> dict[str, dict[str, float]]:
     }
     if RANK == 0:
         (run / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    return results["metrics"]
+    return table
 
 
 def main() -> None:

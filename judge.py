@@ -16,10 +16,10 @@ import json
 import math
 import os
 import random
-import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from typing import TextIO
 
 import aiohttp
 import numpy as np
@@ -93,13 +93,31 @@ def parse_verdicts(message: str, names: list[str]) -> dict[str, float]:
     that the judge lost count."""
     reply = None
     for text in (message, message.rpartition("</think>")[2]):  # an explanation may quote the tag
-        fence = re.fullmatch(r"\s*```(?:json)?\s*(.*?)\s*```\s*", text, re.DOTALL)
+        text = text.strip()
+        if text.startswith("```") and text.endswith("```"):
+            text = text.strip("`").removeprefix("json")
         with contextlib.suppress(ValueError, RecursionError):
-            reply = json.loads(fence[1] if fence else text, object_pairs_hook=_object)
+            reply = json.loads(text, object_pairs_hook=_object)
             break
     if not isinstance(reply, dict) or reply.keys() - {"explanation", *names}:
         raise ValueError(f"not the JSON object with {', '.join(names)} that was asked for: {message[:80]!r}")
     return {name: float(reply[name]) for name in names if isinstance(reply.get(name), bool)}
+
+
+def read_cache(file: TextIO) -> dict[bytes, dict[str, float]]:
+    """The verdicts in a --judge-cache. A line that a killed run left incomplete is passed over. Raises InputError if
+    none is a verdict: the file is something else, and would be written to."""
+    known, lines = {}, [line for line in file if line.strip()]
+    for line in lines:
+        with contextlib.suppress(ValueError, TypeError, RecursionError):
+            key, verdicts = json.loads(line)
+            if isinstance(verdicts, dict) and verdicts and all(x in (0, 1) for x in verdicts.values()):
+                known[bytes.fromhex(key)] = {name: float(x) for name, x in verdicts.items()}
+    if lines and not known:
+        raise InputError(f"--judge-cache {file.name} holds no verdicts: name another file, or a new one")
+    if lines and not lines[-1].endswith("\n"):
+        file.write("\n")
+    return known
 
 
 class Unavailable(Exception):
@@ -125,7 +143,8 @@ class Judge:
 
     def __init__(self, url: str, model: str, mode: str = "each", concurrency: int = 64, timeout: float = 120.0,
                  max_tokens: int = 512, constrain: bool = True, explain: bool = False, cache: str | None = None):
-        self.url, self.model, self.each = url.rstrip("/") + "/chat/completions", model, mode == "each"
+        self.url = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
+        self.model, self.each = model, mode == "each"
         self.concurrency, self.timeout, self.max_tokens = concurrency, timeout, max_tokens
         self.constrain, self.explain = constrain, explain
         self.cache: dict[bytes, dict[str, float] | asyncio.Task] = {}
@@ -134,8 +153,8 @@ class Judge:
             try:
                 self.file = open(cache, "a+", buffering=1)  # noqa: SIM115 - for the life of the judge
                 self.file.seek(0)
-                self.cache = {bytes.fromhex(key): verdicts for key, verdicts in map(json.loads, self.file)}
-            except (OSError, ValueError, TypeError) as error:
+                self.cache = read_cache(self.file)
+            except (OSError, UnicodeError) as error:
                 raise InputError(f"--judge-cache {cache} cannot be read and written: {error}") from error
         self.jitter = random.Random()  # its own: the seeds of the run are left alone
         self.error = self.unavailable = ""  # the last reason of a missing verdict, the last of a retry
@@ -276,10 +295,10 @@ class Judge:
         self.counts["requests"] += 1
         try:
             async with self.session.post(self.url, json=body) as reply:
-                status, text = reply.status, await reply.text(errors="replace")
+                status, text = reply.status, (await reply.read()).decode(errors="replace")
                 wait = reply.headers.get("Retry-After", "")
         except (aiohttp.ClientError, OSError) as error:
-            raise Unavailable(str(error) or type(error).__name__) from error
+            raise Unavailable(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
         if status != 200:
             reason = f"HTTP {status}: {' '.join(text.split())[:200]}"
             if status in BUSY or status >= 500:
@@ -287,15 +306,15 @@ class Judge:
             raise Refused(reason)
         try:
             answer = json.loads(text)
-            choice, usage = answer["choices"][0], answer.get("usage") or {}
-            message = choice["message"]["content"]
+            choice, usage = answer["choices"][0], answer.get("usage")
+            message, cut = choice["message"]["content"], choice.get("finish_reason") == "length"
             if not isinstance(message, str):
                 raise TypeError
-            for name in ("prompt_tokens", "completion_tokens"):
-                self.counts[name] += usage.get(name) or 0
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"no chat completion with a message: {text[:80]!r}") from error
-        if choice.get("finish_reason") == "length":  # its end may be a quotation of the response
+        for name in ("prompt_tokens", "completion_tokens") if isinstance(usage, dict) else ():
+            self.counts[name] += usage[name] if isinstance(usage.get(name), int) else 0
+        if cut:  # its end may be a quotation of the response
             raise ValueError(f"cut off at --judge-max-tokens {self.max_tokens}: {message[:80]!r}")
         return message
 

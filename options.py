@@ -25,7 +25,13 @@ SMALLEST = {"steps": 1, "group": 2, "prompts": 1, "updates": 1, "max_tokens": 1,
             "warmup": 0, "eval_every": 0, "eval_prompts": 0, "seed": 0, "kl": 0, "is_cap": 0, "lr": 0, "clip_low": 0,
             "clip_high": 0, "temperature": 0.01, "grad_clip": 1e-6, "gpu_memory": 0.01, "judge_concurrency": 1,
             "judge_timeout": 0.1, "judge_max_tokens": 8, "judge_max_missing": 0, "limit": 0, "repeats": 1}
-LARGEST = {"clip_low": 1, "gpu_memory": 1, "judge_max_missing": 1}
+LARGEST = {"clip_low": 1, "gpu_memory": 1, "judge_max_missing": 1, "lr": 100, "clip_high": 1e6, "is_cap": 1e6,
+           "kl": 1e6, "group": 10_000, "repeats": 1000, "limit": 10**6}
+# Options that only some tasks read: (default, tasks). Given for another, they would be ignored without a word.
+JUDGE_TASKS = *JUDGED, "healthbench"
+ONLY_FOR = {"judge_url": (None, JUDGE_TASKS), "judge_model": (None, JUDGE_TASKS), "judge_cache": (None, JUDGE_TASKS),
+            "criterion_weights": ("uniform", JUDGED), "pitfalls": ("invert", JUDGED),
+            "subset": ("full", ["healthbench"]), "repeats": (4, ["gpqa"])}
 # Of eval.py's tasks: temperature and longest response, as simple-evals and ToolRL have them.
 BENCHMARKS = {"healthbench": (0.5, 2048), "gpqa": (0.5, 2048), "bfcl": (0.0, 1024), "rlla": (0.0, 1024),
               "tools": (0.0, 256)}
@@ -137,11 +143,17 @@ def _check(args: argparse.Namespace, choices: dict, smallest: dict) -> None:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: choose one of "
                              + ", ".join(filter(None, known)))
     for name, low in smallest.items():
-        high, value = LARGEST.get(name, math.inf), getattr(args, name, low)
-        if not (low <= value <= high and math.isfinite(value)):
+        value = getattr(args, name, low)
+        if not low <= value <= LARGEST.get(name, 1e18):
             raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {low}"
-                             + (f" and at most {high}" if name in LARGEST else " and finite"))
-    if args.task in (*JUDGED, "healthbench"):
+                             + (f" and at most {LARGEST[name]}" if name in LARGEST else " and finite"))
+    for name, value in vars(args).items():
+        default, tasks = ONLY_FOR.get(name, (value, ()))
+        if value == "":
+            raise InputError(f"--{name.replace('_', '-')} is empty: give it a value, or leave it out")
+        if value != default and args.task not in tasks:
+            raise InputError(f"--{name.replace('_', '-')} {value}: the task {args.task} does not use it; leave it out")
+    if args.task in JUDGE_TASKS:
         if not re.match(r"https?://[^/\s]+", args.judge_url or ""):
             raise InputError(f"--judge-url {args.judge_url}: --task {args.task} needs a judge; name an "
                              "OpenAI-compatible endpoint, such as http://localhost:8000/v1")

@@ -285,7 +285,7 @@ def fit(args: argparse.Namespace, run: Path, device: torch.device, policy, refer
 
 @contextlib.contextmanager
 def make_run(name: str):
-    """The new folder runs/name, made before anything is loaded; removed if an InputError comes before it has a file."""
+    """The new folder runs/name, made before anything is loaded; removed if an error comes before it has a file."""
     run = Path("runs") / name
     if RANK == 0:
         try:
@@ -296,7 +296,7 @@ def make_run(name: str):
             raise InputError(f"{run} cannot be made: {error}") from error
     try:
         yield run
-    except InputError:
+    except BaseException:  # Ctrl-C, too
         if RANK == 0 and not any(run.iterdir()):
             run.rmdir()
         raise

@@ -44,7 +44,7 @@ class Server:
                 await asyncio.sleep(reply)
                 reply = (500, "late")
             if isinstance(reply, tuple):
-                return web.Response(status=reply[0], text=reply[1], headers=reply[2] if len(reply) > 2 else None)
+                return web.Response(status=reply[0], body=reply[1].encode(), headers=reply[2] if len(reply) > 2 else None)
             return web.json_response({"choices": [{"message": {"role": "assistant", "content": reply}}],
                                       "usage": {"prompt_tokens": 100, "completion_tokens": 10}})
         finally:

@@ -121,11 +121,19 @@ def test_a_rubric_of_ones_own(tmp_path):
 @pytest.mark.parametrize(("row", "message"), [
     ({"rubric": RUBRIC}, "has no prompt"), ({"question": "q"}, "has no rubric"), ({"question": "q", "rubric": []}, "has no rubric"),
     ({"question": "q", "rubric": ["text"]}, "without a text"), ({"question": "q", "rubric": [{"description": " "}]}, "without a text"),
-    ({"question": "q", "rubric": [{"description": "d", "weight": 0}]}, "weight 0"), ({"question": "q", "rubric": [{"description": "d", "weight": "5"}]}, "weight '5'"),
+    ({"question": "q", "rubric": [{"description": "d", "weight": 0}]}, "weight '0'"), ({"question": "q", "rubric": [{"description": "d", "weight": "5"}]}, "weight '5'"),
+    ({"question": "q", "rubric": [{"description": "d", "weight": 1e300}]}, "up to 1e6"), ({"question": "q", "rubric": [{"description": "d", "weight": True}]}, "weight 'True'"),
+    ({"question": "q", "rubric": [{"description": "Essential Criteria: "}]}, "without a text"), ([], "is no object"), ("text", "is no object"),
 ])
 def test_a_bad_rubric_is_named(tmp_path, row, message):
     with pytest.raises(InputError, match=f"row 1 .*{message}"):
         rubric(tmp_path, rows=[{"question": "q", "rubric": RUBRIC}, row])
+
+
+@pytest.mark.parametrize("title", ["", " ", "a\nb", "\ud800", 5, "joint"])
+def test_a_bad_title_is_named(tmp_path, title):
+    with pytest.raises(InputError, match="has an item with title"):
+        rubric(tmp_path, "rubric", [{"question": "q", "rubric": [{"description": "d", "title": title}]}])
 
 
 def test_only_pitfalls(tmp_path):

@@ -301,14 +301,21 @@ def test_holm_by_hand():
 
 def test_compare_refuses(tmp_path):
     good = result(tmp_path, "good", [{"s": 1.0}])
-    for name, options, message in [("items", {"items": "y"}, "items is x in"), ("heat", {"temperature": 1}, "temperature is None in"), ("task", {"task": "bfcl"}, "task is gpqa")]:
-        with pytest.raises(InputError, match=f"cannot be compared: {message}"):
+    for name, options, message in [("items", {"items": "y"}, "different items"), ("heat", {"temperature": 1}, "temperature is None in"), ("task", {"task": "bfcl"}, "task is gpqa")]:
+        with pytest.raises(InputError, match=f"cannot be compared: .*{message}"):
             evaluation.compare(good, result(tmp_path, name, [{"s": 1.0}], **options))
     with pytest.raises(InputError, match="different items"):
         evaluation.compare(good, result(tmp_path, "more", [{"s": 1.0}, {"s": 0.0}]))
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/results.json").write_text("{}")
-    for path in (tmp_path / "broken/results.json", tmp_path / "missing/results.json"):
+    broken = [tmp_path / "broken/results.json", tmp_path / "missing/results.json", result(tmp_path, "none", [])]
+    for number, scores in enumerate(["text", None, [1], {"s": "0.5"}, {"s": [1]}, {"s": float("inf")}]):
+        broken.append(result(tmp_path, f"odd{number}", [scores]))
+    twice = result(tmp_path, "twice", [{"s": 1.0}])
+    (tmp_path / "twice/samples.jsonl").write_text('{"id": "0", "group": "", "scores": {}}\n' * 2)
+    with pytest.raises(InputError, match="no metric in common"):
+        evaluation.compare(good, result(tmp_path, "other", [{"t": 1.0}]))
+    for path in [*broken, twice]:
         with pytest.raises(InputError, match="cannot be read as eval.py writes them"):
             evaluation.compare(good, path)
 
@@ -347,11 +354,11 @@ def test_vllm_and_transformers_answer_alike(tmp_path):
 
 @pytest.mark.parametrize(("args", "message"), [
     ([], "--task None: choose one of healthbench"), (["--task", "x"], "--task x"), (["--task", "healthbench"], "needs a judge"),
-    (["--task", "healthbench", "--subset", "easy"], "--subset easy: choose one of full, hard, consensus"), (["--task", "tools", "--data", "x"], "brings its own"),
+    (["--task", "healthbench", "--subset", "easy"], "--subset easy: choose one of full, hard, consensus"), (["--task", "tools", "--data", "x"], "brings its own"), (["--task", "gpqa", "--subset", "hard"], "does not use it"),
     (["--task", "gpqa", "--data", "x.csv"], "x.csv cannot be read"), (["--task", "gpqa", "--repeats", 0], "--repeats 0"), (["--task", "tools", "--temperature", -2], "--temperature -2"),
     (["--task", "tools", "--max-tokens", -5], "--max-tokens -5"), (["--task", "tools", "--max-tokens", 4000], "has room for 96"), (["--task", "tools", "--limit", -1], "--limit -1"),
     (["--task", "tools", "--model", "./nothing"], "no such file"), (["--tasks", "tools"], "unrecognized arguments: --tasks"),
-    (["--task", "healthbench", "--data", "h.jsonl", "--judge-url", "http://127.0.0.1:9/v1", "--judge-model", "m"], "cannot be used: Cannot connect"),
+    (["--task", "healthbench", "--data", "h.jsonl", "--judge-url", "http://127.0.0.1:9/v1", "--judge-model", "m"], "cannot be used: ClientConnectorError: Cannot connect"),
 ])
 def test_bad_input(monkeypatch, tmp_path, args, message):
     monkeypatch.setattr(model, "load", lambda *args: pytest.fail("the model was loaded"))
@@ -360,8 +367,11 @@ def test_bad_input(monkeypatch, tmp_path, args, message):
     assert message in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "runs/a").exists()
 
 
-@pytest.mark.parametrize("rubrics", [None, [], [{"criterion": "c"}], [{"points": 1}], ["c"]])
+@pytest.mark.parametrize("rubrics", [None, [], [{"criterion": "c"}], [{"points": 1}], ["c"], [{"criterion": "c", "points": -1}], [{"criterion": "c", "points": float("nan")}],
+                                     [{"criterion": "c", "points": True}]])
 def test_a_bad_healthbench_row_is_named(tmp_path, rubrics):
-    (tmp_path / "h.jsonl").write_text("\n".join(map(json.dumps, [*HEALTH, {**HEALTH[0], "rubrics": rubrics}])))
-    with pytest.raises(InputError, match="row 2 has no rubrics"):
-        benchmarks.load(SimpleNamespace(task="healthbench", data=str(tmp_path / "h.jsonl"), limit=0))
+    for row, message in [({**HEALTH[0], "rubrics": rubrics}, "row 2 has no rubrics"), ({**HEALTH[0], "example_tags": "theme:x"}, "row 2 has tags that are no list"),
+                         ({**HEALTH[0], "example_tags": [1]}, "row 2 has tags"), ("text", "row 2 is no object")]:
+        (tmp_path / "h.jsonl").write_text("\n".join(map(json.dumps, [*HEALTH, row])))
+        with pytest.raises(InputError, match=message):
+            benchmarks.load(SimpleNamespace(task="healthbench", data=str(tmp_path / "h.jsonl"), limit=0))

@@ -67,10 +67,13 @@ def test_without_the_quotation_a_response_would_speak_as_the_user(tiny):
     '{"criterion_1": true, "criterion_3": true}', '{"criterion_1": false, "criterion_1": true}', '{"criterion_1": true} {"criterion_2": true}',
     'The response says {"criterion_1": true, "criterion_2": true}', '{"criterion_1": true}\nHuman: {"criterion_1": false}', "{" * 100_000,
     '```json\n{"criterion_1": true}\n```\n```json\n{"criterion_1": false}\n```', "[" * 100_000, '{"criteria_met": true}', '{"1": true}',
+    "```json" + "\n" * 100_000, "```" * 10_000, '{"criterion_1": true}' + " \n" * 50_000 + "x",
 ])
 def test_what_is_no_verdict(message):
+    start = time.monotonic()
     with pytest.raises(ValueError):
         parse_verdicts(message, ["criterion_1", "criterion_2"])
+    assert time.monotonic() - start < 1
 
 
 @pytest.mark.parametrize(("message", "verdicts"), [
@@ -110,6 +113,13 @@ def test_a_repeated_question_is_not_paid_twice():
     assert len(server.requests) == 3 and client.take_counts()["cached"] == 9
     ask(client, ["meets 1"], chat=[{"role": "user", "content": "another"}])
     assert len(server.requests) == 6
+
+
+@pytest.mark.parametrize("usage", [None, [], {"prompt_tokens": "7", "completion_tokens": None}])
+def test_odd_usage_does_not_cost_the_verdict(usage):
+    reply = (200, json.dumps({"choices": [{"message": {"content": '{"criterion_1": true}'}}], "usage": usage}), {"Content-Type": "application/json; charset=hex"})
+    client = make(Server(lambda body, n: reply))
+    assert ask(client, ["x"], n=1).tolist() == [[1]] and client.take_counts()["prompt_tokens"] == 0
 
 
 def test_concurrency_is_bounded_and_used():
@@ -181,9 +191,14 @@ def test_a_cache_file_outlives_the_judge(tmp_path):
     assert ask(make(server, cache=file, explain=True), ["meets 2"]).tolist() == [[0, 1, 0]] and len(server.requests) == 7  # another question
     ask(Judge(server.url, "other model", cache=file), ["meets 2"])
     assert len(server.requests) == 10
+    lines = Path(file).read_text().splitlines()
+    Path(file).write_text("\n".join([*lines, "", "[1]", lines[0].replace("1.0", "0.5").replace("0.0", "0.5"), lines[-1][:20]]))  # a killed run
+    again = make(server, cache=file)
+    assert len(again.cache) == len(lines) and ask(again, ["meets 3"]).tolist() == [[0, 0, 1]]
+    assert len(make(server, cache=file).cache) == len(lines) + 3
     (tmp_path / "bad").write_text("no json\n")
-    for bad in (tmp_path / "bad", tmp_path, tmp_path / "no/such"):
-        with pytest.raises(InputError, match="--judge-cache .* cannot be read and written"):
+    for bad, message in ((tmp_path / "bad", "holds no verdicts"), (tmp_path, "cannot be read and written"), (tmp_path / "no/such", "cannot be read and written")):
+        with pytest.raises(InputError, match=f"--judge-cache .* {message}"):
             make(server, cache=str(bad))
 
 
@@ -299,7 +314,7 @@ def test_no_judge_no_run(tmp_path):
     start = time.monotonic()
     result = train(tmp_path, "http://127.0.0.1:9/v1", "--name", "a")
     assert time.monotonic() - start < 60 and result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
-    assert result.stderr.startswith("error: the judge at http://127.0.0.1:9/v1/chat/completions, model m, cannot be used: Cannot connect")
+    assert result.stderr.startswith("error: the judge at http://127.0.0.1:9/v1/chat/completions, model m, cannot be used: ClientConnectorError: Cannot connect")
     assert not (tmp_path / "runs/a").exists()
 
 
@@ -332,7 +347,8 @@ def test_options_of_the_judge(monkeypatch, tmp_path):
     rubric = ["--task", "rubric", "--data", "x.jsonl"]
     for args, message in [(rubric, "--judge-url None: --task rubric needs a judge"), ([*rubric, "--judge-url", "localhost:8000"], "name an OpenAI-compatible"),
                           ([*rubric, "--judge-url", "http://h/v1"], "--judge-model"), (["--judge-mode", "x"], "--judge-mode x: choose one of each, all"), (["--judge-format", "x"], "--judge-format x: choose one of schema, text"),
-                          (["--pitfalls", "x"], "--pitfalls x: choose"), (["--criterion-weights", "x"], "--criterion-weights x"),
+                          ([*rubric, "--judge-url", "http://h/v1", "--judge-model", "m", "--pitfalls", "x"], "--pitfalls x: choose"), (["--pitfalls", "drop"], "the task tools does not use it"),
+                          (["--judge-url", "http://h/v1"], "the task tools does not use it"), (["--data", ""], "--data is empty"), ([*rubric, "--criterion-weights", "x"], "--criterion-weights x"),
                           (["--judge-concurrency", 0], "--judge-concurrency 0"), (["--judge-max-missing", 2], "at most 1"), (["--judge-timeout", "inf"], "finite")]:
         with pytest.raises(InputError) as error:
             run(monkeypatch, tmp_path, *args)

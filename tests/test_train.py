@@ -202,7 +202,7 @@ def test_vllm_on_two_ranks_and_its_checkpoint(tmp_path):
 @pytest.mark.parametrize(("args", "message"), [
     (["--task", "x"], "--task x: choose one of tools, rlla"), (["--agg", "x"], "--agg x: choose one of rvpo"),
     (["--engine", "x"], "--engine x: choose one of vllm, hf"), (["--beta", "x"], "beta 'x' is neither"),
-    (["--group", 1], "--group 1: must be at least 2 and finite"), (["--prompts", 0], "--prompts 0: must be at least 1"),
+    (["--group", 1], "--group 1: must be at least 2 and at most"), (["--prompts", 0], "--prompts 0: must be at least 1"),
     (["--temperature", 0], "--temperature 0.0: must be"), (["--lr", "nan"], "--lr nan"),
     (["--kl", -1], "--kl -1.0"), (["--updates", 3], "--updates 3: at most --prompts"),
     (["--name", "there"], "runs/there exists"), (["--name", "a/b"], "--name a/b: at most 100 letters"),
