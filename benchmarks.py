@@ -28,11 +28,12 @@ from rewards import InputError
 
 
 class Item(NamedTuple):
+    """score: (a response to each example, a judge's verdicts (1, K) or None) -> (scores, what else to write down)."""
+
     id: str
     group: str
     examples: list[Example]  # the chats to answer; more than one for repeats
-    score: Callable[[list[str], np.ndarray | None], tuple[dict[str, float], dict]]  # see below
-    # (a response to each example, verdicts (n, K) of a judge) -> (scores, what else goes into samples.jsonl)
+    score: Callable[[list[str], np.ndarray | None], tuple[dict[str, float], dict]]
 
 
 # HealthBench (github openai/simple-evals; arXiv 2505.08775)
@@ -209,9 +210,9 @@ def toolrl_messages(functions: list[dict], messages: list[dict]) -> list[dict]:
 
 def bfcl_calls(response: str) -> list[dict]:
     """[{name: parameters}] of the last tool_call block; lines that are no call are skipped, as in ToolRL's handler."""
+    _, tag, rest = response.rpartition("<tool_call>")
     calls = []
-    for line in response.rpartition("<tool_call>")[2].partition("</tool_call>")[0].split("\n") \
-            if "<tool_call>" in response else []:
+    for line in rest.partition("</tool_call>")[0].split("\n") if tag else []:
         try:
             call = json.loads(line)
         except (ValueError, RecursionError):

@@ -233,6 +233,7 @@ def fit(args: argparse.Namespace, run: Path, device: torch.device, policy, refer
         advantages = rvpo.advantages(rewards, args.agg, beta, weights)  # (P, G)
         times.append(now())
 
+        # Written before anything can go wrong with them.
         names = [channel_names(args.task, example) for _, example in batch]  # P lists
         write(run / "samples.jsonl", *(
             {"step": step + 1, "prompt": example.messages, "response": response.text, "finish": response.finish,
@@ -242,6 +243,7 @@ def fit(args: argparse.Namespace, run: Path, device: torch.device, policy, refer
             for p, (_, example) in enumerate(batch) for g, response in enumerate(responses[p])))
         if judge:
             check_missing(judged, judged["missing"], "the judge's verdicts are", args.judge_max_missing)
+        times.append(now())
 
         # Update on this rank's share.
         rows = [{"update": slot * args.updates // args.prompts, "prompt": batch[slot][0],
@@ -257,7 +259,8 @@ def fit(args: argparse.Namespace, run: Path, device: torch.device, policy, refer
 
         # Log.
         lengths = [len(response.tokens) for group in responses for response in group]
-        seconds = dict(zip(("sample", "score", "advantage", "update", "sync"), np.diff(times).tolist(), strict=True))
+        phases = "sample", "score", "advantage", "write", "update", "sync"
+        seconds = dict(zip(phases, np.diff(times).tolist(), strict=True))
         joint = torch.from_numpy(scoring.satisfied(args.task, rewards.numpy())).nanmean().item()
         metrics |= {
             "joint": joint, "beta": beta, "lr": lr,
