@@ -171,9 +171,8 @@ In your response, you can use the following tools:
 object with a "name" field and an "parameters" field containing a dictionary of parameters. If no parameters are \
 needed, leave the "parameters" field an empty dictionary.
 3. Refer to the previous dialogue records in the history, including the user's queries, previous `<tool_call>`, \
-`<response>`, and any tool feedback noted as `<obs>` (if exists).
-"""
-REFUSAL = "4. If none of the tools fits the request, make no tool call and say so in `<response>`.\n"  # BFCL only
+`<response>`, and any tool feedback noted as `<obs>` (if exists)."""
+REFUSAL = "\n4. If none of the tools fits the request, make no tool call and say so in `<response>`."  # BFCL only
 FORMS = "<tool_call>", "<response>", "<tool_call> <response>"  # references, for toolrl_format: what a response may hold
 
 
