@@ -9,6 +9,7 @@ A verdict that cannot be had is NaN, "missing", and never a "no".
 import argparse
 import asyncio
 import atexit
+import collections
 import contextlib
 import hashlib
 import itertools
@@ -28,7 +29,6 @@ from data import Example
 from rewards import InputError
 from rollout import RANK, WORLD, gather
 
-KEEP = 1_000_000  # verdicts in memory, some 300 bytes each
 COUNTS = "requests", "retries", "cached", "failed", "prompt_tokens", "completion_tokens", "seconds"
 BUSY = {408, 409, 425, 429}  # HTTP statuses below 500 that pass
 
@@ -147,7 +147,8 @@ class Judge:
         self.model, self.each = model, mode == "each"
         self.concurrency, self.timeout, self.max_tokens = concurrency, timeout, max_tokens
         self.constrain, self.explain = constrain, explain
-        self.cache: dict[bytes, dict[str, float] | asyncio.Task] = {}
+        self.cache: dict[bytes, dict[str, float] | asyncio.Future] = {}  # 300 bytes a question: 1 GB for all of RaR
+        self.waiting, self.workers = collections.deque(), 0
         self.file = None
         if cache:
             try:
@@ -166,10 +167,9 @@ class Judge:
 
     async def _open(self) -> None:
         key = os.environ.get("JUDGE_API_KEY")
-        self.slots, self.turn = asyncio.Semaphore(self.concurrency), asyncio.Lock()
         self.session = aiohttp.ClientSession(
             headers={"Authorization": f"Bearer {key}"} if key else None, timeout=aiohttp.ClientTimeout(total=None),
-            connector=aiohttp.TCPConnector(limit=0))  # the slots are the limit, the deadline in `_ask` the timeout
+            connector=aiohttp.TCPConnector(limit=0))  # the workers are the limit, the deadline in `_ask` the timeout
 
     def _run(self, coroutine) -> Future:
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
@@ -212,40 +212,47 @@ class Judge:
 
     async def _grade(self, messages: list[dict], response: str, criteria: list[str]) -> list[float]:
         items = {f"criterion_{k}": text for k, text in enumerate(criteria, start=1)}
-        parts = [{name: text} for name, text in items.items()] if self.each else [items]
-        tasks, verdicts = [], {}
-        async with self.turn:  # one response's criteria in a row: their prompts share a prefix, which judges cache
-            for part in parts:
-                await self.slots.acquire()  # before the task is made: waiting requests cost nothing
-                tasks.append(asyncio.create_task(self._verdicts(messages, response, part)))
-                tasks[-1].add_done_callback(lambda task: self.slots.release())
-        for part in await asyncio.gather(*tasks):
-            verdicts |= part
+        verdicts = {}
+        # One response's criteria in a row: their prompts share a prefix, which judges cache.
+        for part in [self._verdicts(messages, response, part) for part in
+                     ([{name: text} for name, text in items.items()] if self.each else [items])]:
+            verdicts |= part if isinstance(part, dict) else await part
         return [verdicts.get(name, math.nan) for name in items]
 
-    async def _verdicts(self, messages: list[dict], response: str, items: dict[str, str]) -> dict[str, float]:
-        """The verdicts that could be had, from the cache, from a request under way with the same text, or asked for."""
+    def _verdicts(self, messages: list[dict], response: str, items: dict[str, str]) -> dict | asyncio.Future:
+        """From the cache, from a question with the same text that is waiting for its answer, or to be asked."""
         key = hashlib.sha256(json.dumps([self.model, self.explain, messages, response, items]).encode()).digest()[:16]
-        known = self.cache.get(key)
-        if known is not None:
+        if key in self.cache:
             self.counts["cached"] += len(items)
-            return known if isinstance(known, dict) else await known
-        self.cache[key] = asyncio.create_task(self._ask(messages, response, items))
-        verdicts = await self.cache[key]
-        if len(verdicts) == len(items):
-            self.cache[key] = verdicts
-            if len(self.cache) > KEEP:
-                del self.cache[next(iter(self.cache))]
-            if self.file:
-                self.file.write(json.dumps([key.hex(), verdicts]) + "\n")
-        else:
-            self.cache.pop(key, None)
-            self.counts["failed"] += 1
-        return verdicts
+            return self.cache[key]
+        future = self.cache[key] = self.loop.create_future()
+        self.waiting.append((key, future, messages, response, items))
+        if self.workers < self.concurrency:
+            self.workers += 1
+            asyncio.create_task(self._work())  # noqa: RUF006 - its questions' futures are waited for
+        return future
+
+    async def _work(self) -> None:
+        """One of at most `concurrency` that answer the waiting questions."""
+        while self.waiting:
+            key, future, messages, response, items = self.waiting.popleft()
+            try:
+                verdicts = await self._ask(messages, response, items)
+                if len(verdicts) < len(items):
+                    self.counts["failed"] += 1
+                    del self.cache[key]
+                else:
+                    self.cache[key] = verdicts
+                    if self.file:
+                        self.file.write(json.dumps([key.hex(), verdicts]) + "\n")
+                future.set_result(verdicts)
+            except Exception as error:  # noqa: BLE001 - handed to who waits for the verdicts
+                future.set_exception(error)
+        self.workers -= 1
 
     async def _ask(self, messages: list[dict], response: str, items: dict[str, str]) -> dict[str, float]:
         """The verdicts that can be had within the deadline."""
-        # A judge that is gone may cost each slot its deadline once, but not each of thousands of requests.
+        # A judge that is gone may cost each worker its deadline once, but not each of thousands of requests.
         if self.failed_in_a_row >= max(8, self.concurrency):
             return {}
         if not self.in_flight:
