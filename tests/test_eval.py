@@ -342,14 +342,15 @@ def test_trained_tasks_and_the_command(monkeypatch, tmp_path):
 
 
 @needs_vllm
-def test_vllm_and_transformers_answer_alike(tmp_path):
+def test_vllm_and_transformers_answer_alike(monkeypatch, tmp_path):
     """Greedy, from the checkpoint as it is."""
-    for engine in ("vllm", "hf"):
-        out = subprocess.run([sys.executable, ROOT / "eval.py", "--model", "tiny", "--engine", engine, "--task", "tools", "--limit", "4", "--max-tokens", "12",
-                              "--name", engine], cwd=tmp_path, capture_output=True, text=True)
-        assert out.returncode == 0, out.stderr[-3000:]
-    responses = [[json.loads(line)["response"] for line in (tmp_path / "runs" / name / "samples.jsonl").read_text().splitlines()] for name in ("vllm", "hf")]
-    assert responses[0] == responses[1]
+    args = ["--task", "tools", "--limit", "4", "--max-tokens", "12"]
+    _, samples = evaluate(monkeypatch, tmp_path, *args)
+    out = subprocess.run([sys.executable, ROOT / "eval.py", "--model", "tiny", "--engine", "vllm", *args, "--name", "vllm"], cwd=tmp_path, capture_output=True,
+                         text=True)
+    assert out.returncode == 0, out.stderr[-3000:]
+    of_vllm = [json.loads(line)["response"] for line in (tmp_path / "runs/vllm/samples.jsonl").read_text().splitlines()]
+    assert of_vllm == [sample["response"] for sample in samples]
 
 
 @pytest.mark.parametrize(("args", "message"), [
