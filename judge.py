@@ -277,8 +277,9 @@ class Judge:
             self.counts["retries"] += attempt > 0
             try:
                 message = await self._post(messages, response, items)
-                self.error = f"a verdict that is neither true nor false: {message[:80]!r}"
                 verdicts |= parse_verdicts(message, list(items))
+                if len(verdicts) < len(items):
+                    self.error = f"a verdict that is neither true nor false: {message[:80]!r}"
             except ValueError as error:
                 self.error = f"a malformed answer: {error}"
             except Unavailable as error:

@@ -100,7 +100,7 @@ def test_each_response_gets_its_own_verdicts(mode, monkeypatch):
     counts = client.take_counts()
     assert counts["requests"] == (6 if mode == "each" else 2) and counts["failed"] == counts["retries"] == 0
     assert counts["prompt_tokens"] == 100 * counts["requests"] and counts["completion_tokens"] == 10 * counts["requests"]
-    assert 0 < counts["seconds"] < 5 and server.requests[0]["key"] == "Bearer secret"
+    assert 0 < counts["seconds"] < 5 and server.requests[0]["key"] == "Bearer secret" and client.error == ""
     assert [len(names(request["body"])) for request in server.requests[1:]] == ([1] * 6 if mode == "each" else [3] * 2)
     assert all(request["body"]["temperature"] == 0 for request in server.requests)
 
