@@ -212,16 +212,17 @@ class Judge:
 
     async def _grade(self, messages: list[dict], response: str, criteria: list[str]) -> list[float]:
         items = {f"criterion_{k}": text for k, text in enumerate(criteria, start=1)}
-        verdicts = {}
-        # One response's criteria in a row: their prompts share a prefix, which judges cache.
-        for part in [self._verdicts(messages, response, part) for part in
-                     ([{name: text} for name, text in items.items()] if self.each else [items])]:
-            verdicts |= part if isinstance(part, dict) else await part
+        parts = [{name: text} for name, text in items.items()] if self.each else [items]
+        # All of a response's criteria in a row: their prompts share a prefix, which judges cache.
+        answers, verdicts = [self._verdicts(messages, response, part) for part in parts], {}
+        for answer in answers:
+            verdicts |= answer if isinstance(answer, dict) else await answer
         return [verdicts.get(name, math.nan) for name in items]
 
     def _verdicts(self, messages: list[dict], response: str, items: dict[str, str]) -> dict | asyncio.Future:
         """From the cache, from a question with the same text that is waiting for its answer, or to be asked."""
-        key = hashlib.sha256(json.dumps([self.model, self.explain, messages, response, items]).encode()).digest()[:16]
+        question = [PROMPT, self.model, self.explain, messages, response, items]  # PROMPT: a cache file may outlive it
+        key = hashlib.sha256(json.dumps(question).encode()).digest()[:16]
         if key in self.cache:
             self.counts["cached"] += len(items)
             return self.cache[key]

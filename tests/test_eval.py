@@ -59,8 +59,8 @@ def test_healthbench(monkeypatch, tmp_path):
     server = Server(lambda body, n: json.dumps({"explanation": "x", **{name: any(f" {c}\"" in body["messages"][0]["content"] for c in ("c1", "c3", "c4", "bad"))
                                                                        for name in names(body)}}))
     results, samples = evaluate(monkeypatch, tmp_path, *healthbench(tmp_path, server))
-    assert samples[0]["scores"] == pytest.approx({"overall": 11 / 22, "theme:hedging": 11 / 22, "axis:accuracy": 7 / 12, "axis:completeness": 1.0,
-                                                  "axis:communication_quality": np.nan}, nan_ok=True) or samples[0]["scores"]["axis:communication_quality"] is None
+    assert samples[0]["scores"].pop("axis:communication_quality") is None  # no positive points: skipped
+    assert samples[0]["scores"] == pytest.approx({"overall": 11 / 22, "theme:hedging": 11 / 22, "axis:accuracy": 7 / 12, "axis:completeness": 1.0})
     assert samples[1]["scores"]["overall"] == -3 and samples[1]["met"] == [0, 1]
     means = {name: metric["mean"] for name, metric in results["metrics"].items()}
     assert means == pytest.approx({"overall": 0.0, "theme:hedging": 0.5, "theme:communication": 0.0, "axis:accuracy": 7 / 12, "axis:completeness": 0.5})

@@ -183,7 +183,7 @@ def test_the_better_of_two_partial_answers_counts():
     assert verdicts[0] == 1 and math.isnan(verdicts[1]) and verdicts[2] == 0
 
 
-def test_a_cache_file_outlives_the_judge(tmp_path):
+def test_a_cache_file_outlives_the_judge(tmp_path, monkeypatch):
     server, file = Server(lambda body, n: (400, "no") if n == 1 else graded(body)), str(tmp_path / "cache.jsonl")
     first = make(server, cache=file, concurrency=1)
     assert np.isnan(ask(first, ["meets 2"])[0]).tolist() == [True, False, False]
@@ -191,6 +191,10 @@ def test_a_cache_file_outlives_the_judge(tmp_path):
     assert ask(make(server, cache=file, explain=True), ["meets 2"]).tolist() == [[0, 1, 0]] and len(server.requests) == 7  # another question
     ask(Judge(server.url, "other model", cache=file), ["meets 2"])
     assert len(server.requests) == 10
+    with monkeypatch.context() as patch:
+        patch.setattr(judge, "PROMPT", judge.PROMPT + " ")  # other words are another question
+        ask(make(server, cache=file), ["meets 2"])
+    assert len(server.requests) == 13
     lines = Path(file).read_text().splitlines()
     Path(file).write_text("\n".join([*lines, "", "[1]", lines[0].replace("1.0", "0.5").replace("0.0", "0.5"), lines[-1][:20]]))  # a killed run
     again = make(server, cache=file)
