@@ -17,16 +17,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 import benchmarks
 import data
-import model as policies
+import model
 import rollout
 from judge import check_missing, connect, total_counts
 from options import check_eval_args, parse_eval_args, versions
 from rewards import InputError
-from rollout import RANK, WORLD, gather
+from rollout import RANK, gather
 from train import make_run, write
 
 RESAMPLES, PAIRED_RESAMPLES = 1_000, 10_000
@@ -140,18 +139,18 @@ def evaluate(args, run: Path) -> dict[str, dict[str, float]]:
     judge = connect(args, explain=True) if args.task == "healthbench" else None
     items = benchmarks.load(args)
     averages = benchmarks.bfcl_averages() if args.task == "bfcl" else {}
-    path, tokenizer, stops, _, room = policies.describe(args.model, args.max_tokens)
+    path, tokenizer, stops, _, room = model.describe(args.model, args.max_tokens)
     chats = data.encode(tokenizer, [example for item in items for example in item.examples], room)
     device = rollout.join_ranks()
-    with policies.readable(args.model):
+    with model.readable(args.model):
         if args.engine == "vllm":
             longest = max(len(ids) for ids, _ in chats) + args.max_tokens
             engine = rollout.VLLMEngine(path, tokenizer, stops, longest, args.temperature, args.max_tokens, args.seed,
                                         args.gpu_memory, fixed=True)
         else:
             dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-            policy = policies.load(path, device, dtype)
-            engine = rollout.HFEngine(policy, tokenizer, stops, args.temperature, args.max_tokens)
+            lm = model.load(path, device, dtype)
+            engine = rollout.HFEngine(lm, tokenizer, stops, args.temperature, args.max_tokens)
     sampled = rollout.sample(engine, judge.start if judge else lambda example, texts: lambda: None, chats, 1, args.seed,
                              "eval")
     answers = gather([(responses[0], verdicts()) for responses, verdicts in sampled])
@@ -208,8 +207,6 @@ def main() -> None:
         for name, metric in table.items():
             print(f"{name:>45}  {metric['mean']:.3f} ({metric['stderr']:.3f})  n={metric['n']}")
         print(f"\n{run}: results.json, samples.jsonl")
-    if WORLD > 1 and args.engine == "hf":  # vLLM ends the process group itself, at exit
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

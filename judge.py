@@ -328,10 +328,6 @@ class Judge:
         return message
 
 
-class JudgeFailed(InputError):
-    """Too many verdicts are missing; raised on all ranks together."""
-
-
 def total_counts(judge: Judge, verdicts: list[np.ndarray]) -> dict[str, float | str]:
     """The counts of all ranks since the last call, the share of missing verdicts and the last reason for one. verdicts:
     of the whole batch, each (G, K)."""
@@ -343,9 +339,9 @@ def total_counts(judge: Judge, verdicts: list[np.ndarray]) -> dict[str, float | 
 
 
 def check_missing(counts: dict, share: float, what: str, most: float) -> None:
-    """Raises JudgeFailed if the share of what is missing is above the most that may be."""
+    """Raises InputError, on all ranks alike, if the share of what is missing is above the most that may be."""
     if share > most:
-        raise JudgeFailed(f"{share:.0%} of {what} missing, more than --judge-max-missing {most:g} allows; the last "
+        raise InputError(f"{share:.0%} of {what} missing, more than --judge-max-missing {most:g} allows; the last "
                           f"reason was: {counts['last_error']}")
 
 

@@ -1,14 +1,14 @@
-"""The policy: finding and loading it, its log-probs of responses, and the checkpoint it leaves behind."""
+"""Finding a model, and all that is to be known of it before its weights are loaded."""
 
 import contextlib
 import importlib.util
+import math
 import os
 import tempfile
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -157,53 +157,26 @@ def describe(name: str, max_tokens: int):
         path = resolve(name)
         tokenizer = load_tokenizer(path)
         stops, config = stop_tokens(path, tokenizer), AutoConfig.from_pretrained(path)
-        room = config.max_position_embeddings - max_tokens
+        check_architecture(name, config)
+        room = min(config.max_position_embeddings, getattr(config, "sliding_window", None) or math.inf) - max_tokens
     if room < 1:
         raise InputError(f"--max-tokens {max_tokens}: the model's context has no room for a prompt beside them")
     return path, tokenizer, stops, config.dtype or torch.float32, room
 
 
+def check_architecture(name: str, config) -> None:
+    """policy.py computes attention and the output head in its own way. Raises InputError where that would be wrong."""
+    odd = [f"{key} = {value}" for key in ("final_logit_softcapping", "attn_logit_softcapping", "logits_scaling",
+                                          "logit_scale") if (value := getattr(config, key, None)) not in (None, 1)]
+    odd += sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
+    if odd or not hasattr(config, "num_attention_heads"):
+        raise InputError(f"--model {name}: {config.model_type} models have {odd[0] if odd else 'no plain attention'}, "
+                         "which is not supported; Llama, Qwen2, Qwen3, Mistral and their like are")
+
+
 def load(path: Path, device: torch.device, dtype: torch.dtype = torch.float32):
-    """The model without dropout: its log-probs must be those of the policy that sampled. The mask of `response_logp`
-    needs sdpa attention."""
-    model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa",
-                                                       output_loading_info=True)
+    """As transformers has it, for sampling with its `generate`. What is trained is policy.load."""
+    model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
     if info["missing_keys"]:  # transformers fills them with random numbers
         raise InputError(f"{path} lacks weights that its config.json asks for, {min(info['missing_keys'])} for one")
     return model.to(device).eval()
-
-
-def response_logp(model, prompt: list[int], responses: list[list[int]], temperature: float) -> Tensor:
-    """Log-probs (N,) of all responses' tokens, one response after the other, given one prompt; N = sum of lengths.
-
-    The prompt is computed once, and nothing is padded: one row holds the prompt and then every response but its last
-    token, which predicts nothing. A response sees the prompt and itself, and its positions continue the prompt's.
-    Exact: the same numbers and gradients as one sequence a response (tests/test_model.py), as long as no layer's
-    attention window is shorter than prompt and response.
-    """
-    device = next(model.parameters()).device
-    tokens, positions, segments, predictors = list(prompt), list(range(len(prompt))), [0] * len(prompt), []
-    for g, response in enumerate(responses, start=1):
-        if response:
-            # the prompt's last token predicts the first token of every response
-            predictors += [len(prompt) - 1, *range(len(tokens), len(tokens) + len(response) - 1)]
-            tokens += response[:-1]
-            positions += range(len(prompt), len(prompt) + len(response) - 1)
-            segments += [g] * (len(response) - 1)
-    target = torch.tensor([token for response in responses for token in response], device=device)  # (N,)
-    segment = torch.tensor(segments, device=device)  # (S,)
-    visible = ((segment == 0) | (segment == segment[:, None])).tril()  # (S, S): query, key
-    logits = model(
-        input_ids=torch.tensor([tokens], device=device),
-        position_ids=torch.tensor([positions], device=device),
-        attention_mask=visible[None, None],
-        logits_to_keep=torch.tensor(predictors, device=device),
-        use_cache=False,
-    ).logits[0]  # (N, V)
-    return -torch.nn.functional.cross_entropy(logits.float() / temperature, target, reduction="none")
-
-
-def save(model, tokenizer, path: Path, dtype: torch.dtype) -> None:
-    """A checkpoint that transformers and vLLM load as it is. Casts the model in place, to the original's dtype."""
-    model.to(dtype).save_pretrained(path)
-    tokenizer.save_pretrained(path)

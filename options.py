@@ -14,7 +14,7 @@ import rvpo
 from benchmarks import SUBSETS
 from data import PITFALLS, WEIGHTS
 from rewards import JUDGED, TASKS, InputError
-from rollout import check_engine
+from rollout import LOCAL_WORLD, check_engine
 
 # What fits 135M parameters on two cores is no setting for 7B on GPUs.
 PRESETS = {
@@ -24,7 +24,7 @@ PRESETS = {
 SMALLEST = {"steps": 1, "group": 2, "prompts": 1, "updates": 1, "max_tokens": 1, "tokens_per_microbatch": 1,
             "warmup": 0, "eval_every": 0, "eval_prompts": 0, "seed": 0, "kl": 0, "is_cap": 0, "lr": 0, "clip_low": 0,
             "clip_high": 0, "temperature": 0.01, "grad_clip": 1e-6, "gpu_memory": 0.01, "judge_concurrency": 1,
-            "judge_timeout": 0.1, "judge_max_tokens": 8, "judge_max_missing": 0, "limit": 0, "repeats": 1}
+            "judge_timeout": 0.1, "judge_max_tokens": 8, "judge_max_missing": 0, "limit": 0, "repeats": 1, "tp": 1}
 LARGEST = {"clip_low": 1, "gpu_memory": 1, "judge_max_missing": 1, "lr": 100, "clip_high": 1e6, "is_cap": 1e6,
            "kl": 1e6, "group": 10_000, "repeats": 1000, "limit": 10**6}
 # Options that only some tasks read: (default, tasks). Given for another, they would be ignored without a word.
@@ -98,9 +98,11 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     option(optim, "warmup", 5, "steps of linear warm-up")
     option(optim, "grad-clip", 1.0, "gradient norm is clipped to this")
     option(optim, "tokens-per-microbatch", 16384, "most tokens in one forward; a prompt's responses are split to fit")
+    option(optim, "gradient-checkpointing", "auto", "on, off, or auto: only if a GPU's memory needs it (never on CPUs)")
     running = parser.add_argument_group("running")
     option(running, "engine", None, "vllm, or hf for transformers' generate (default: vllm where it is installed)")
     option(running, "gpu-memory", 0.4, "share of the GPU's memory that vLLM may take")
+    option(running, "tp", 1, "GPUs that share one vLLM engine, for models that do not fit one")
     option(running, "eval-every", 0, "steps between evaluations; 0: before and after the run only")
     option(running, "eval-prompts", 128, "held-out prompts, one sample each")
     option(running, "seed", 0, "of the order of the prompts and of the rollouts")
@@ -169,7 +171,10 @@ def _check(args: argparse.Namespace, choices: dict, smallest: dict) -> None:
 def check_args(args: argparse.Namespace) -> None:
     """Fills in the engine and the name. Raises InputError for what can be seen to be wrong."""
     _check(args, {"task": [*TASKS, *JUDGED], "agg": rvpo.AGGREGATIONS, "criterion_weights": WEIGHTS,
-                  "pitfalls": PITFALLS}, SMALLEST)
+                  "pitfalls": PITFALLS, "gradient_checkpointing": ["auto", "on", "off"]}, SMALLEST)
+    if LOCAL_WORLD % args.tp or (args.tp > 1 and args.engine != "vllm"):
+        raise InputError(f"--tp {args.tp}: needs vLLM, and must divide the {LOCAL_WORLD} processes of this node; start "
+                         "with torchrun --nproc_per_node=...")
     if args.updates > args.prompts:
         raise InputError(f"--updates {args.updates}: at most --prompts ({args.prompts}), each has prompts of its own")
     try:

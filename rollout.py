@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import os
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from rewards import InputError
 
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
+LOCAL_RANK, LOCAL_WORLD = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 class Response(NamedTuple):
@@ -48,13 +49,18 @@ def join_ranks() -> torch.device:
     device = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if WORLD > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group(backend)
+    elif device.type == "cuda":  # a group of one, so that one GPU takes the path of many
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    # At exit, after vLLM: it cleans up in a finalizer of its own, which still needs the group. The newest come first.
+    weakref.finalize(join_ranks, lambda: dist.is_initialized() and dist.destroy_process_group())
     return device
 
 
 def gather(local: list) -> list:
-    """Every rank's items of a list that was dealt out as all[RANK::WORLD], in the order of `all`."""
+    """Every rank's items of a list that was dealt out in turn, in the order of that list. Some ranks may have none."""
     if WORLD == 1:
         return local
     lists = [None] * WORLD
@@ -63,16 +69,19 @@ def gather(local: list) -> list:
 
 
 def sample(engine, start: Callable, batch: list[tuple], group: int, seed: int, step: int | str) -> list[tuple]:
-    """`group` responses to each prompt of this rank's share batch[RANK::WORLD]. batch: (token ids, Example) a prompt.
+    """`group` responses to each prompt of this engine's share of the batch. batch: (token ids, Example) a prompt.
 
     start: (Example, texts) -> a function that returns their rewards. It is called as soon as a prompt is finished, so
-    that a judge is at work while other prompts are being sampled. Returns (responses, that function) a prompt.
+    that a judge is at work while other prompts are being sampled. Returns (responses, that function) a prompt; of the
+    ranks that share an engine only the first has any.
     """
-    mine, out = batch[RANK::WORLD], [None] * len(batch[RANK::WORLD])
-    seeds = [request_seed(seed, step, slot) for slot in range(len(batch))[RANK::WORLD]]
+    share, leads = slice(RANK // engine.tp, None, WORLD // engine.tp), RANK % engine.tp == 0
+    mine, seeds = batch[share], [request_seed(seed, step, slot) for slot in range(len(batch))[share]]
+    out = [None] * len(mine)
     for i, responses in engine.generate([ids for ids, _ in mine], group, seeds):
-        out[i] = responses, start(mine[i][1], [response.text for response in responses])
-    return out
+        if leads:
+            out[i] = responses, start(mine[i][1], [response.text for response in responses])
+    return out if leads else []
 
 
 def _response(tokens: list[int], logp: list[float], finish: str, stops: list[int], tokenizer) -> Response:
@@ -81,11 +90,12 @@ def _response(tokens: list[int], logp: list[float], finish: str, stops: list[int
 
 
 class VLLMEngine:
-    """vLLM in this process, one engine a rank, holding a copy of the policy that `push` renews, or the checkpoint as it
-    is (fixed). All ranks build theirs together: the size of the KV cache is agreed on between them."""
+    """vLLM in this process, holding a copy of the policy that `push` renews, or the checkpoint as it is (fixed): one
+    engine a rank, or each over `tp` neighbouring ranks, which then run the same requests in step. All ranks build
+    theirs together: the size of the KV cache is agreed on between them."""
 
     def __init__(self, path: Path, tokenizer, stops: list[int], max_len: int, temperature: float, max_tokens: int,
-                 seed: int, gpu_memory: float, fixed: bool = False):
+                 seed: int, gpu_memory: float, tp: int = 1, fixed: bool = False):
         cuda = torch.cuda.is_available()
         # Read when vLLM is imported. setdefault: whoever sets one by hand means it.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine in this process, not in a child
@@ -95,11 +105,12 @@ class VLLMEngine:
         warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")  # about its own imports
         from vllm import LLM
 
-        self.tokenizer, self.stops = tokenizer, stops
+        self.tokenizer, self.stops, self.tp = tokenizer, stops, tp
         self.sampling = {"temperature": temperature, "max_tokens": max_tokens, "stop_token_ids": stops, "logprobs": 0,
                          "detokenize": False}
         self.dtype = torch.bfloat16 if cuda else torch.float32
-        options = {"gpu_memory_utilization": gpu_memory} if cuda else {
+        self.sleeps = cuda and not fixed
+        options = {"gpu_memory_utilization": gpu_memory, "enable_sleep_mode": self.sleeps} if cuda else {
             # A seeded request whose prompt is cut into chunks crashes on a CPU ("CPU Generator does not use offset").
             "enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, max_len),
             "block_size": 32,  # the default of 128 leaves up to 127 prompt tokens to be computed again by each sample
@@ -113,6 +124,7 @@ class VLLMEngine:
             options |= {"load_format": "dummy", "hf_overrides": {"tie_word_embeddings": False}}
         self.llm = LLM(
             str(path), dtype=self.dtype, max_model_len=max_len, seed=seed, disable_log_stats=True,
+            tensor_parallel_size=tp,
             logprobs_mode="processed_logprobs",  # at temperature T; the default reports them at 1
             **options,
         )
@@ -133,21 +145,34 @@ class VLLMEngine:
                         _response(list(sample.token_ids), [next(iter(at.values())).logprob for at in sample.logprobs],
                                   sample.finish_reason, self.stops, self.tokenizer) for sample in output.outputs]
 
-    def push(self, model) -> None:
-        """Copy the policy's weights into the engine, and drop what it has cached under the old ones."""
-        weights = ((name, tensor.to(self.dtype)) for name, tensor in model.state_dict().items())
+    def sleep(self) -> None:
+        """Gives a GPU's memory up until the next `push`: weights and KV cache, which both are stale by then."""
+        if self.sleeps:
+            self.llm.sleep(level=2)
+
+    def push(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+        """Take the policy's weights over, (name, tensor) by (name, tensor), and drop what was cached under the old
+        ones."""
+        if self.sleeps:
+            torch.cuda.empty_cache()  # vLLM needs back what the update had
+            self.llm.wake_up(tags=["weights"])  # nothing to do when it is awake
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        if self.sleeps:
+            self.llm.wake_up(tags=["kv_cache"])
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept its prefix cache: the next samples would come from the old weights")
 
 
 class HFEngine:
-    """transformers' generate on the policy itself, prompt by prompt. Slower; no second copy of the weights."""
+    """transformers' generate, prompt by prompt, on a copy of the policy. Slower; needs no vLLM."""
+
+    tp = 1
 
     def __init__(self, model, tokenizer, stops: list[int], temperature: float, max_tokens: int):
+        """model: the checkpoint as transformers loads it."""
         from transformers import GenerationConfig
 
-        self.model, self.tokenizer, self.stops = model, tokenizer, stops
+        self.model, self.tokenizer, self.stops, self.dtype = model, tokenizer, stops, model.dtype
         self.config = GenerationConfig(
             do_sample=temperature > 0, max_new_tokens=max_tokens, eos_token_id=stops, pad_token_id=stops[0],
             return_dict_in_generate=True, output_scores=True,
@@ -159,7 +184,7 @@ class HFEngine:
         device = self.model.device
         for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
             ids = torch.tensor([prompt] * group, device=device)
-            with torch.random.fork_rng(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with torch.random.fork_rng():
                 torch.manual_seed(seed)
                 # generate fills up what a config leaves open from the checkpoint's own: Qwen2.5's has top_k = 20
                 own, self.model.generation_config = self.model.generation_config, self.config
@@ -176,5 +201,12 @@ class HFEngine:
                 responses.append(_response(tokens[:end], values[:end], finish, self.stops, self.tokenizer))
             yield i, responses
 
-    def push(self, model) -> None:
-        """Nothing to do: this engine samples from the policy itself."""
+    def sleep(self) -> None:
+        """Nothing to give up."""
+
+    @torch.no_grad()
+    def push(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+        """As VLLMEngine.push."""
+        own = dict(self.model.named_parameters(remove_duplicate=False))
+        for name, tensor in weights:
+            own[name].copy_(tensor)

@@ -4,8 +4,8 @@
     torchrun --nproc_per_node=8 train.py --model Qwen/Qwen2.5-7B --agg rvpo      # one node with 8 GPUs
 
 Kept from GRPO: G rollouts a prompt instead of a critic, the clipped ratio, an optional KL penalty. Each rank samples
-and updates on its own share of the step's prompts; rewards are gathered, so that every number below is, but for
-rounding, the same for any number of ranks.
+its share of the step's prompts; responses and rewards are gathered, and the update is dealt out anew by work
+(balance.py). Every number below is, but for rounding, the same for any number of ranks.
 """
 
 import argparse
@@ -20,31 +20,38 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
+import balance
 import data
-import model as policies
+import memory
+import model
+import policy as policies
 import rewards as scoring
 import rollout
 import rvpo
-from judge import Judge, JudgeFailed, check_missing, connect, total_counts
+from judge import Judge, check_missing, connect, total_counts
 from options import check_args, parse_args, versions
 from rewards import InputError
 from rollout import RANK, WORLD, gather
-
-
-def all_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum over ranks, in place."""
-    if WORLD > 1:
-        dist.all_reduce(tensor)
-    return tensor
+from update import micro_batches, update
 
 
 def score(judge: Judge | None, sampled: list) -> tuple[list, np.ndarray, dict]:
     """Of the whole batch, the same on every rank: P lists of G responses, raw rewards (P, G, K), NaN where a prompt has
-    fewer than K channels, and what the judge did. sampled: this rank's share, see rollout.sample."""
-    everyone = gather([(responses, rewards()) for responses, rewards in sampled])
+    fewer than K channels, and what the judge did. sampled: this rank's share, see rollout.sample. Raises InputError on
+    all ranks if a reward fails on one."""
+
+    def outcome(rewards: Callable) -> np.ndarray | InputError:
+        try:
+            return rewards()
+        except InputError as error:
+            return error
+
+    everyone = gather([(responses, outcome(rewards)) for responses, rewards in sampled])
+    for _, own in everyone:
+        if isinstance(own, InputError):
+            raise own
     width = max(own.shape[1] for _, own in everyone)
     padded = [np.pad(own, ((0, 0), (0, width - own.shape[1])), constant_values=np.nan) for _, own in everyone]
     counts = total_counts(judge, [own for _, own in everyone]) if judge else {}
@@ -82,74 +89,6 @@ def evaluate(engine, judge: Judge | None, start: Callable, held_out: list,
             for name, x in columns.items() if x}, counts
 
 
-def forward_rows(prompt: list[int], responses: list[rollout.Response], limit: int) -> list[list[int]]:
-    """Indices of the responses that share a forward: as many as fit `limit` tokens with the prompt, at least one."""
-    rows, size = [], 0
-    for g, response in enumerate(responses):
-        if not rows or size + len(response.tokens) > limit:
-            rows.append([])
-            size = len(prompt)
-        rows[-1].append(g)
-        size += len(response.tokens)
-    return rows
-
-
-def update(policy, reference, optimizer, rows: list[dict], args: argparse.Namespace,
-           device: torch.device) -> dict[str, float]:
-    """Optimizer steps on one batch. rows: this rank's forwards, each {update: the optimizer step it belongs to, prompt:
-    token ids, responses, advantages (one a response)}. Returns means over all sampled tokens of all ranks, and the
-    largest gradient norm before clipping."""
-
-    def logp_of(network, row: dict) -> torch.Tensor:  # (N,) float32, N tokens of all the row's responses
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            tokens = [response.tokens for response in row["responses"]]
-            return policies.response_logp(network, row["prompt"], tokens, args.temperature)
-
-    def flat(row: dict, name: str) -> torch.Tensor:  # (N,), in the order of response_logp
-        return torch.tensor([x for r in row["responses"] for x in getattr(r, name)], dtype=torch.float32, device=device)
-
-    if args.updates > 1:  # from the second update on the policy is no longer the one that sampled
-        with torch.no_grad():
-            for row in rows:
-                row["old_logp"] = logp_of(policy, row)
-    sums, total_tokens, grad_norms = {}, 0.0, []
-    for u in range(args.updates):
-        mine = [row for row in rows if row["update"] == u]
-        # Counted over the whole update and all ranks before any backward: the mean over tokens is then the same for
-        # any split into forwards and ranks, and gradients simply add up.
-        n_tokens = sum(sum(r.mask) for row in mine for r in row["responses"])
-        n_tokens = max(1.0, all_sum(torch.tensor(float(n_tokens), device=device)).item())
-        for row in mine:
-            logp, mask = logp_of(policy, row), flat(row, "mask")
-            lengths = torch.tensor([len(r.tokens) for r in row["responses"]])
-            advantage = row["advantages"].repeat_interleave(lengths).to(logp)  # (N,)
-            loss, stats = rvpo.policy_loss(logp, row.get("old_logp", logp.detach()), flat(row, "logp"), advantage, mask,
-                                           n_tokens, args.clip_low, args.clip_high, args.is_cap)
-            stats["entropy"] = -(logp.detach() * mask).sum()  # an estimate: the mean of -log p over sampled tokens
-            if reference is not None:
-                with torch.no_grad():
-                    ref_logp = logp_of(reference, row)
-                kl = (rvpo.kl_k3(logp, ref_logp) * mask).sum()
-                loss = loss + args.kl * kl / n_tokens
-                stats["kl"] = kl.detach()
-            stats["loss"] = loss.detach() * n_tokens
-            loss.backward()
-            for name, value in stats.items():
-                sums[name] = sums.get(name, 0.0) + value.double()
-        for parameter in policy.parameters():
-            if parameter.grad is None:  # this rank had no row
-                parameter.grad = torch.zeros_like(parameter)
-            all_sum(parameter.grad)
-        grad_norms.append(torch.nn.utils.clip_grad_norm_(policy.parameters(), args.grad_clip).item())
-        optimizer.step()
-        optimizer.zero_grad()
-        total_tokens += n_tokens
-    names = ["loss", "clip_fraction", "is_weight", "sampler_gap", "entropy"] + ["kl"] * (reference is not None)
-    totals = [torch.as_tensor(sums.get(name, 0.0), dtype=torch.float64, device=device) for name in names]
-    means = (all_sum(torch.stack(totals)) / total_tokens).tolist()
-    return {**dict(zip(names, means, strict=True)), "grad_norm": max(grad_norms)}
-
-
 def setup(args: argparse.Namespace):
     """Distributed, model, engine, judge and data. Returns (device, checkpoint dtype, policy, reference, tokenizer,
     engine, judge, training prompts, held-out prompts). Raises InputError, as early as it can."""
@@ -161,19 +100,22 @@ def setup(args: argparse.Namespace):
     if judge is None:  # a faulty reward is found now, and not after the model is loaded
         scoring.score(args.task, [train[0].messages[-1]["content"]] * 2, ["", train[0].reference],
                       [train[0].reference] * 2)
-    path, tokenizer, stops, dtype, room = policies.describe(args.model, args.max_tokens)
+    path, tokenizer, stops, dtype, room = model.describe(args.model, args.max_tokens)
     train, held_out = data.encode(tokenizer, train, room), data.encode(tokenizer, held_out, room)
     longest = max(len(ids) for ids, _ in train + held_out) + args.max_tokens
+    checkpointing = memory.check(args, path, longest)
     device = rollout.join_ranks()
-    with policies.readable(args.model):
-        policy = policies.load(path, device)
-        frozen = torch.bfloat16 if device.type == "cuda" else torch.float32
-        reference = policies.load(path, device, frozen) if args.kl else None
-    if args.engine == "vllm":
-        engine = rollout.VLLMEngine(path, tokenizer, stops, longest, args.temperature, args.max_tokens, args.seed,
-                                    args.gpu_memory)
-    else:
-        engine = rollout.HFEngine(policy, tokenizer, stops, args.temperature, args.max_tokens)
+    with model.readable(args.model):
+        mesh = policies.make_mesh(device)
+        policy = policies.load(path, device, mesh, gradient_checkpointing=checkpointing)
+        dtype_there = policies.compute_dtype(device)
+        reference = policies.load(path, device, mesh, dtype_there).requires_grad_(False) if args.kl else None
+        if args.engine == "vllm":
+            engine = rollout.VLLMEngine(path, tokenizer, stops, longest, args.temperature, args.max_tokens, args.seed,
+                                        args.gpu_memory, args.tp)
+        else:
+            engine = rollout.HFEngine(model.load(path, device, dtype_there), tokenizer, stops, args.temperature,
+                                      args.max_tokens)
     return device, dtype, policy, reference, tokenizer, engine, judge, train, held_out
 
 
@@ -195,7 +137,8 @@ def write(file: Path, *records: dict) -> None:
 def fit(args: argparse.Namespace, run: Path, device: torch.device, policy, reference, engine, judge: Judge | None,
         train: list, held_out: list) -> tuple[dict, dict]:
     """The run itself. Returns the first and the last evaluation. Raises InputError if rewards fail."""
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.01, fused=True)
+    pair = balance.attention_cost(policy.lm.config)
     beta_schedule = rvpo.parse_beta(args.beta)
     bar = tqdm(total=args.steps, disable=RANK > 0, unit="step", dynamic_ncols=True)
     say = bar.write if RANK == 0 else lambda line: None
@@ -213,7 +156,7 @@ def fit(args: argparse.Namespace, run: Path, device: torch.device, policy, refer
         say(f"held out, {step} steps: " + " ".join(f"{name} {mean:.2f}" for name, (mean, _) in result.items()))
         return result
 
-    engine.push(policy)
+    engine.push(policies.full_weights(policy, engine.dtype))
     start = judge.start if judge else functools.partial(scoring.start, args.task)
     first = last = run_evaluation(0)
     for step in range(args.steps):
@@ -245,16 +188,16 @@ def fit(args: argparse.Namespace, run: Path, device: torch.device, policy, refer
             check_missing(judged, judged["missing"], "the judge's verdicts are", args.judge_max_missing)
         times.append(now())
 
-        # Update on this rank's share.
-        rows = [{"update": slot * args.updates // args.prompts, "prompt": batch[slot][0],
-                 "responses": [responses[slot][g] for g in some], "advantages": advantages[slot, some]}
-                for slot in range(args.prompts)[RANK::WORLD]
-                for some in forward_rows(batch[slot][0], responses[slot], args.tokens_per_microbatch)]
+        # Update, each optimizer step on its own share of the prompts.
+        engine.sleep()
+        slots = np.array_split(np.arange(args.prompts), args.updates)
+        updates = [(sum(sum(response.mask) for slot in share for response in responses[slot]),
+                    micro_batches(share, batch, responses, advantages, pair, args)) for share in slots]
         for parameters in optimizer.param_groups:
             parameters["lr"] = lr = args.lr * min(1.0, (step + 1) / (args.warmup + 1))
-        metrics = update(policy, reference, optimizer, rows, args, device)
+        metrics = update(policy, reference, optimizer, updates, args, device)
         times.append(now())
-        engine.push(policy)
+        engine.push(policies.full_weights(policy, engine.dtype))
         times.append(now())
 
         # Log.
@@ -265,6 +208,7 @@ def fit(args: argparse.Namespace, run: Path, device: torch.device, policy, refer
         metrics |= {
             "joint": joint, "beta": beta, "lr": lr,
             "advantage_std": advantages.std().item(), "no_signal": 1 - rvpo.has_signal(rewards).double().mean().item(),
+            "skipped_prompts": 0 if args.kl else (advantages == 0).all(-1).sum().item(),
             "truncated": np.mean([response.finish == "length" for group in responses for response in group]),
             "length_mean": np.mean(lengths), "length_max": max(lengths),
             "tokens_per_second": sum(lengths) / (times[-1] - times[0]), "seconds": seconds,
@@ -315,24 +259,21 @@ def main() -> None:
             (run / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         try:
             first, last = fit(args, run, device, policy, reference, engine, judge, train, held_out)
-        except InputError as error:
-            if RANK == 0:
-                policies.save(policy, tokenizer, run / "checkpoint", dtype)
-            if isinstance(error, JudgeFailed) and WORLD > 1:  # on all ranks: wait, or torchrun ends the one that saves
-                dist.barrier()
-            raise type(error)(f"{error}; the policy as it was then is in {run}/checkpoint") from error
+        except InputError as error:  # on all ranks
+            policies.save(policy, tokenizer, run / "checkpoint", dtype)
+            if RANK:
+                sys.exit(1)  # one sentence is enough
+            raise InputError(f"{error}; the policy as it was then is in {run}/checkpoint") from error
+    policies.save(policy, tokenizer, run / "checkpoint", dtype)
     if RANK == 0:
-        policies.save(policy, tokenizer, run / "checkpoint", dtype)
         print(f"\n{len(held_out)} held-out prompts    before           after     (standard error)")
         for name in [name for name in first if name in last]:
             print(f"{name:>20}  {first[name][0]:.3f} ({first[name][1]:.3f})  {last[name][0]:.3f} ({last[name][1]:.3f})")
         print(f"\n{run}: metrics.jsonl, samples.jsonl, checkpoint/")
-    if WORLD > 1 and args.engine == "hf":  # vLLM ends the process group itself, at exit
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     try:
         main()
     except InputError as error:
-        sys.exit(1 if isinstance(error, JudgeFailed) and RANK else f"error: {error}")  # once is enough
+        sys.exit(f"error: {error}")
