@@ -2,8 +2,8 @@
 
     python memory.py      # README's table: Qwen2.5 on 1 to 8 GPUs of 80 GB
 
-An estimate: weights, gradients and optimizer states are counted exactly, the rest by rules of thumb that are written
-beside the numbers. None has been measured on a GPU.
+An estimate: weights, gradients and optimizer states are exact, activations by a rule that counting what autograd saves
+confirms to a tenth, the rest rules of thumb that stand beside the numbers. None has been measured on a GPU.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
 from policy import LOGITS
 from rewards import InputError
-from rollout import LOCAL_WORLD, RANK
+from rollout import LOCAL_WORLD, RANK, kv_elements
 
 GIB = 2**30
 USABLE = 0.95  # of a GPU; the rest is lost to fragments
@@ -41,17 +41,19 @@ def count(config) -> tuple[int, int]:
     return tuple(sum(p.numel() for p in part.parameters()) for part in (lm, lm.base_model.layers[0]))
 
 
+def layer_activations(config) -> int:
+    """Bytes a token that a decoder layer saves for the backward pass in bfloat16: around the two norms (in float32) and
+    attention 34 times the hidden size, in the MLP four numbers of its width."""
+    return 34 * config.hidden_size + 8 * config.intermediate_size
+
+
 def estimate(config, gpu: float, shards: int, tp: int, share: float, tokens: int, longest: int, reference: bool,
              checkpointing: bool) -> dict[str, float]:
     """GiB on one GPU of `gpu` GiB. config: a transformers config. shards: GPUs over which the policy is sharded. share:
     vLLM's of the GPU, 0 without it. tokens: of the largest micro-batch. longest: prompt and response."""
     n, layer = count(config)
     rest = n - layer * config.num_hidden_layers  # embeddings, last norm, output head
-    heads = config.num_attention_heads
-    kv = 2 * config.num_key_value_heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    # Saved for the backward pass by a decoder layer in bfloat16, bytes a token: the two norms in float32 and what goes
-    # into and out of every product, 34 times the hidden size, and four times the MLP's width.
-    saved = 34 * config.hidden_size + 8 * config.intermediate_size
+    saved = layer_activations(config)
     layers = config.num_hidden_layers
     plan = {
         "weights": 4 * n / shards, "AdamW": 8 * n / shards, "gradients": 4 * n / shards,
@@ -61,7 +63,7 @@ def estimate(config, gpu: float, shards: int, tp: int, share: float, tokens: int
         "gathered": (2 + 2 + 2 + 4) * layer + (2 + 2 + 4) * rest,
         "activations": tokens * (2 * config.hidden_size * layers + saved if checkpointing else saved * layers),
         "logits": 12 * LOGITS * config.vocab_size,  # bfloat16 and float32, with their gradients
-        "engine weights": 2 * n / tp, "one response": 2 * kv * layers * longest / tp,
+        "engine weights": 2 * n / tp, "one response": 2 * kv_elements(config) * longest / tp,
     }
     plan = {name: size / GIB for name, size in plan.items()}
     plan["engine"] = share * gpu if share else plan["engine weights"] + CONTEXT  # transformers' generate: a guess

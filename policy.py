@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GenerationConfig
@@ -84,19 +85,22 @@ def _prompt_once(module, query: Tensor, key: Tensor, value: Tensor, attention_ma
     A prompt's keys and values are copied for each response (little beside the hidden states), so that an ordinary
     kernel for sequences of different lengths does the rest, with no mask and no work that is thrown away.
     """
-    if not query.is_cuda:
-        # The copies are made again in the backward pass: kept, they would be a third of a CPU run's memory.
-        return checkpoint(_attend_on_cpu, query[0], key[0], value[0], scaling, sequences, use_reentrant=False), None
-    from torch.nn.attention.varlen import varlen_attn
+    if query.is_cuda:
+        return _attend_on_cuda(query[0], key[0], value[0], scaling, sequences), None
+    # The copies are made again in the backward pass: kept, they would be a third of a CPU run's memory.
+    return checkpoint(_attend_on_cpu, query[0], key[0], value[0], scaling, sequences, use_reentrant=False), None
 
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (S, H, D)
-    out = varlen_attn(query, key.index_select(0, sequences.at), value.index_select(0, sequences.at),
-                      sequences.query_ends, sequences.key_ends, max(sequences.queries), max(sequences.keys),
-                      scale=scaling, window_size=(-1, 0), enable_gqa=True)  # (-1, 0): causal
-    return out[None], None
+
+def _attend_on_cuda(query: Tensor, key: Tensor, value: Tensor, scaling: float, sequences: Sequences) -> Tensor:
+    """(H, S, D) -> (1, S, H, D), by FlashAttention's kernel, which wants (S, H, D) in half precision."""
+    query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+    return varlen_attn(query, key.index_select(0, sequences.at), value.index_select(0, sequences.at),
+                       sequences.query_ends, sequences.key_ends, max(sequences.queries), max(sequences.keys),
+                       scale=scaling, window_size=(-1, 0), enable_gqa=True)[None]  # (-1, 0): causal
 
 
 def _attend_on_cpu(query: Tensor, key: Tensor, value: Tensor, scaling: float, sequences: Sequences) -> Tensor:
+    """The same, sequence by sequence, in any precision."""
     key, value = (x.index_select(1, sequences.at).repeat_interleave(len(query) // len(x), 0) for x in (key, value))
     out = []
     for q, k, v in zip(query.split(sequences.queries, 1), key.split(sequences.keys, 1),

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from transformers import AutoConfig
 
 from rewards import InputError
 
@@ -89,19 +90,27 @@ def _response(tokens: list[int], logp: list[float], finish: str, stops: list[int
     return Response(tokens, logp, [1] * len(tokens), finish, tokenizer.decode(kept, skip_special_tokens=False))
 
 
+def kv_elements(config) -> int:
+    """Numbers that the KV cache holds for one token, over all layers. config: a transformers config."""
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * head_dim
+
+
 class VLLMEngine:
     """vLLM in this process, holding a copy of the policy that `push` renews, or the checkpoint as it is (fixed): one
     engine a rank, or each over `tp` neighbouring ranks, which then run the same requests in step. All ranks build
     theirs together: the size of the KV cache is agreed on between them."""
 
     def __init__(self, path: Path, tokenizer, stops: list[int], max_len: int, temperature: float, max_tokens: int,
-                 seed: int, gpu_memory: float, tp: int = 1, fixed: bool = False):
+                 seed: int, gpu_memory: float, tp: int = 1, fixed: bool = False, at_a_time: int = 32):
+        """max_len: prompt and response. gpu_memory: vLLM's share of a GPU. at_a_time: on a CPU, the number of responses
+        that the KV cache has room for."""
         cuda = torch.cuda.is_available()
         # Read when vLLM is imported. setdefault: whoever sets one by hand means it.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine in this process, not in a child
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else all threads share one core
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")  # GiB
         warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")  # about its own imports
         from vllm import LLM
 
@@ -110,7 +119,10 @@ class VLLMEngine:
                          "detokenize": False}
         self.dtype = torch.bfloat16 if cuda else torch.float32
         self.sleeps = cuda and not fixed
+        # One sequence more, for blocks are not full. A CPU's KV cache is touched as a whole at the start.
+        kv_cache = 4 * kv_elements(AutoConfig.from_pretrained(path)) * (at_a_time + 1) * (max_len + 32)
         options = {"gpu_memory_utilization": gpu_memory, "enable_sleep_mode": self.sleeps} if cuda else {
+            "kv_cache_memory_bytes": kv_cache,
             # A seeded request whose prompt is cut into chunks crashes on a CPU ("CPU Generator does not use offset").
             "enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, max_len),
             "block_size": 32,  # the default of 128 leaves up to 127 prompt tokens to be computed again by each sample

@@ -111,8 +111,9 @@ def setup(args: argparse.Namespace):
         dtype_there = policies.compute_dtype(device)
         reference = policies.load(path, device, mesh, dtype_there).requires_grad_(False) if args.kl else None
         if args.engine == "vllm":
+            at_a_time = min(32, max(args.prompts * args.group, args.eval_prompts))
             engine = rollout.VLLMEngine(path, tokenizer, stops, longest, args.temperature, args.max_tokens, args.seed,
-                                        args.gpu_memory, args.tp)
+                                        args.gpu_memory, args.tp, at_a_time=at_a_time)
         else:
             engine = rollout.HFEngine(model.load(path, device, dtype_there), tokenizer, stops, args.temperature,
                                       args.max_tokens)
