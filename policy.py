@@ -5,8 +5,8 @@ responses' tokens. A response sees its prompt and itself, at the positions that 
 and gradients as one sequence a response (tests/test_policy.py), for a fraction of the tokens.
 """
 
-import contextlib
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from rewards import InputError
 from rollout import LOCAL_WORLD, RANK, WORLD
@@ -72,10 +72,10 @@ def pack(groups: list[tuple[list[int], list[list[int]]]], device: torch.device) 
                 queries.append(len(own))
                 keys.append(p + len(own))
     targets = [token for _, responses in groups for response in responses for token in response]
-    tensor = torch.tensor
-    ends = [tensor([0, *lengths]).cumsum(0).to(device, torch.int32) for lengths in (queries, keys)]
-    return Row(tensor([tokens], device=device), tensor([positions], device=device), tensor(predictors, device=device),
-               tensor(targets, device=device), Sequences(queries, keys, tensor(at, device=device), *ends))
+    ends = [torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32) for lengths in (queries, keys)]
+    tokens, positions, predictors, targets, at = (torch.tensor(x, dtype=torch.long, device=device)
+                                                  for x in ([tokens], [positions], predictors, targets, at))
+    return Row(tokens, positions, predictors, targets, Sequences(queries, keys, at, *ends))
 
 
 def _prompt_once(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, scaling: float,
@@ -116,11 +116,11 @@ AttentionInterface.register("prompt_once", _prompt_once)
 
 
 class Policy(nn.Module):
-    """A causal language model `lm` whose forward gives log-probs of responses."""
+    """A causal language model `lm`, from the directory `source`, whose forward gives log-probs of responses."""
 
-    def __init__(self, lm):
+    def __init__(self, lm, source: Path):
         super().__init__()
-        self.lm = lm
+        self.lm, self.source = lm, source
 
     def forward(self, row: Row, temperature: float) -> Tensor:
         """Log-probs (N,) of the responses' tokens at that temperature, float32."""
@@ -158,8 +158,6 @@ def load(path: Path, device: torch.device, mesh: DeviceMesh | None = None, dtype
     with init_empty_weights(include_buffers=False):
         lm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=dtype,
                                               attn_implementation="prompt_once")
-    with contextlib.suppress(OSError):  # the file is optional
-        lm.generation_config = GenerationConfig.from_pretrained(path)
     lm.tie_weights()
     for module in lm.modules():
         if isinstance(module, nn.Dropout):
@@ -168,7 +166,7 @@ def load(path: Path, device: torch.device, mesh: DeviceMesh | None = None, dtype
     if gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
         lm.train()
-    policy = Policy(lm)
+    policy = Policy(lm, path)
     if mesh:
         precision = MixedPrecisionPolicy(compute_dtype(device), reduce_dtype=torch.float32)
         for unit in [*lm.base_model.layers, policy]:
@@ -225,7 +223,9 @@ def save(policy: Policy, tokenizer, path: Path, dtype: torch.dtype) -> None:
         save_torch_state_dict(weights, path)
         policy.lm.config.dtype = dtype
         policy.lm.config.save_pretrained(path)
-        policy.lm.generation_config.save_pretrained(path)
+        generation = policy.source / "generation_config.json"
+        if generation.is_file():  # as it was: transformers refuses to write some that it reads
+            shutil.copy(generation, path)
         tokenizer.save_pretrained(path)
     if WORLD > 1:
         dist.barrier()  # or torchrun would end the rank that is still writing

@@ -1,0 +1,238 @@
+"""One row for several prompts and all their responses must be exactly one sequence a response, in little memory."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen3Config,
+)
+
+import model
+import policy as policies
+from policy import pack
+from rewards import InputError
+
+CPU = torch.device("cpu")
+
+
+def tokens(length: int, first: int = 5) -> list[int]:
+    return [3 + (first * i + i * i) % 900 for i in range(first, first + length)]
+
+
+GROUPS = [(tokens(150), [tokens(5), tokens(1), [], tokens(3, 40), tokens(200, 2)]),
+          ([17], [tokens(2), tokens(90, 9)]), (tokens(30, 8), [tokens(1, 50), tokens(300, 4)]), ([20, 21], [[]])]
+
+
+def gradient(module) -> dict[str, torch.Tensor]:
+    grads = {name.removeprefix("lm."): parameter.grad for name, parameter in module.named_parameters()}
+    module.zero_grad()
+    return grads
+
+
+def separate_logp(lm, groups, temperature) -> torch.Tensor:
+    """The obvious way: plain transformers, each response behind its own copy of the prompt, unpadded."""
+    out = []
+    for prompt, responses in groups:
+        for response in filter(None, responses):
+            logits = lm(torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1] / temperature
+            out.append(logits.log_softmax(-1).gather(-1, torch.tensor(response)[:, None]).squeeze(-1))
+    return torch.cat(out)
+
+
+def logp_of(policy, groups, temperature: float = 1.0) -> list[list[torch.Tensor]]:
+    """Log-probs, for each prompt and response."""
+    with torch.no_grad():
+        values = policy(pack(groups, CPU), temperature)
+    parts = iter(values.split([len(response) for _, responses in groups for response in responses]))
+    return [[next(parts) for _ in responses] for _, responses in groups]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("architecture", ["tiny", "llama"])
+def test_one_row_is_exactly_separate_sequences(request, architecture, checkpointing):
+    """Log-probs and the gradient of every parameter, with more tokens than there are logits at a time: Qwen2 with tied
+    embeddings and biases, Llama with neither."""
+    path, results = request.getfixturevalue(architecture), []
+    n = sum(len(response) for _, responses in GROUPS for response in responses)
+    assert n > policies.LOGITS
+    weights = torch.randn(n, generator=torch.Generator().manual_seed(0))
+    packed = policies.load(path, CPU, gradient_checkpointing=checkpointing)
+    for module, logp in ((packed, packed(pack(GROUPS, CPU), 0.7)), (lm := model.load(path, CPU), separate_logp(lm, GROUPS, 0.7))):
+        assert logp.dtype == torch.float32
+        (weights * logp).mean().backward()
+        results.append((logp.detach(), gradient(module)))
+    (logp, grads), (exact, exact_grads) = results
+    torch.testing.assert_close(logp, exact, atol=1e-4, rtol=0)
+    assert grads.keys() == exact_grads.keys()
+    for name, grad in grads.items():
+        assert (grad - exact_grads[name]).norm() <= 1e-5 * exact_grads[name].norm(), name
+
+
+@pytest.mark.parametrize("config", [Qwen3Config, MistralConfig, Phi3Config], ids=lambda config: config.model_type)
+def test_other_architectures(config, tmp_path):
+    """That are not refused (model.check_architecture): log-probs."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config(
+            vocab_size=1003, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            max_position_embeddings=512, bos_token_id=None, eos_token_id=2, pad_token_id=0)).save_pretrained(tmp_path)
+    model.check_architecture("", AutoConfig.from_pretrained(tmp_path))
+    with torch.no_grad():
+        packed, exact = policies.load(tmp_path, CPU)(pack(GROUPS, CPU), 0.7), separate_logp(model.load(tmp_path, CPU), GROUPS, 0.7)
+    torch.testing.assert_close(packed, exact, atol=1e-4, rtol=0)
+
+
+def test_a_response_sees_its_prompt_and_nothing_else(tiny_policy):
+    """A token that changes moves the log-probs of its own response from there on, or those of all its prompt's
+    responses; of the others, no bit beyond rounding."""
+    groups = [(tokens(40), [tokens(9), tokens(6, 30)]), (tokens(10, 70), [tokens(8, 11)])]
+    before = logp_of(tiny_policy, groups)
+    for where, changed in (((0, 0), {(0, 0)}), ((0, 1), {(0, 1)}), ((1, 0), {(1, 0)}), ((0, None), {(0, 0), (0, 1)}), ((1, None), {(1, 0)})):
+        other = [(list(prompt), [list(response) for response in responses]) for prompt, responses in groups]
+        g, i = where
+        (other[g][0] if i is None else other[g][1][i])[4] = 999
+        for (p, row), (_, row_before) in zip(enumerate(logp_of(tiny_policy, other)), enumerate(before), strict=True):
+            for r, (a, b) in enumerate(zip(row, row_before, strict=True)):
+                moved = (a - b).abs()
+                if (p, r) in changed:
+                    assert moved[:4].max() < 1e-5 or i is None
+                    assert moved[4:].max() > 1e-3
+                else:
+                    assert moved.max() < 1e-5
+
+
+def test_a_row_without_any_response_token(tiny):
+    policy = policies.load(tiny, CPU)
+    logp = policy(pack([(tokens(5), [[], []])], CPU), 1.0)
+    logp.sum().backward()
+    assert logp.shape == (0,) and all(grad is None or not grad.any() for grad in gradient(policy).values())
+
+
+# Memory
+
+class Vocabulary(TorchDispatchMode):
+    """Of all tensors (n, V) that are made, the largest n, and the most bytes that any of them hold at a time."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size, self.rows, self.peak, self.alive = size, 0, 0, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor) and x.shape[-1:] == (self.size,) and x._base is None:
+                self.rows = max(self.rows, x.numel() // self.size)
+                self.alive[x.untyped_storage()._cdata] = StorageWeakRef(x.untyped_storage()), x.untyped_storage().nbytes()
+        self.alive = {key: (ref, size) for key, (ref, size) in self.alive.items() if not ref.expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return out
+
+
+def test_memory_does_not_grow_with_tokens_times_vocabulary(monkeypatch, llama, vocabulary):
+    """Forward and backward: no more than LOGITS rows of logits at a time, however many tokens there are."""
+    monkeypatch.setattr(policies, "LOGITS", 128)
+    policy, lm, seen = policies.load(llama, CPU), model.load(llama, CPU), {}
+    for n in (512, 1024):
+        groups = [(tokens(20), [tokens(n // 4, first) for first in (1, 2, 3, 4)])]
+        with Vocabulary(vocabulary) as seen[n]:
+            policy(pack(groups, CPU), 1.0).sum().backward()
+        with Vocabulary(vocabulary) as plain:
+            separate_logp(lm, [(tokens(20), [tokens(n)])], 1.0).sum().backward()
+        assert seen[n].rows == 128 and plain.rows >= n  # what would be seen
+    assert seen[512].peak == seen[1024].peak < plain.peak / 4
+
+
+# Checkpoints
+
+@pytest.mark.parametrize("architecture", ["tiny", "llama"])
+def test_full_weights_and_a_saved_checkpoint_are_the_policy(request, tmp_path, architecture, tiny):
+    """Names and numbers as transformers has them, tied ones under both names."""
+    path = request.getfixturevalue(architecture)
+    policy, lm = policies.load(path, CPU), model.load(path, CPU)
+    for checkpointed in (False, True):
+        if checkpointed:
+            policies.save(policy, AutoTokenizer.from_pretrained(tiny), tmp_path / "saved", torch.float32)
+            lm = model.load(tmp_path / "saved", CPU)
+        full, expected = dict(policies.full_weights(policy, torch.float32)), dict(lm.named_parameters(remove_duplicate=False))
+        assert full.keys() == expected.keys() and "lm_head.weight" in full
+        assert all(torch.equal(full[name], expected[name]) for name in full)
+        assert full["lm_head.weight"].data_ptr() != policy.lm.lm_head.weight.data_ptr()  # copies
+    assert load_file(tmp_path / "saved/model.safetensors").keys() == load_file(path / "model.safetensors").keys()
+    policies.save(policy, AutoTokenizer.from_pretrained(tiny), tmp_path / "half", torch.bfloat16)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.bfloat16 and policy.lm.dtype == torch.float32
+
+
+def test_a_loaded_policy_is_what_transformers_loads(tiny):
+    """Buffers that are in no file, too, and no dropout, which gradient checkpointing would switch on."""
+    for checkpointing in (False, True):
+        policy, lm = policies.load(tiny, CPU, gradient_checkpointing=checkpointing), model.load(tiny, CPU)
+        assert all(torch.equal(value, dict(policy.lm.named_buffers())[name]) for name, value in lm.named_buffers())
+        assert logp_of(policy, GROUPS)[0][0].equal(logp_of(policy, GROUPS)[0][0])
+    assert {p.dtype for p in policies.load(tiny, CPU, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
+
+
+def test_a_checkpoint_that_does_not_fit_its_config(tmp_path, tiny):
+    shutil.copytree(tiny, tmp_path / "odd")
+    config = (tmp_path / "odd/config.json").read_text()
+    (tmp_path / "odd/config.json").write_text(config.replace('"intermediate_size": 384', '"intermediate_size": 380'))
+    with pytest.raises(InputError, match=r"mlp\.gate_proj\.weight has the shape \[384, 128\], its config.json asks for \[380, 128\]"):
+        policies.load(tmp_path / "odd", CPU)
+
+
+def test_a_checkpoint_with_an_odd_generation_config_can_be_saved(tmp_path, tiny):
+    """Some models come with a temperature but without do_sample, which transformers reads but refuses to write."""
+    shutil.copytree(tiny, tmp_path / "odd")
+    (tmp_path / "odd/generation_config.json").write_text('{"eos_token_id": [2, 0], "temperature": 0.6, "top_p": 0.9}')
+    policies.save(policies.load(tmp_path / "odd", CPU), AutoTokenizer.from_pretrained(tiny), tmp_path / "saved", torch.float32)
+    assert GenerationConfig.from_pretrained(tmp_path / "saved").eos_token_id == [2, 0]
+    model.load_tokenizer(tmp_path / "saved")
+
+
+# The kernel for GPUs
+
+def varlen(query, key, value, query_ends, key_ends, longest_query, longest_key, *, scale, window_size, enable_gqa):
+    """What torch's varlen_attn computes, aligned at the end as FlashAttention does it, one token at a time."""
+    assert query_ends.dtype == key_ends.dtype == torch.int32 and window_size == (-1, 0) and enable_gqa
+    assert longest_query == query_ends.diff().max() and longest_key == key_ends.diff().max()
+    out = torch.empty_like(query)
+    repeat = query.shape[1] // key.shape[1]
+    for q0, q1, k0, k1 in zip(query_ends, query_ends[1:], key_ends, key_ends[1:], strict=False):
+        for i in range(q1 - q0):
+            seen = slice(k0, k1 - (q1 - q0) + i + 1)
+            k, v = (x[seen].repeat_interleave(repeat, 1) for x in (key, value))  # (seen, H, D)
+            out[q0 + i] = torch.einsum("khd,kh->hd", v, (scale * torch.einsum("hd,khd->kh", query[q0 + i], k)).softmax(0))
+    return out
+
+
+def heads(row, dtype=torch.float32, device=CPU) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(n, row.tokens.shape[1], 32, generator=generator).to(device, dtype).requires_grad_() for n in (4, 2, 2)]
+
+
+def test_the_gpu_kernel_is_given_the_same_attention(monkeypatch):
+    monkeypatch.setattr(policies, "varlen_attn", varlen)
+    row = pack([(tokens(7), [tokens(4), tokens(1), tokens(6)]), ([9], [tokens(3)])], CPU)
+    there, here = (attend(*heads(row), 0.2, row.sequences) for attend in (policies._attend_on_cuda, policies._attend_on_cpu))
+    assert there.shape == (1, row.tokens.shape[1], 4, 32)
+    torch.testing.assert_close(there, here, atol=1e-5, rtol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_gpu_kernel_itself():
+    device = torch.device("cuda")
+    here, there = pack(GROUPS, CPU), pack(GROUPS, device)
+    exact, half = heads(here), heads(there, torch.bfloat16, device)
+    for row, inputs, attend in ((here, exact, policies._attend_on_cpu), (there, half, policies._attend_on_cuda)):
+        attend(*inputs, 0.2, row.sequences).float().square().sum().backward()
+    for a, b in zip(exact, half, strict=True):
+        assert (a.grad - b.grad.float().cpu()).norm() < 0.02 * a.grad.norm()
