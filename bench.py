@@ -3,7 +3,7 @@
     pip install --no-deps -r requirements-bench.txt
     python bench.py                       # the case of this machine: SmolLM2 on a CPU, Qwen2.5-1.5B's shape on a GPU
     python bench.py --prompt-tokens 1000  # another one
-    python bench.py --growth              # our own step with 1, 2, 4 and 8 times the tokens, and on 1 and 2 ranks
+    python bench.py --growth              # our own step with 1, 2, 4 and 8 times the tokens, and on 2 ranks
 
 Each of the two is a process of its own. Their steps alternate, after one for warming up, so that whatever else the
 machine does hits both. One JSON line a case: medians in seconds, ratios TRL / ours, peak memory. Every response has
@@ -305,23 +305,18 @@ def compare(args: argparse.Namespace) -> dict:
 
 
 def growth(args: argparse.Namespace) -> list[dict]:
-    """Our step with 1, 2, 4, 8 times the prompts, alternating, and with 2 ranks beside 1."""
+    """Our step with 1, 2, 4, 8 times the prompts, and with 2 ranks beside 1; one after the other, for memory's sake."""
     make_model(args.model)
     out = []
-    for label, variants in (("prompts", [{"prompts": args.prompts * n} for n in (1, 2, 4, 8)]),
-                            ("ranks", [{"prompts": args.prompts * 4, "ranks": n} for n in (1, 2)])):
-        workers = [Worker("ours", **{**case(args), "steps": args.steps, "engine": args.engine, **own})
-                   for own in variants]
-        for worker in workers:
-            worker.step()
-        reports = [[] for _ in workers]
+    for changed in [{"prompts": args.prompts * n} for n in (1, 2, 4, 8)] + [{"prompts": args.prompts * 4, "ranks": 2}]:
+        worker = Worker("ours", **{**case(args), "steps": args.steps, "engine": args.engine, **changed})
+        worker.step()
+        reports = []
         for _ in range(args.steps):
-            for worker, own in zip(workers, reports, strict=True):
-                worker.go()
-                own.append(worker.step())
-        for worker, own, variant in zip(workers, reports, variants, strict=True):
-            worker.end()
-            out.append({"growth": label, **case(args), **variant, "machine": machine(args), **medians(own)})
+            worker.go()
+            reports.append(worker.step())
+        worker.end()
+        out.append({**case(args), **changed, "machine": machine(args), **medians(reports)})
     return out
 
 

@@ -1,4 +1,8 @@
+import multiprocessing
+import os
+import socket
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -6,6 +10,35 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+
+
+def _on_rank(environ: dict, *args: Path) -> None:
+    os.environ |= environ
+    torch.set_num_threads(1)
+    import ranks  # only now: rollout.py reads the environment
+
+    ranks.main(*args)
+
+
+def on_ranks(total: int, node: int, *args: Path) -> None:
+    """ranks.main on that many ranks, `node` of them to a node: forks of a server that has imported what takes seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["accelerate", "model", "torch.distributed.fsdp"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        environ = {"WORLD_SIZE": total, "LOCAL_WORLD_SIZE": node, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
+    ranks = [context.Process(target=_on_rank, args=({name: str(x) for name, x in environ.items()} | {"RANK": str(rank), "LOCAL_RANK": str(rank % node)},
+                                                    *args), daemon=True) for rank in range(total)]
+    for process in ranks:
+        process.start()
+    deadline = time.monotonic() + 300
+    while None in (codes := {process.exitcode for process in ranks}) and codes <= {None, 0}:
+        assert time.monotonic() < deadline, "ranks wait for each other"
+        time.sleep(0.05)
+    codes = [process.exitcode for process in ranks]
+    for process in ranks:
+        process.kill()
+    assert codes == [0] * total
 
 
 @pytest.fixture(scope="session")
@@ -17,6 +50,37 @@ def tiny() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_policy(tiny):
-    import model
+    import policy
 
-    return model.load(tiny, torch.device("cpu"))
+    return policy.load(tiny, torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def vocabulary() -> int:
+    return 1003
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory, vocabulary) -> Path:
+    """Random weights, untied, in shapes that two or four ranks cannot share evenly; one rank of four has none of the
+    MLP's rows."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    path = tmp_path_factory.mktemp("llama")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, hidden_size=64, intermediate_size=9, num_hidden_layers=2,
+                                     num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
+                                     bos_token_id=None, eos_token_id=2, pad_token_id=0)).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def graded(monkeypatch):
+    """Rewards on which random text differs: the built-in ones are nearly constant for a model that has learned nothing."""
+    import rewards
+
+    monkeypatch.setitem(rewards.TASKS, "tools", [
+        rewards.Reward("vowels", lambda p, responses, ref: [sum(c in "aeiou" for c in r) / max(1, len(r)) for r in responses]),
+        rewards.Reward("short", lambda p, responses, ref: [1 / (1 + len(r)) for r in responses]),
+    ])

@@ -1,4 +1,4 @@
-"""One row for a prompt and all its responses must be exactly one sequence a response; and models that cannot be used."""
+"""Finding a model, and models that cannot be used."""
 
 import json
 import subprocess
@@ -10,44 +10,9 @@ from conftest import ROOT
 from transformers import AutoConfig
 
 import model
+import policy as policies
+from policy import pack
 from rewards import InputError
-
-PROMPT = list(range(5, 155))
-RESPONSES = [[7, 8, 9, 10, 2], [11], [], [12, 13, 14], [9] * 40]
-
-
-def separate_logp(policy, prompt, responses, temperature):
-    """The obvious way: each response behind its own copy of the prompt, unpadded."""
-    out = []
-    for response in responses:
-        if response:
-            logits = policy(torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1] / temperature
-            out.append(logits.log_softmax(-1).gather(-1, torch.tensor(response)[:, None]).squeeze(-1))
-    return torch.cat(out)
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_one_row_is_exactly_separate_sequences(tiny_policy, temperature):
-    """Log-probs, loss and gradient."""
-    results = []
-    weights = torch.randn(49, generator=torch.Generator().manual_seed(0))
-    for function in (model.response_logp, separate_logp):
-        tiny_policy.zero_grad()
-        logp = function(tiny_policy, PROMPT, RESPONSES, temperature)
-        loss = (weights * logp).mean()
-        loss.backward()
-        results.append((logp.detach(), loss.detach(), torch.cat([p.grad.flatten() for p in tiny_policy.parameters()])))
-    tiny_policy.zero_grad()
-    for packed, separate in zip(*results, strict=True):
-        torch.testing.assert_close(packed, separate, atol=2e-5, rtol=1e-4)
-
-
-def test_a_response_does_not_see_the_others(tiny_policy):
-    """Changing one response moves no bit of another's log-probs beyond rounding."""
-    with torch.no_grad():
-        before = model.response_logp(tiny_policy, PROMPT, [[7, 8, 9], [10, 11, 12]], 1.0)
-        after = model.response_logp(tiny_policy, PROMPT, [[99, 98, 97], [10, 11, 12]], 1.0)
-    torch.testing.assert_close(before[3:], after[3:], atol=1e-6, rtol=0)
 
 
 def test_stop_tokens(tiny):
@@ -61,12 +26,12 @@ def test_the_default_model_converts_from_its_package():
     """Real weights: Paris is likelier than Lima or cheese."""
     path = model.resolve("smollm2")
     assert AutoConfig.from_pretrained(path).max_position_embeddings == 8192
-    tokenizer, policy = model.load_tokenizer(path), model.load(path, torch.device("cpu"))
+    tokenizer, policy = model.load_tokenizer(path), policies.load(path, torch.device("cpu"))
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "What is the capital of France?"}],
                                            add_generation_prompt=True, return_dict=False)
     answers = [tokenizer(f"The capital of France is {city}.").input_ids for city in ("Paris", "Lima", "cheese")]
     with torch.no_grad():
-        logp = [model.response_logp(policy, prompt, [tokens], 1.0).sum().item() for tokens in answers]
+        logp = [part.sum().item() for part in policy(pack([(prompt, answers)], torch.device("cpu")), 1.0).split([*map(len, answers)])]
     assert logp[0] > logp[1] + 3 and logp[0] > logp[2] + 3
 
 

@@ -1,14 +1,16 @@
 """Both engines against transformers' own log-probs: a real vLLM where it is installed."""
 
-import copy
 import importlib.util
 import itertools
 
 import pytest
 import torch
+from test_train import run
 
 import model
+import policy as policies
 import rollout
+from policy import pack
 
 STOPS = list(range(2, 30))  # many, so that random weights hit one
 TEMPERATURE = 0.7
@@ -18,19 +20,25 @@ needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason
 
 @pytest.fixture(scope="module")
 def vllm(tiny):
-    engine = rollout.VLLMEngine(tiny, model.load_tokenizer(tiny), STOPS, max_len=400, temperature=TEMPERATURE, max_tokens=24,
+    engine = rollout.VLLMEngine(tiny, model.load_tokenizer(tiny), STOPS, max_len=800, temperature=TEMPERATURE, max_tokens=24,
                                 seed=0, gpu_memory=0.3)
-    engine.push(model.load(tiny, torch.device("cpu")))
-    return engine
+    yield engine
+    engine.llm.llm_engine.engine_core.shutdown()  # before join_ranks, of other tests in this process, ends its group
 
 
 @pytest.fixture
 def policy(tiny):
-    return model.load(tiny, torch.device("cpu"))
+    return policies.load(tiny, torch.device("cpu"))
 
 
-def hf_engine(policy, tiny):
-    return rollout.HFEngine(policy, model.load_tokenizer(tiny), STOPS, TEMPERATURE, 24)
+@pytest.fixture
+def hf(tiny):
+    return rollout.HFEngine(model.load(tiny, torch.device("cpu")), model.load_tokenizer(tiny), STOPS, TEMPERATURE, 24)
+
+
+def push(engine, policy):
+    engine.sleep()
+    engine.push(policies.full_weights(policy, engine.dtype))
 
 
 def generate(engine, prompts, group, seeds) -> list[list[rollout.Response]]:
@@ -39,7 +47,7 @@ def generate(engine, prompts, group, seeds) -> list[list[rollout.Response]]:
 
 
 def check(responses: list[list[rollout.Response]], policy) -> float:
-    """The structure of every response. Returns the largest |log-prob - transformers'|."""
+    """The structure of every response. Returns the largest |log-prob - the policy's|."""
     worst = 0.0
     for prompt, group in zip(PROMPTS, responses, strict=True):
         assert len(group) == 8
@@ -49,7 +57,7 @@ def check(responses: list[list[rollout.Response]], policy) -> float:
             assert r.finish == ("stop" if r.tokens[-1] in STOPS else "length")
             assert r.finish == "stop" or len(r.tokens) == 24
         with torch.no_grad():
-            exact = model.response_logp(policy, prompt, [r.tokens for r in group], TEMPERATURE)
+            exact = policy(pack([(prompt, [r.tokens for r in group])], torch.device("cpu")), TEMPERATURE)
         got = torch.tensor([x for r in group for x in r.logp])
         worst = max(worst, (got - exact).abs().max().item())
     finishes = [r.finish for group in responses for r in group]
@@ -57,25 +65,29 @@ def check(responses: list[list[rollout.Response]], policy) -> float:
     return worst
 
 
-@needs_vllm
-def test_vllm_log_probs_match_before_and_after_an_update(vllm, policy):
-    """Tied embeddings, prompts over a block, temperature 0.7. Without the push, or with the prefix cache kept, the
-    numbers are far off: that is what the update must not leave behind."""
-    vllm.push(policy)
-    assert policy.config.tie_word_embeddings
-    assert check(generate(vllm, PROMPTS, 8, [1, 100, 200]), policy) < 1e-3
+def check_before_and_after_an_update(engine, policy):
+    """Without the push, or with what was cached under the old weights, the numbers are far off."""
+    push(engine, policy)
+    assert check(generate(engine, PROMPTS, 8, [1, 100, 200]), policy) < 1e-3
     with torch.no_grad():
         generator = torch.Generator().manual_seed(0)
         for parameter in policy.parameters():
             parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
-    assert check(generate(vllm, PROMPTS, 8, [1, 100, 200]), policy) > 0.1
-    vllm.push(policy)
-    assert check(generate(vllm, PROMPTS, 8, [1, 100, 200]), policy) < 1e-3
+    assert check(generate(engine, PROMPTS, 8, [1, 100, 200]), policy) > 0.1
+    push(engine, policy)
+    assert check(generate(engine, PROMPTS, 8, [1, 100, 200]), policy) < 1e-3
+
+
+@needs_vllm
+def test_vllm_log_probs_match_before_and_after_an_update(vllm, policy):
+    """Tied embeddings, prompts over a block, temperature 0.7."""
+    assert policy.lm.config.tie_word_embeddings
+    check_before_and_after_an_update(vllm, policy)
 
 
 @needs_vllm
 def test_vllm_seeds(vllm, policy):
-    vllm.push(policy)
+    push(vllm, policy)
     once, again = generate(vllm, PROMPTS, 8, [1, 100, 200]), generate(vllm, PROMPTS, 8, [1, 100, 200])
     assert once == again
     alone = generate(vllm, PROMPTS[1:2], 8, [100])  # as another rank would
@@ -85,24 +97,36 @@ def test_vllm_seeds(vllm, policy):
     assert generate(vllm, [], 8, []) == []
 
 
-def test_hf_log_probs_and_seeds(policy, tiny):
-    engine = hf_engine(policy, tiny)
+@needs_vllm
+def test_training_with_vllm_is_the_same_when_activations_are_recomputed(vllm, monkeypatch, tmp_path, graded):
+    """The command, with this process's engine: as a run of its own, for it takes over the policy at the start."""
+    monkeypatch.setattr(rollout, "VLLMEngine", lambda *args, **options: vllm)
+    monkeypatch.setattr(rollout, "join_ranks", lambda: torch.device("cpu"))  # it must come before an engine
+    args = ["--engine", "vllm", "--temperature", TEMPERATURE, "--max-tokens", 24, "--gradient-checkpointing"]
+    (steps, _, samples, plain), (_, _, again, recomputed) = (run(monkeypatch, tmp_path, *args, mode, name=mode) for mode in ("off", "on"))
+    assert all(line["sampler_gap"] < 1e-3 and line["grad_norm"] > 0.1 for line in steps)
+    assert samples == again and max((plain[key] - recomputed[key]).abs().max().item() for key in plain) < 1e-6
+
+
+def test_hf_log_probs_match_before_and_after_an_update(hf, policy):
+    check_before_and_after_an_update(hf, policy)
+
+
+def test_hf_seeds(hf):
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    once = generate(engine, PROMPTS, 8, [1, 2, 3])
+    once = generate(hf, PROMPTS, 8, [1, 2, 3])
     assert torch.equal(torch.get_rng_state(), state)  # the trainer's own random numbers are left alone
-    assert check(once, policy) < 1e-3
-    assert generate(engine, PROMPTS, 8, [1, 2, 3]) == once
-    assert generate(engine, PROMPTS[1:2], 8, [2])[0] == once[1]
-    assert generate(engine, PROMPTS, 8, [4, 5, 6])[0] != once[0]
+    assert generate(hf, PROMPTS, 8, [1, 2, 3]) == once
+    assert generate(hf, PROMPTS[1:2], 8, [2])[0] == once[1]
+    assert generate(hf, PROMPTS, 8, [4, 5, 6])[0] != once[0]
 
 
-def test_a_checkpoints_generation_config_does_not_shape_the_samples(policy, tiny):
+def test_a_checkpoints_generation_config_does_not_shape_the_samples(hf):
     """Qwen2.5's has top_k 20, top_p 0.8 and a repetition penalty: they would make the log-probs another policy's."""
-    once = generate(hf_engine(policy, tiny), PROMPTS[1:2], 8, [1])
-    other = copy.deepcopy(policy)
-    other.generation_config.update(do_sample=True, top_k=2, top_p=0.1, min_p=0.5, repetition_penalty=2.0, temperature=0.1)
-    assert generate(hf_engine(other, tiny), PROMPTS[1:2], 8, [1]) == once
+    once = generate(hf, PROMPTS[1:2], 8, [1])
+    hf.model.generation_config.update(do_sample=True, top_k=2, top_p=0.1, min_p=0.5, repetition_penalty=2.0, temperature=0.1)
+    assert generate(hf, PROMPTS[1:2], 8, [1]) == once
 
 
 def test_text_shows_special_tokens_but_not_the_stop_token(tiny):
@@ -118,6 +142,8 @@ def test_scoring_starts_while_others_are_sampled():
     events = []
 
     class Engine:
+        tp = 1
+
         def generate(self, prompts, group, seeds):
             for i in (1, 0):  # in the order in which they finish
                 events.append(f"sampled {prompts[i]}")
@@ -130,6 +156,25 @@ def test_scoring_starts_while_others_are_sampled():
     out = rollout.sample(Engine(), start, [(["p"], "a"), (["q"], "b")], 2, 0, 0)
     assert events == ["sampled ['q']", "scoring b", "sampled ['p']", "scoring a"]
     assert [rewards() for _, rewards in out] == [("a", ["text", "text"]), ("b", ["text", "text"])]
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_ranks_that_share_an_engine_sample_alike_and_one_reports(monkeypatch, tp):
+    """Six prompts on four ranks: each is sampled with its own seed, whatever engine has it, and reported once."""
+    class Engine:
+        def generate(self, prompts, group, seeds):
+            asked.append((prompts, seeds))
+            return enumerate([[rollout.Response([], [], [], "stop", f"{prompt} {seed}")] for prompt, seed in zip(prompts, seeds, strict=True)])
+
+    batch, asked, reported = [([f"p{slot}"], slot) for slot in range(6)], [], []
+    Engine.tp = tp
+    monkeypatch.setattr(rollout, "WORLD", 4)
+    for rank in range(4):
+        monkeypatch.setattr(rollout, "RANK", rank)
+        reported.append(rollout.sample(Engine(), lambda example, texts: (example, texts), batch, 1, 0, 7))
+    assert all(asked[rank] == asked[rank - rank % tp] and bool(reported[rank]) == (rank % tp == 0) for rank in range(4))
+    monkeypatch.setattr(rollout.dist, "all_gather_object", lambda lists, local: lists.__setitem__(slice(None), reported))
+    assert [rewards for _, rewards in rollout.gather([])] == [(slot, [f"['p{slot}'] {rollout.request_seed(0, 7, slot)}"]) for slot in range(6)]
 
 
 def test_request_seeds_never_meet():

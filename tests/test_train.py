@@ -9,25 +9,35 @@ import sys
 
 import matplotlib.pyplot as plt
 import pytest
+import ranks
 import torch
-from conftest import ROOT
+from conftest import ROOT, on_ranks
 from safetensors.torch import load_file, save_file
+from transformers import Gemma2Config, Qwen3NextConfig
 
 import model
+import options
+import policy as policies
 import rewards
 import train
+from policy import pack
 from rewards import InputError, Reward
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 TIMES = {"seconds", "tokens_per_second"}
 
 
-def command(*args, cwd, ranks: int = 1, script: str = "train.py"):
+def launch(*args, cwd, ranks: int = 1, script: str = "train.py") -> subprocess.CompletedProcess:
     """The command as a user types it, with one thread a rank."""
     launcher = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
                                                     f"--nproc_per_node={ranks}"]
-    result = subprocess.run([*launcher, str(ROOT / script), *map(str, args)], cwd=cwd, capture_output=True, text=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600)
+    return subprocess.run([*launcher, str(ROOT / script), *map(str, args)], cwd=cwd, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600)
+
+
+def command(*args, **options) -> str:
+    """As launch, and nothing goes wrong."""
+    result = launch(*args, **options)
     assert result.returncode == 0 and "Traceback" not in result.stderr, result.stdout[-3000:] + result.stderr[-3000:]
     return result.stdout
 
@@ -57,44 +67,104 @@ def assert_same(a, b, tolerance: float = 0.0):
         assert a == b or abs(a - b) <= tolerance * max(1.0, abs(a)) or (a != a and b != b), (a, b)
 
 
-@pytest.fixture
-def graded(monkeypatch):
-    """Rewards on which random text differs: the built-in ones are nearly constant for a model that has learned nothing."""
-    monkeypatch.setitem(rewards.TASKS, "tools", [
-        Reward("vowels", lambda p, responses, ref: [sum(c in "aeiou" for c in r) / max(1, len(r)) for r in responses]),
-        Reward("short", lambda p, responses, ref: [1 / (1 + len(r)) for r in responses]),
-    ])
-
-
 # The update: one gradient for any split
 
-def update_in(tmp_path, limit, updates, ranks):
-    out = tmp_path / f"{limit}-{updates}-{ranks}.pt"
-    command(out, limit, updates, cwd=tmp_path, ranks=ranks, script="tests/ranks.py")
-    return torch.load(out)
+@pytest.fixture(scope="module")
+def checkpoints(tiny, llama, tmp_path_factory):
+    """Policy, reference, another architecture."""
+    reference, generator = model.load(tiny, ranks.CPU), torch.Generator().manual_seed(0)
+    for parameter in reference.parameters():
+        parameter.data += 0.01 * torch.randn(parameter.shape, generator=generator)
+    path = tmp_path_factory.mktemp("reference")
+    reference.save_pretrained(path)
+    return tiny, path, llama
 
 
-def test_micro_batches_and_ranks_change_no_gradient_and_no_number(tmp_path):
-    whole = update_in(tmp_path, 100_000, 1, 1)
-    assert whole["gradient"].norm() > 1e-3 and whole["metrics"]["kl"] > 0
-    for split in (update_in(tmp_path, 60, 1, 1), update_in(tmp_path, 100_000, 1, 2), update_in(tmp_path, 60, 1, 2)):
-        difference = (split["gradient"] - whole["gradient"]).norm() / whole["gradient"].norm()
-        assert difference < 1e-5
-        assert_same(whole["metrics"], split["metrics"], 1e-5)
+@pytest.fixture(scope="module")
+def one(checkpoints):
+    """Every case in this process, unsharded."""
+    return {case: ranks.run(*checkpoints[:2], **changes) for case, changes in ranks.CASES.items()}
 
 
-def test_several_updates_a_batch_clip(tmp_path):
-    """With five updates the later ones are off-policy: the ratio leaves 1, and the same on two ranks."""
-    one, two = update_in(tmp_path, 100_000, 5, 1), update_in(tmp_path, 60, 5, 2)
-    assert one["metrics"]["clip_fraction"] > 0
-    assert_same(one["metrics"], two["metrics"], 1e-3)
+@pytest.fixture(scope="module", params=[(2, 2), (4, 4), (4, 2)], ids=["2 ranks", "4 ranks", "2 nodes of 2 ranks"])
+def many(request, checkpoints, tmp_path_factory):
+    """Every case on several ranks, sharded over those of a node."""
+    total, node = request.param
+    out = tmp_path_factory.mktemp("ranks") / "out.pt"
+    on_ranks(total, node, out, *checkpoints)
+    results = torch.load(out, weights_only=False)
+    assert results["mesh"] == {(2, 2): [0, 1], (4, 4): [0, 1, 2, 3], (4, 2): [[0, 1], [2, 3]]}[request.param]
+    return {**results, "node": node, "checkpoint": out.with_suffix("")}
 
 
-def test_forward_rows():
-    responses = [train.rollout.Response([0] * n, [], [], "", "") for n in (3, 4, 50, 0, 2)]
-    assert train.forward_rows([0] * 10, responses, 1000) == [[0, 1, 2, 3, 4]]
-    assert train.forward_rows([0] * 10, responses, 17) == [[0, 1], [2], [3, 4]]
-    assert train.forward_rows([0] * 10, responses, 1) == [[0], [1], [2], [3], [4]]
+def assert_same_update(a, b, tolerance: float = 1e-5):
+    """Relative to the gradient; every rank reports the same."""
+    for x, y in zip(a["gradients"], b["gradients"], strict=True):
+        assert (x - y).norm() <= tolerance * x.norm()
+    for metrics in b["metrics"]:
+        assert_same(a["metrics"][0], metrics, tolerance)
+
+
+def test_micro_batches_and_checkpointing_change_no_gradient_and_no_number(one):
+    assert one["whole"]["gradients"][0].norm() > 1e-3 and one["whole"]["metrics"][0]["kl"] > 0
+    assert len(one["whole"]["dealt"][0][0]) == 1 and len(one["split"]["dealt"][0][0]) > 10
+    assert_same_update(one["whole"], one["split"])
+    assert_same_update(one["whole"], one["checkpointing"])
+
+
+def test_ranks_and_shards_change_no_gradient_and_no_number(one, many):
+    """With and without a KL penalty, activations recomputed, idle ranks, several updates, and nothing to learn from in
+    an update or in all of them."""
+    for case in ranks.CASES:
+        assert_same_update(one[case], many[case])
+        dealt = many[case]["dealt"]
+        assert all(len({len(rank[u]) for rank in dealt}) == 1 for u in range(len(dealt[0])))  # as many forwards on each rank
+    assert any(0 in rank[0] for rank in many["few"]["dealt"])  # a rank was idle
+    assert many["nothing"]["dealt"] == [[[]]] * len(many["nothing"]["dealt"]) and not many["nothing"]["gradients"][0].any()
+
+
+def test_several_updates_a_batch_clip(one):
+    """With five updates the later ones are off-policy: the ratio leaves 1."""
+    assert one["several"]["metrics"][0]["clip_fraction"] > 0 and len(one["several"]["gradients"]) == 5
+
+
+def test_each_rank_holds_its_shard_of_the_checkpoint(many):
+    """And no more in memory; gathered, the shards are the checkpoint, tied names included."""
+    for path, shards in many["shards"].items():
+        lm = model.load(path, ranks.CPU)
+        total = sum(p.numel() for p in lm.parameters())
+        padding = sum(p[0].numel() for p in lm.parameters())  # at most a row of each
+        for node in range(0, len(shards), many["node"]):
+            assert sum(numel for numel, _ in shards[node:node + many["node"]]) == total
+        assert all(numel * 4 <= size <= 4 * (total / many["node"] + padding) for numel, size in shards)
+        expected = dict(lm.named_parameters(remove_duplicate=False))
+        assert many["weights"][path].keys() == expected.keys()
+        assert all(torch.equal(many["weights"][path][name], expected[name]) for name in expected)
+
+
+def test_a_checkpoint_saved_by_several_ranks_is_the_policy(many, tiny):
+    lm, start = model.load(many["checkpoint"], ranks.CPU), model.load(tiny, ranks.CPU)
+    for name, parameter in lm.named_parameters(remove_duplicate=False):
+        assert torch.equal(many["saved"][name], parameter)
+    assert not torch.equal(lm.lm_head.weight, start.lm_head.weight)
+    assert model.load_tokenizer(many["checkpoint"]).chat_template
+
+
+def test_prompts_without_signal_are_not_computed(tiny):
+    """And the gradient is what it would be had they been; with a KL penalty they have one."""
+    policy, computed, gradients = policies.load(tiny, ranks.CPU), [], []
+    policy.register_forward_hook(lambda module, inputs, out: computed[-1].append(inputs[0].tokens[0].tolist()))
+    batch, responses, advantages = ranks.batch_of(5, 4, silent=(0, 3))
+    for kl in (0.0, 1e-30):  # no reference either time: only its choice of prompts
+        args, optimizer = ranks.options(kl=kl), ranks.Recorder(policy.parameters(), lr=0.0)
+        computed.append([])
+        train.update(policy, None, optimizer, ranks.updates_of(policy, args, batch, responses, advantages), args, ranks.CPU)
+        gradients += optimizer.gradients
+    rows = [pack([(batch[slot][0], [r.tokens for r in responses[slot]]) for slot in kept], ranks.CPU).tokens[0].tolist() for kept in ((1, 2, 4), range(5))]
+    assert [sorted(row) for forwards in computed for row in forwards] == [sorted(row) for row in rows]  # the groups' order is free
+    assert (gradients[0] - gradients[1]).norm() <= 1e-6 * gradients[1].norm()
+    nothing = ranks.updates_of(policy, ranks.options(kl=0.0), batch, responses, torch.zeros(5, 4))
+    assert [mine for _, mine in nothing] == [[]]
 
 
 # The command
@@ -166,22 +236,62 @@ def test_every_option_changes_the_policy(monkeypatch, tmp_path, graded):
         assert any(not torch.equal(plain[key], weights[key]) for key in plain), agg
 
 
+def test_recomputing_activations_changes_no_weight(monkeypatch, tmp_path, graded):
+    *_, plain = run(monkeypatch, tmp_path, "--kl", 0.1, "--max-tokens", 24, name="off")
+    *_, recomputed = run(monkeypatch, tmp_path, "--kl", 0.1, "--max-tokens", 24, "--gradient-checkpointing", "on", name="on")
+    assert max((plain[key] - recomputed[key]).abs().max().item() for key in plain) < 1e-6
+
+
 def test_rewards_that_are_missing_or_never_vary(monkeypatch, tmp_path):
     monkeypatch.setitem(rewards.TASKS, "tools", [Reward("gone", lambda p, responses, ref: [float("nan")] * len(responses)),
                                                  Reward("same", lambda p, responses, ref: [0.5] * len(responses))])
     start = load_file(model.resolve("tiny") / "model.safetensors")
     steps, _, samples, weights = run(monkeypatch, tmp_path, "--steps", 1)
     assert steps[0]["no_signal"] == 1 and steps[0]["grad_norm"] == 0 and {s["advantage"] for s in samples} == {0.0}
+    assert steps[0]["skipped_prompts"] == 2 and steps[0]["loss"] == 0 and steps[0]["entropy"] is None  # nothing was computed
     # no gradient: what moves the weights is AdamW's decay of 0.01, times the learning rate of 1e-3
     assert max((weights[key] - start[key]).abs().max().item() for key in start) < 1e-4
 
 
+def test_a_faulty_reward_on_one_rank_stops_all_and_the_state_is_saved(tmp_path):
+    """In mid-run, and in one sentence."""
+    (tmp_path / "faulty.py").write_text(f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import rewards, rollout, train
+
+calls = []
+
+def mine(prompts, responses, references):
+    calls.append(1)
+    return [None if rollout.RANK == 1 and len(calls) > 6 else len(r) / 100 for r in responses]
+
+rewards.TASKS["tools"] = [rewards.Reward("mine", mine)]
+try:
+    train.main()
+except rewards.InputError as error:
+    sys.exit(f"error: {{error}}")
+""")
+    result = launch("--model", "tiny", "--engine", "hf", "--name", "a", "--steps", 9, "--max-tokens", 16, cwd=tmp_path, ranks=2, script=tmp_path / "faulty.py")
+    assert result.returncode == 1 and "]: Traceback" not in result.stderr  # "[rank0]: Traceback"; torchrun has its own
+    assert result.stderr.count("error: reward 'mine' returned None for response 0: return a finite number, or NaN if it is missing; "
+                               "the policy as it was then is in runs/a/checkpoint\n") == result.stderr.count("error: ") == 1
+    steps, _, samples, weights = read(tmp_path / "runs/a")
+    start = load_file(model.resolve("tiny") / "model.safetensors")
+    assert 1 <= len(steps) < 9 and len(samples) == 8 * len(steps) and any(not torch.equal(weights[key], start[key]) for key in start)
+
+
 @needs_vllm
 def test_vllm_on_two_ranks_and_its_checkpoint(tmp_path):
-    """torchrun, one engine a rank; then the checkpoint in a plain vLLM: the same greedy text as transformers."""
-    command("--model", "tiny", "--engine", "vllm", "--prompts", 3, "--name", "two", cwd=tmp_path, ranks=2)
-    steps, _, samples, _ = read(tmp_path / "runs" / "two")
-    assert len(samples) == 2 * 3 * 4 and all(line["sampler_gap"] < 1e-3 for line in steps)
+    """torchrun, one engine a rank, or one over both: the same samples of the same policy. Then the checkpoint in a plain
+    vLLM: the same greedy text as transformers."""
+    args = ["--model", "tiny", "--engine", "vllm", "--prompts", 3, "--eval-prompts", 2]
+    command(*args, "--name", "two", cwd=tmp_path, ranks=2)
+    command(*args, "--name", "both", "--tp", 2, cwd=tmp_path, ranks=2)
+    (steps, _, samples, _), (steps_of_both, _, of_both, _) = (read(tmp_path / "runs" / name) for name in ("two", "both"))
+    assert len(samples) == 2 * 3 * 4 and all(line["sampler_gap"] < 1e-3 for line in steps + steps_of_both)
+    assert samples[:12] == of_both[:12]  # later, rounding has been through AdamW
+    assert_same(steps[0], steps_of_both[0], 1e-4)
     checkpoint = tmp_path / "runs/two/checkpoint"
     (tmp_path / "load.py").write_text(
         "import os; os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING='0', VLLM_CPU_KVCACHE_SPACE='1')\n"
@@ -199,6 +309,11 @@ def test_vllm_on_two_ranks_and_its_checkpoint(tmp_path):
 
 # Bad input: one sentence, before the model is loaded
 
+def nothing_is_loaded(monkeypatch):
+    for module in (model, policies):
+        monkeypatch.setattr(module, "load", lambda *args, **options: pytest.fail("the model was loaded"))
+
+
 @pytest.mark.parametrize(("args", "message"), [
     (["--task", "x"], "--task x: choose one of tools, rlla"), (["--agg", "x"], "--agg x: choose one of rvpo"),
     (["--engine", "x"], "--engine x: choose one of vllm, hf"), (["--beta", "x"], "beta 'x' is neither"),
@@ -214,6 +329,10 @@ def test_vllm_on_two_ranks_and_its_checkpoint(tmp_path):
     (["--model", "./json"], "./json cannot be loaded"), (["--model", "./cut"], "./cut cannot be loaded"),
     (["--model", "./wordless"], "is its tokenizer.json missing?"), (["--task", "rlla", "--data", "odd.json"], "chat template"),
     (["--task", "rlla", "--data", "good.json", "--eval-data", "none.json"], "no rows to evaluate on"), (["--seed", -1], "--seed -1"), (["--steps", 0], "--steps 0: must be"),
+    (["--tp", 3], "--tp 3: needs vLLM, and must divide the 1 processes of this node"), (["--tp", 0], "--tp 0: must be at least 1"),
+    (["--gradient-checkpointing", "maybe"], "--gradient-checkpointing maybe: choose one of auto, on, off"),
+    (["--model", "./capped"], "--model ./capped: gemma2 models have final_logit_softcapping = 30.0, which is not supported"),
+    (["--model", "./linear"], "--model ./linear: qwen3_next models have linear_attention, which is not supported"),
 ])
 def test_bad_input(monkeypatch, tmp_path, args, message):
     (tmp_path / "runs/there").mkdir(parents=True)
@@ -223,12 +342,14 @@ def test_bad_input(monkeypatch, tmp_path, args, message):
     (tmp_path / "good.json").write_text(json.dumps([good] * 9))
     (tmp_path / "none.json").write_text("[]")
     (tmp_path / "odd.json").write_text(json.dumps([{**good, "prompt": [{"role": "user", "content": "\ud800"}]}] * 9))
-    for broken in ("json", "cut", "wordless"):
+    for broken in ("json", "cut", "wordless", "capped", "linear"):
         shutil.copytree(model.resolve("tiny"), tmp_path / broken)
     (tmp_path / "json" / "config.json").write_text("no json")
     (tmp_path / "cut" / "model.safetensors").write_bytes((tmp_path / "json" / "model.safetensors").read_bytes()[:1000])
     (tmp_path / "wordless" / "tokenizer.json").unlink()
-    monkeypatch.setattr(model, "load", lambda *args: pytest.fail("the model was loaded"))
+    Gemma2Config().save_pretrained(tmp_path / "capped")
+    Qwen3NextConfig().save_pretrained(tmp_path / "linear")
+    nothing_is_loaded(monkeypatch)
     with pytest.raises(InputError) as error:
         run(monkeypatch, tmp_path, *args)
     assert message in str(error.value) and "\n" not in str(error.value)
@@ -242,6 +363,8 @@ def test_a_checkpoint_without_some_weights(monkeypatch, tmp_path):
     save_file({key: value for key, value in weights.items() if "layers.3" not in key}, tmp_path / "holes/model.safetensors")
     with pytest.raises(InputError, match="lacks weights that its config.json asks for, model.layers.3"):
         run(monkeypatch, tmp_path, "--model", "./holes")
+    with pytest.raises(InputError, match="lacks weights that its config.json asks for, model.layers.3"):
+        model.load(tmp_path / "holes", ranks.CPU)  # what evaluation loads
 
 
 def test_runs_cannot_be_made(monkeypatch, tmp_path):
@@ -251,10 +374,17 @@ def test_runs_cannot_be_made(monkeypatch, tmp_path):
 
 
 def test_a_bad_reward_is_found_before_the_model_is_loaded(monkeypatch, tmp_path):
-    monkeypatch.setattr(model, "load", lambda *args: pytest.fail("the model was loaded"))
+    nothing_is_loaded(monkeypatch)
     monkeypatch.setitem(rewards.TASKS, "tools", [Reward("mine", lambda p, r, ref: [None] * len(r))])
     with pytest.raises(InputError, match="reward 'mine' returned None"):
         run(monkeypatch, tmp_path)
+
+
+def test_an_engine_over_two_ranks_is_vllms(monkeypatch, tmp_path):
+    monkeypatch.setattr(options, "LOCAL_WORLD", 2)
+    nothing_is_loaded(monkeypatch)
+    with pytest.raises(InputError, match="^--tp 2: needs vLLM"):
+        run(monkeypatch, tmp_path, "--tp", 2)
 
 
 def test_vllm_missing_when_asked_for(monkeypatch, tmp_path):
