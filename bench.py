@@ -22,6 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
+SHARE = 0.15  # of the GPU, for each vLLM
 CUDA_TFLOPS = {"H100": 989, "H200": 989, "A100": 312}  # dense bfloat16, by the vendor's data sheets
 
 
@@ -36,7 +37,7 @@ def options() -> argparse.Namespace:
     add("--group", type=int, default=16 if gpu else 8, help="G (default %(default)s)")
     add("--prompts", type=int, default=4 if gpu else 1, help="prompts a step (default %(default)s)")
     add("--steps", type=int, default=5, help="of each, after the warm-up (default %(default)s)")
-    add("--trl-batch", type=int, default=0, help="TRL's responses a forward (default: a group; 0)")
+    add("--trl-batch", type=int, default=4 if gpu else 0, help="TRL: rows a forward, 0: a group (default %(default)s)")
     add("--trl-checkpointing", action="store_true", help="gradient checkpointing in TRL: slower, less memory")
     add("--trl-sampler", default="vllm" if gpu else "transformers", help="or vllm (default %(default)s)")
     add("--engine", default="vllm", help="our sampler, vllm or hf")
@@ -119,13 +120,14 @@ def ours(args: argparse.Namespace) -> None:
     longest = args.prompt_tokens + args.response_tokens
     run = train.parse_args("", [
         "--model", str(path), "--prompts", str(args.prompts), "--group", str(args.group), "--steps",
-        str(args.steps + 1), "--engine", args.engine, "--eval-prompts", "0", "--lr", "1e-6"])
+        str(args.steps + 1), "--engine", args.engine, "--eval-prompts", "0", "--lr", "1e-6",
+        "--tokens-per-microbatch", "6000" if args.gpu else "16384"])  # the two share a GPU
     train.check_args(run)
     device = rollout.join_ranks()
     trained = policy.load(path, device, policy.make_mesh(device))
     if args.engine == "vllm":
         engine = rollout.VLLMEngine(path, tokenizer, stops, longest, 1.0, args.response_tokens, 0,
-                                    0.25 if args.gpu else 0.4, at_a_time=min(32, args.prompts * args.group))
+                                    SHARE, at_a_time=min(32, args.prompts * args.group))
         engine.sampling |= {"ignore_eos": True, "stop_token_ids": []}
     else:
         engine = rollout.HFEngine(model.load(path, device, policy.compute_dtype(device)), tokenizer, stops, 1.0,
@@ -164,7 +166,7 @@ def trl(args: argparse.Namespace) -> None:
         temperature=1.0, top_k=0, top_p=1.0, logging_steps=1000, save_strategy="no", report_to=[], disable_tqdm=True,
         bf16=args.gpu, use_cpu=not args.gpu, gradient_checkpointing=args.trl_checkpointing,
         multi_objective_aggregation="normalize_then_sum", optim="adamw_torch_fused", dataloader_num_workers=0,
-        use_liger_kernel=args.gpu, use_vllm=args.trl_sampler == "vllm", vllm_gpu_memory_utilization=0.25,
+        use_liger_kernel=args.gpu, use_vllm=args.trl_sampler == "vllm", vllm_gpu_memory_utilization=SHARE,
         model_init_kwargs={"dtype": torch.float32})
     seconds: dict[str, float] = {}
 

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
 from policy import LOGITS
 from rewards import InputError
-from rollout import LOCAL_WORLD, RANK, kv_elements
+from rollout import LOCAL_RANK, LOCAL_WORLD, RANK, kv_elements
 
 GIB = 2**30
 USABLE = 0.95  # of a GPU; the rest is lost to fragments
@@ -105,7 +105,7 @@ def check(args: argparse.Namespace, path: Path, longest: int) -> bool:
     there is no plan, and recomputing only where it is asked for."""
     if not torch.cuda.is_available():
         return args.gradient_checkpointing == "on"
-    gpu = torch.cuda.get_device_properties(0).total_memory / GIB
+    gpu = torch.cuda.get_device_properties(LOCAL_RANK).total_memory / GIB
     checkpointing, plan, wrong = choose(
         args.gradient_checkpointing, AutoConfig.from_pretrained(path), gpu, LOCAL_WORLD, args.tp,
         args.gpu_memory if args.engine == "vllm" else 0.0, max(args.tokens_per_microbatch, longest), longest,

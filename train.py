@@ -103,8 +103,8 @@ def setup(args: argparse.Namespace):
     path, tokenizer, stops, dtype, room = model.describe(args.model, args.max_tokens)
     train, held_out = data.encode(tokenizer, train, room), data.encode(tokenizer, held_out, room)
     longest = max(len(ids) for ids, _ in train + held_out) + args.max_tokens
-    checkpointing = memory.check(args, path, longest)
     device = rollout.join_ranks()
+    checkpointing = memory.check(args, path, longest)
     with model.readable(args.model):
         mesh = policies.make_mesh(device)
         policy = policies.load(path, device, mesh, gradient_checkpointing=checkpointing)
