@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 import balance
@@ -55,12 +56,16 @@ def update(policy, reference, optimizer, updates: list[tuple[int, list[list[Piec
         return torch.tensor(values, dtype=torch.float32, device=device)
 
     packed = [[(pieces or IDLE, pack([(prompt, [response.tokens for response in responses])
-                                              for prompt, responses, _ in pieces or IDLE], device))
+                                      for prompt, responses, _ in pieces or IDLE], device))
                for pieces in mine] for _, mine in updates]
     with torch.no_grad():
         # The first update's policy is the one that sampled: its old log-probs are logp.detach(). Only later ones need
         # a forward of their own.
         old_logp = [[policy(row, args.temperature) if u else None for _, row in mine] for u, mine in enumerate(packed)]
+    if isinstance(policy, FSDPModule):
+        # A forward without backward leaves embeddings and head gathered: an update without a micro-batch would then
+        # step on copies.
+        policy.reshard()
     sums, grad_norms = {"loss": 0.0}, []
     for u, (n_tokens, _) in enumerate(updates):
         for (pieces, row), old in zip(packed[u], old_logp[u], strict=True):
