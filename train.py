@@ -101,6 +101,7 @@ def setup(args: argparse.Namespace):
         scoring.score(args.task, [train[0].messages[-1]["content"]] * 2, ["", train[0].reference],
                       [train[0].reference] * 2)
     path, tokenizer, stops, dtype, room = model.describe(args.model, args.max_tokens)
+    model.check_architecture(args.model, path)
     train, held_out = data.encode(tokenizer, train, room), data.encode(tokenizer, held_out, room)
     longest = max(len(ids) for ids, _ in train + held_out) + args.max_tokens
     device = rollout.join_ranks()

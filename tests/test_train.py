@@ -331,8 +331,8 @@ def nothing_is_loaded(monkeypatch):
     (["--task", "rlla", "--data", "good.json", "--eval-data", "none.json"], "no rows to evaluate on"), (["--seed", -1], "--seed -1"), (["--steps", 0], "--steps 0: must be"),
     (["--tp", 3], "--tp 3: needs vLLM, and must divide the 1 processes of this node"), (["--tp", 0], "--tp 0: must be at least 1"),
     (["--gradient-checkpointing", "maybe"], "--gradient-checkpointing maybe: choose one of auto, on, off"),
-    (["--model", "./capped"], "--model ./capped: gemma2 models have final_logit_softcapping = 30.0, which is not supported"),
-    (["--model", "./linear"], "--model ./linear: qwen3_next models have linear_attention, which is not supported"),
+    (["--model", "./capped"], "--model ./capped: training gemma2 models is not supported"),
+    (["--model", "./linear"], "--model ./linear: training qwen3_next models is not supported"),
 ])
 def test_bad_input(monkeypatch, tmp_path, args, message):
     (tmp_path / "runs/there").mkdir(parents=True)
