@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 SHARE = 0.15  # of the GPU, for each vLLM
@@ -306,10 +307,9 @@ def compare(args: argparse.Namespace) -> dict:
             "trl_settings": settings}
 
 
-def growth(args: argparse.Namespace) -> list[dict]:
+def growth(args: argparse.Namespace) -> Iterator[dict]:
     """Our step with 1, 2, 4, 8 times the prompts, and with 2 ranks beside 1; one after the other, for memory's sake."""
     make_model(args.model)
-    out = []
     for changed in [{"prompts": args.prompts * n} for n in (1, 2, 4, 8)] + [{"prompts": args.prompts * 4, "ranks": 2}]:
         worker = Worker("ours", **{**case(args), "steps": args.steps, "engine": args.engine, **changed})
         worker.step()
@@ -318,8 +318,7 @@ def growth(args: argparse.Namespace) -> list[dict]:
             worker.go()
             reports.append(worker.step())
         worker.end()
-        out.append({**case(args), **changed, "machine": machine(args), **medians(reports)})
-    return out
+        yield {**case(args), **changed, "machine": machine(args), **medians(reports)}
 
 
 if __name__ == "__main__":
@@ -329,4 +328,4 @@ if __name__ == "__main__":
     else:
         for line in growth(arguments) if arguments.growth else [compare(arguments)]:
             print(json.dumps({key: {k: round(v, 4) if isinstance(v, float) else v for k, v in value.items()}
-                              if isinstance(value, dict) else value for key, value in line.items()}))
+                              if isinstance(value, dict) else value for key, value in line.items()}), flush=True)
