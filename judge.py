@@ -342,7 +342,7 @@ def check_missing(counts: dict, share: float, what: str, most: float) -> None:
     """Raises InputError, on all ranks alike, if the share of what is missing is above the most that may be."""
     if share > most:
         raise InputError(f"{share:.0%} of {what} missing, more than --judge-max-missing {most:g} allows; the last "
-                          f"reason was: {counts['last_error']}")
+                         f"reason was: {counts['last_error']}")
 
 
 def connect(args: argparse.Namespace, explain: bool = False) -> Judge:

@@ -3,7 +3,8 @@
     python memory.py      # README's table: Qwen2.5 on 1 to 8 GPUs of 80 GB
 
 An estimate: weights, gradients and optimizer states are exact, activations by a rule that counting what autograd saves
-confirms to a tenth, the rest rules of thumb that stand beside the numbers. None has been measured on a GPU.
+confirms to 15% (tests/test_memory.py), the rest rules of thumb that stand beside the numbers. None has been measured on
+a GPU.
 """
 
 import argparse
@@ -90,8 +91,8 @@ def problem(plan: dict[str, float], gpu: float, checkpointing: bool) -> str | No
 
 
 def choose(gradient_checkpointing: str, *sizes, gpu: float) -> tuple[bool, dict[str, float], str | None]:
-    """(recompute activations?, the plan, what is wrong with it): `auto` recomputes only if it must, for it costs a
-    third of the update."""
+    """(recompute activations?, the plan, what is wrong with it): `auto` recomputes only if it must, for it costs
+    another forward."""
     for checkpointing in {"auto": (False, True), "on": (True,), "off": (False,)}[gradient_checkpointing]:
         plan = estimate(*sizes, checkpointing)
         wrong = problem(plan, gpu, checkpointing)
