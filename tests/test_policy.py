@@ -8,7 +8,6 @@ from safetensors.torch import load_file
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -86,7 +85,7 @@ def test_other_architectures(config, tmp_path):
         AutoModelForCausalLM.from_config(config(
             vocab_size=1003, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
             max_position_embeddings=512, bos_token_id=None, eos_token_id=2, pad_token_id=0)).save_pretrained(tmp_path)
-    model.check_architecture("", AutoConfig.from_pretrained(tmp_path))
+    model.check_architecture("", tmp_path)
     with torch.no_grad():
         packed, exact = policies.load(tmp_path, CPU)(pack(GROUPS, CPU), 0.7), separate_logp(model.load(tmp_path, CPU), GROUPS, 0.7)
     torch.testing.assert_close(packed, exact, atol=1e-4, rtol=0)
