@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 
 class InputError(ValueError):
@@ -25,11 +26,13 @@ class InputError(ValueError):
 
 
 class Reward(NamedTuple):
-    """One channel. fn: (prompts, responses, references) -> one float or NaN each. full: the value that satisfies it."""
+    """One channel. fn: (prompts, responses, references) -> one float or NaN each. full: the value that satisfies it.
+    bounds: its worst and its best value, which only --agg softmin asks for."""
 
     name: str
     fn: Callable[[list[str], list[str], list[str]], list[float]]
     full: float = 1.0
+    bounds: tuple[float, float] = (0.0, 1.0)
 
 
 def tool_calls(text: str) -> list[dict]:
@@ -158,7 +161,7 @@ def _tools_reward(name: str) -> Reward:
 TOOLS_CHANNELS = "format", "tool", "arg_names", "arg_values", "no_invented", "clean", "brief"
 TASKS: dict[str, list[Reward]] = {
     "tools": [_tools_reward(name) for name in TOOLS_CHANNELS],
-    "rlla": [Reward("format", toolrl_format), Reward("correctness", toolrl_correctness, full=3.0)],
+    "rlla": [Reward("format", toolrl_format), Reward("correctness", toolrl_correctness, 3.0, (-3.0, 3.0))],
 }
 JUDGED = "rar-medicine", "rar-science", "rubric"  # their rewards are a judge's verdicts on each prompt's own criteria
 
@@ -177,7 +180,7 @@ def score(task: str, prompts: list[str], responses: list[str], references: list[
     if len(set(names)) < len(names):
         raise InputError(f"task {task}: each reward needs a name of its own, other than 'joint', got {names[1:]}")
     columns = []
-    for name, fn, _ in TASKS[task]:
+    for name, fn, *_ in TASKS[task]:
         values = fn(prompts, responses, references)
         if not isinstance(values, (list, tuple, np.ndarray)):
             raise InputError(f"reward '{name}' returned {str(values)[:40]}: return a list, one number a response")
@@ -196,6 +199,14 @@ def satisfied(task: str, rewards: np.ndarray) -> np.ndarray:
     full = 1.0 if task in JUDGED else np.array([reward.full for reward in TASKS[task]])
     missing = np.isnan(rewards)
     return np.where(missing.all(-1), np.nan, (missing | (rewards >= full - 1e-6)).all(-1))
+
+
+def unit(task: str, rewards: torch.Tensor) -> torch.Tensor:
+    """(..., K) -> (..., K): each channel 0 at its worst and 1 at its best. A judge's verdicts are so already."""
+    if task in JUDGED:
+        return rewards
+    worst, best = torch.tensor([reward.bounds for reward in TASKS[task]], dtype=rewards.dtype).T
+    return (rewards - worst) / (best - worst)
 
 
 def start(task: str, example, responses: list[str]) -> Callable[[], np.ndarray]:

@@ -135,12 +135,21 @@ def grpo_advantage(rewards: Tensor, beta: float = 0.0, weights: Tensor | None = 
     return _float_like(zscore(total.unsqueeze(-1)).squeeze(-1).nan_to_num(0.0), rewards)
 
 
+def softmin_advantage(rewards: Tensor, beta: float, weights: Tensor | None = None) -> Tensor:
+    """This project's own, not the paper's: the two steps the other way round. The soft minimum of absolute rewards,
+    which must be on one scale (train.py makes each 0 at its worst, 1 at its best), then z-scored in the group."""
+    r = _check(rewards)
+    s = soft_min(r, beta, weights).masked_fill(_channel_weights(r, weights).sum(-1) == 0, math.nan)
+    return _float_like(zscore(s.unsqueeze(-1)).squeeze(-1).nan_to_num(0.0), rewards)
+
+
 AGGREGATIONS = {
     "rvpo": rvpo_advantage,
     "gdpo": gdpo_advantage,
     "grpo": grpo_advantage,
     "explicit": explicit_advantage,
     "hardmin": hardmin_advantage,
+    "softmin": softmin_advantage,
 }
 
 

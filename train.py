@@ -175,7 +175,8 @@ def fit(args: argparse.Namespace, run: Path, device: torch.device, policy, refer
         # Advantages of the whole batch, on every rank.
         beta, rewards = rvpo.beta_at(beta_schedule, step, args.steps), torch.from_numpy(rewards)
         weights = channel_weights(batch, rewards.shape[-1]) if judge else None  # (P, K)
-        advantages = rvpo.advantages(rewards, args.agg, beta, weights)  # (P, G)
+        absolute = scoring.unit(args.task, rewards) if args.agg == "softmin" else rewards
+        advantages = rvpo.advantages(absolute, args.agg, beta, weights)  # (P, G)
         times.append(now())
 
         # Written before anything can go wrong with them.
