@@ -6,6 +6,9 @@ demo: .venv/ready  ## train SmolLM2-135M on tool calling with RVPO, and plot it:
 	.venv/bin/python train.py --name $(RUN)
 	.venv/bin/python plot.py runs/$(RUN)
 
+study: .venv/ready  ## every aggregation on three small tasks: 20 minutes on two cores
+	.venv/bin/python study.py --out runs/study-$(shell date +%m%d-%H%M%S)
+
 test: .venv/ready
 	.venv/bin/ruff check .
 	.venv/bin/python -m pytest -q
@@ -17,4 +20,4 @@ test: .venv/ready
 	.venv/bin/uv pip install -q --python .venv/bin/python --no-deps -r requirements-cpu.txt
 	touch .venv/ready
 
-.PHONY: demo test
+.PHONY: demo study test

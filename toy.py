@@ -102,7 +102,7 @@ VERBOSE = reward("length14"), *(reward(extra, ONE) for extra in EXTRAS)
 FAULTS = {
     "verbose": {"value": 0.1, "left out": 0.07, "tool": 0.1, "name": 0.05, "extra": 0.33, "forbidden": 0.1,
                 "no end": 0.05, "no value": 0.03},
-    "plain": {"value": 0.7, "left out": 0.15, "tool": 0.2, "name": 0.15, "extra": 0.05, "forbidden": 0.1,
+    "plain": {"value": 0.6, "left out": 0.15, "tool": 0.2, "name": 0.15, "extra": 0.05, "forbidden": 0.1,
               "no end": 0.1, "no value": 0.1},
 }
 # {task: (channels, demonstrations)}
@@ -120,6 +120,19 @@ SUITE: dict[str, tuple[list[Reward], str]] = {
     "K = 17": ([*map(reward, (*CALL, "length14", "no other names", "no other values")),
                 *(reward(f"{extra} {n}", float(n == 1)) for extra in EXTRAS for n in (1, 2, 3))], "verbose"),
 }
+
+
+def random_task(seed: str) -> tuple[list[Reward], str]:
+    """2 to 9 channels of which an answer can satisfy all, and demonstrations."""
+    rng = random.Random(seed)
+    while True:
+        some = rng.sample([*map(reward, CALL), *(reward(f"length{n}") for n in (10, 12, 14)), *VERBOSE[1:],
+                           reward("no other names"), reward("no other values"), reward("brief", 0.2)],
+                          rng.randint(2, 9))
+        prompt, extras = "tool0 name0 0 name1 1 name2 2", [c.name for c in some if c.name in EXTRAS]
+        best = channels(prompt, " ".join(["call", prompt, *extras, "end"]))
+        if all(best[c.name] >= c.full for c in some):
+            return some, rng.choice([*FAULTS])
 
 
 def attend(module, query, key, value, attention_mask, scaling: float, sequences: policies.Sequences, **kwargs):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import policy as policies
+import report
 import rewards as scoring
 import rvpo
 import study
@@ -74,16 +75,16 @@ def test_closed_credit_is_rvpo_advantage(beta, channels, group, successes):
     rewards = torch.ones(group, channels, dtype=torch.float64)
     rewards[successes:, 0] = 0
     scores = rvpo.soft_min(rvpo.zscore(rewards, eps=1e-14), beta)
-    success, failure = study.closed_credit(beta, channels, group, successes)
+    success, failure = report.closed_credit(beta, channels, group, successes)
     assert (scores[0].item(), scores[-1].item()) == pytest.approx((success, failure), abs=1e-12)
     if beta:
         assert success < math.log(channels / (channels - 1)) / beta
 
 
 def test_statistics_by_hand():
-    assert study.sign_flip([1.0, 2.0, 3.0]) == 2 / 8
-    assert study.sign_flip([1.0, -1.0]) == 1.0
-    assert study.sign_flip([0.1] * 8) == 2 / 256
+    assert report.sign_flip([1.0, 2.0, 3.0]) == 2 / 8
+    assert report.sign_flip([1.0, -1.0]) == 1.0
+    assert report.sign_flip([0.1] * 8) == 2 / 256
     rewards = torch.tensor([[[1.0, 0.5], [0, 0.5], [0, 0.5], [0, 0.7]], [[1, 0], [1, 0], [1, 0], [0, 0]]])
     advantages = torch.tensor([[3.0, 1, 1, 1], [0.5, 0.5, 0.5, -2]])
     # alone in success: the first of group 0 by channel 0, its last by channel 1; in failure: the last of group 1
