@@ -1,5 +1,6 @@
 import multiprocessing
 import os
+import re
 import socket
 import sys
 import time
@@ -82,3 +83,11 @@ def graded(monkeypatch):
         rewards.Reward("vowels", lambda p, responses, ref: [sum(c in "aeiou" for c in r) / max(1, len(r)) for r in responses]),
         rewards.Reward("short", lambda p, responses, ref: [1 / (1 + len(r)) for r in responses]),
     ])
+
+
+def readme_block(marker: str) -> str:
+    """The one Python block of README.md that contains `marker`, so that what is tested is what is shown."""
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    block, = [block for block in blocks if marker in block]
+    assert sum(bool(line.strip()) for line in block.splitlines()) <= 15
+    return block
