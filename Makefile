@@ -11,10 +11,11 @@ test: .venv/ready
 	.venv/bin/python -m pytest -q
 
 # Made again whenever a list changes. uv only because it installs the lists in a fraction of pip's time.
-.venv/ready: requirements-cpu.txt requirements-bench.txt
+.venv/ready: requirements-cpu.txt requirements-bench.txt requirements-verl.txt
 	$(PYTHON) -m venv --clear .venv
 	.venv/bin/python -m pip install -q torch==2.13.0 uv
 	.venv/bin/uv pip install -q --python .venv/bin/python --no-deps -r requirements-cpu.txt -r requirements-bench.txt
+	.venv/bin/uv pip install -q --python .venv/bin/python --no-deps --target .venv/verl -r requirements-verl.txt
 	touch .venv/ready
 
 .PHONY: demo test
