@@ -1,20 +1,18 @@
-"""README's RVPOTrainer in TRL itself: two steps of the tiny model, in this process and on two ranks."""
+"""README's RVPOTrainer in TRL itself: two steps of the tiny model on two ranks."""
 
 import os
-import subprocess
-import sys
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import readme_block
+from conftest import on_ranks, readme_block
 
 import model
 import rvpo
 
 GROUP = 4
-SCORES = []  # what the reward functions saw and said: (step, prompt, tokens) -> its rewards, by TRL's calls
+SCORES = []  # what the reward functions saw and said: (step, prompt, tokens, rewards) of each completion
 
 
 def vowels(completions, **_) -> list[float]:
@@ -56,7 +54,7 @@ def train(out: Path, rows: int, accumulate: int, **settings) -> None:
     config = GRPOConfig(
         output_dir=str(out.with_suffix("")), max_steps=2, per_device_train_batch_size=rows, gradient_accumulation_steps=accumulate,
         num_generations=GROUP, max_completion_length=8, learning_rate=1e-3, bf16=False, use_cpu=True,
-        ddp_backend="gloo" if "RANK" in os.environ else None, report_to=[], save_strategy="no", disable_tqdm=True, **settings)
+        ddp_backend="gloo", report_to=[], save_strategy="no", disable_tqdm=True, **settings)
     prompts = Dataset.from_dict({"prompt": [f"prompt {i}: " + "a b c " * i for i in range(12)]})
     trainer = Noting(str(path), [vowels, even, sometimes], config, prompts, processing_class=AutoTokenizer.from_pretrained(path))
     before = [p.detach().clone() for p in trainer.model.parameters()]
@@ -88,19 +86,26 @@ def check(ranks: list[dict], completions: int, weights: list[float] | None = Non
             assert advantage == pytest.approx(by_text[prompt, ids], abs=1e-5)
 
 
-@pytest.mark.parametrize("settings", [{}, {"scale_rewards": "none", "multi_objective_aggregation": "normalize_then_sum", "reward_weights": [1.0, 0.0, 2.0]}])
-def test_advantages_in_the_loss(tmp_path, settings):
-    train(tmp_path / "0.pt", rows=4, accumulate=3, **settings)
-    check([torch.load(tmp_path / "0.pt")], 12, settings.get("reward_weights"))
+CASES = {
+    "whole": {"rows": 6, "accumulate": 1},
+    "slices": {"rows": 3, "accumulate": 2, "scale_rewards": "none", "multi_objective_aggregation": "normalize_then_sum", "reward_weights": [1.0, 0.0, 2.0]},
+}
 
 
-def test_two_ranks_with_a_group_on_both(tmp_path):
-    """6 completions a rank: the second of three prompts has two on each."""
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, str(tmp_path)], check=True,
-                   env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
-    check([torch.load(tmp_path / f"{rank}.pt") for rank in range(2)], 12)
+def main(out: Path) -> None:
+    """On a rank."""
+    for case, settings in CASES.items():
+        train(out / f"{case}-{os.environ['RANK']}.pt", **settings)
 
 
-if __name__ == "__main__":
-    train(Path(sys.argv[1]) / f"{os.environ['RANK']}.pt", rows=6, accumulate=1)
-    torch.distributed.destroy_process_group()  # gloo's threads may abort a process that ends with them
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """Two ranks with 6 completions each: the second of three prompts has two on either."""
+    path = tmp_path_factory.mktemp("trl")
+    on_ranks(2, 2, path, module="test_trl")
+    return path
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_advantages_in_the_loss(trained, case):
+    check([torch.load(trained / f"{case}-{rank}.pt") for rank in range(2)], 12, CASES[case].get("reward_weights"))
