@@ -59,6 +59,7 @@ def train(out: Path, rows: int, accumulate: int, **settings) -> None:
     trainer = Noting(str(path), [vowels, even, sometimes], config, prompts, processing_class=AutoTokenizer.from_pretrained(path))
     before = [p.detach().clone() for p in trainer.model.parameters()]
     trainer.train()
+    trainer.evaluate(prompts)  # runs, with groups of another size too
     changed = any(not torch.equal(old, new.detach()) for old, new in zip(before, trainer.model.parameters(), strict=True))
     torch.save({"scores": SCORES, "used": used, "changed": changed}, out)
     SCORES.clear()
@@ -67,6 +68,8 @@ def train(out: Path, rows: int, accumulate: int, **settings) -> None:
 def check(ranks: list[dict], completions: int, weights: list[float] | None = None) -> None:
     """Every advantage in the loss is rvpo.advantages of the rewards of its step, of all ranks, missing ones as NaN."""
     assert all(rank["changed"] for rank in ranks)
+    first, second = ({prompt for step, prompt, *_ in rank["scores"] if step == 0} for rank in ranks)
+    assert len(first & second) == 1  # the group on both
     for step in range(2):
         groups = defaultdict(list)
         for rank in ranks:
@@ -88,7 +91,7 @@ def check(ranks: list[dict], completions: int, weights: list[float] | None = Non
 
 CASES = {
     "whole": {"rows": 6, "accumulate": 1},
-    "slices": {"rows": 3, "accumulate": 2, "scale_rewards": "none", "multi_objective_aggregation": "normalize_then_sum", "reward_weights": [1.0, 0.0, 2.0]},
+    "slices": {"num_generations_eval": 2, "rows": 3, "accumulate": 2, "scale_rewards": "none", "multi_objective_aggregation": "normalize_then_sum", "reward_weights": [1.0, 0.0, 2.0]},
 }
 
 
