@@ -14,7 +14,7 @@ import rvpo
 
 NAN = math.nan
 REWARDS = {  # by prompt, interleaved below; the third has lost all samples but one to a filter, "d" is constant
-    "a": [[1.0, 0.0], [0.0, None], [1.0, 5.0], [0.0, 3.0]], "b": [[None, None], [1.0, 2.0], [0.0, 4.0]],
+    "a": [[1.0, 0.0], [0.0, NAN], [1.0, 5.0], [0.0, 3.0]], "b": [[None, None], [1.0, 2.0], [0.0, 4.0]],
     "c": [[1.0, 9.0]], "d": [[1.0, 7.0], [1.0, 7.0]],
 }
 UIDS = list("abdabcabda")
