@@ -13,11 +13,12 @@ test: .venv/ready
 	.venv/bin/ruff check .
 	.venv/bin/python -m pytest -q
 
-# Made again whenever the list changes. uv only because it installs the list in a fraction of pip's time.
-.venv/ready: requirements-cpu.txt
+# Made again whenever a list changes. uv only because it installs the lists in a fraction of pip's time.
+.venv/ready: requirements-cpu.txt requirements-bench.txt requirements-verl.txt
 	$(PYTHON) -m venv --clear .venv
 	.venv/bin/python -m pip install -q torch==2.13.0 uv
-	.venv/bin/uv pip install -q --python .venv/bin/python --no-deps -r requirements-cpu.txt
+	.venv/bin/uv pip install -q --python .venv/bin/python --no-deps -r requirements-cpu.txt -r requirements-bench.txt
+	.venv/bin/uv pip install -q --python .venv/bin/python --no-deps --target .venv/verl -r requirements-verl.txt
 	touch .venv/ready
 
 .PHONY: demo study test

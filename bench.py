@@ -1,6 +1,6 @@
 """One training step, by phase, of this code and of TRL's GRPOTrainer: same model, prompts, lengths, precision, threads.
 
-    pip install --no-deps -r requirements-bench.txt
+    pip install --no-deps -r requirements-bench.txt   # on a GPU machine; make does it on a CPU
     python bench.py                       # the case of this machine: SmolLM2 on a CPU, Qwen2.5-1.5B's shape on a GPU
     python bench.py --prompt-tokens 1000  # another one
     python bench.py --growth              # our own step with 1, 2, 4 and 8 times the tokens, and on 2 ranks

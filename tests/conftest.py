@@ -1,5 +1,7 @@
+import importlib
 import multiprocessing
 import os
+import re
 import socket
 import sys
 import time
@@ -12,23 +14,21 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 
-def _on_rank(environ: dict, *args: Path) -> None:
+def _on_rank(environ: dict, module: str, *args: Path) -> None:
     os.environ |= environ
     torch.set_num_threads(1)
-    import ranks  # only now: rollout.py reads the environment
-
-    ranks.main(*args)
+    importlib.import_module(module).main(*args)  # only now: rollout.py reads the environment
 
 
-def on_ranks(total: int, node: int, *args: Path) -> None:
-    """ranks.main on that many ranks, `node` of them to a node: forks of a server that has imported what takes seconds."""
+def on_ranks(total: int, node: int, *args: Path, module: str = "ranks") -> None:
+    """The module's main on that many ranks, `node` of them to a node: forks of a server that has imported what takes seconds."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["accelerate", "model", "torch.distributed.fsdp"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         environ = {"WORLD_SIZE": total, "LOCAL_WORLD_SIZE": node, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
     ranks = [context.Process(target=_on_rank, args=({name: str(x) for name, x in environ.items()} | {"RANK": str(rank), "LOCAL_RANK": str(rank % node)},
-                                                    *args), daemon=True) for rank in range(total)]
+                                                    module, *args), daemon=True) for rank in range(total)]
     for process in ranks:
         process.start()
     deadline = time.monotonic() + 300
@@ -82,3 +82,11 @@ def graded(monkeypatch):
         rewards.Reward("vowels", lambda p, responses, ref: [sum(c in "aeiou" for c in r) / max(1, len(r)) for r in responses]),
         rewards.Reward("short", lambda p, responses, ref: [1 / (1 + len(r)) for r in responses]),
     ])
+
+
+def readme_block(marker: str) -> str:
+    """The one Python block of README.md that contains `marker`, so that what is tested is what is shown."""
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    block, = [block for block in blocks if marker in block]
+    assert sum(bool(line.strip()) for line in block.splitlines()) <= 15
+    return block
