@@ -175,9 +175,10 @@ def whiten(scores: Tensor, signal: Tensor, eps: float = EPS) -> Tensor:
 
 def advantages(rewards: Tensor, agg: str, beta: float, weights: Tensor | None = None) -> Tensor:
     """Steps 1 to 3: raw rewards (P, G, K) of the whole batch -> advantages (P, G). agg: a key of AGGREGATIONS."""
+    r = _check(rewards)
     if weights is not None:  # a channel without weight is no signal either
-        rewards = _check(rewards).masked_fill(torch.as_tensor(weights).unsqueeze(-2) == 0, math.nan)
-    return whiten(AGGREGATIONS[agg](rewards, beta, weights), has_signal(rewards))
+        r = r.masked_fill(torch.as_tensor(weights).unsqueeze(-2) == 0, math.nan)
+    return _float_like(whiten(AGGREGATIONS[agg](r, beta, weights), has_signal(r)), rewards)
 
 
 def parse_beta(text: str) -> tuple[float, float]:

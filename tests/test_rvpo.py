@@ -252,3 +252,22 @@ def test_policy_loss_by_hand():
 def test_k3(logp, ref):
     k3 = rvpo.kl_k3(torch.tensor(logp, dtype=torch.float64), torch.tensor(ref, dtype=torch.float64))
     assert k3 >= -1e-12 and k3.item() == pytest.approx(math.exp(ref - logp) - (ref - logp) - 1, abs=1e-9)
+
+
+def test_softmin_credits_a_success_as_it_punishes_a_failure():
+    """One in eight gets 7/sqrt(8), up or down, as with grpo; rvpo gives its capped credit to the one, all to the other."""
+    success, failure = torch.zeros(8, 9, dtype=torch.float64), torch.ones(8, 9, dtype=torch.float64)
+    success[0, 0], failure[0, 0] = 1, 0
+    for name, up, down in (("softmin", 2.475, -2.475), ("grpo", 2.475, -2.475), ("rvpo", 0.0585, -1.4038)):
+        scores = [rvpo.AGGREGATIONS[name](r, 2.0)[0].item() for r in (success, failure)]
+        assert scores == pytest.approx([up, down], abs=2e-3), name
+
+
+def test_softmin_by_hand():
+    """Missing rewards are left out; a rollout without any gets 0."""
+    nan = float("nan")
+    rewards = torch.tensor([[1.0, 0.0], [1.0, nan], [nan, nan], [0.0, 0.0]])
+    s = torch.tensor([-math.log((math.exp(-1) + 1) / 2), 1.0, 0.0])  # of the three that have some
+    expected = (s - s.mean()) / (s.std() + rvpo.EPS)
+    torch.testing.assert_close(rvpo.softmin_advantage(rewards, 1.0), torch.stack([expected[0], expected[1], torch.tensor(0.0), expected[2]]))
+    assert rvpo.advantages(rewards[None].float(), "softmin", 1.0, torch.ones(2)).dtype == torch.float32
