@@ -105,6 +105,8 @@ def turn(report: dict) -> None:
 
 def ours(args: argparse.Namespace) -> None:
     """train.fit itself; its line of metrics is the report."""
+    import torch
+
     import model
     import policy
     import rewards
@@ -121,7 +123,7 @@ def ours(args: argparse.Namespace) -> None:
     longest = args.prompt_tokens + args.response_tokens
     run = train.parse_args("", [
         "--model", str(path), "--prompts", str(args.prompts), "--group", str(args.group), "--steps",
-        str(args.steps + 1), "--engine", args.engine, "--eval-prompts", "0", "--lr", "1e-6",
+        str(args.steps + 1), "--engine", args.engine, "--eval-prompts", "0", "--lr", "1e-6", "--save-every", "0",
         "--tokens-per-microbatch", "6000" if args.gpu else "16384"])  # the two share a GPU
     train.check_args(run)
     device = rollout.join_ranks()
@@ -144,7 +146,9 @@ def ours(args: argparse.Namespace) -> None:
                       "tokens": record["length_mean"] * args.prompts * args.group})
 
     train.write = write
-    train.fit(run, Path(), device, trained, None, engine, None, prompts, [])
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=run.lr, fused=True)
+    train.fit(run, Path(), device, trained, optimizer, None, engine, None, prompts, [],
+              {"step": 0, "bad_steps": 0, "ranges": {}})
 
 
 def trl(args: argparse.Namespace) -> None:

@@ -55,6 +55,11 @@ def encode(tokenizer, examples: list[Example], limit: int) -> list[tuple[list[in
     return encoded
 
 
+def digest(*examples: Example) -> str:
+    """SHA-256 of all that is in them."""
+    return hashlib.sha256(json.dumps(examples).encode()).hexdigest()
+
+
 def prompt_at(position: int, n: int, seed: int) -> int:
     """Index of the prompt at a position of the endless stream of shuffled epochs of n prompts."""
     epoch, i = divmod(position, n)

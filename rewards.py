@@ -13,8 +13,10 @@ parsed, never run.
 import functools
 import json
 import re
+import traceback
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -171,14 +173,19 @@ def _is_number(value: object) -> bool:
 
 
 def score(task: str, prompts: list[str], responses: list[str], references: list[str]) -> np.ndarray:
-    """(N, K) float64, one row a response, one column a reward of the task. Raises InputError naming a reward that does
-    not return one number or NaN for each response."""
+    """(N, K) float64, one row a response, one column a reward of the task. Raises InputError naming a reward that fails
+    or does not return one number or NaN for each response."""
     names = ["joint", *(reward.name for reward in TASKS[task])]  # "joint" is what evaluation calls all of them
     if len(set(names)) < len(names):
         raise InputError(f"task {task}: each reward needs a name of its own, other than 'joint', got {names[1:]}")
     columns = []
     for name, fn, _ in TASKS[task]:
-        values = fn(prompts, responses, references)
+        try:
+            values = fn(prompts, responses, references)
+        except Exception as error:
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            raise InputError(f"reward '{name}' raised {type(error).__name__}: {' '.join(str(error).split())} "
+                             f"({Path(at.filename).name}, line {at.lineno})") from error
         if not isinstance(values, (list, tuple, np.ndarray)):
             raise InputError(f"reward '{name}' returned {str(values)[:40]}: return a list, one number a response")
         if len(values) != len(responses):

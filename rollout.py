@@ -15,8 +15,10 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from transformers import AutoConfig
 
+import stop
 from rewards import InputError
 
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -69,19 +71,40 @@ def gather(local: list) -> list:
     return [items[i] for i in range(max(map(len, lists))) for items in lists if i < len(items)]
 
 
+def on_rank_0(work: Callable) -> None:
+    """work() there. All ranks wait for it, and raise OSError if it could not write."""
+    failed = None
+    if RANK == 0:
+        try:
+            work()
+        except (OSError, SafetensorError) as error:
+            failed = str(error)
+    failed = gather([failed])[0]
+    if failed is not None:
+        raise OSError(failed)
+
+
 def sample(engine, start: Callable, batch: list[tuple], group: int, seed: int, step: int | str) -> list[tuple]:
     """`group` responses to each prompt of this engine's share of the batch. batch: (token ids, Example) a prompt.
 
     start: (Example, texts) -> a function that returns their rewards. It is called as soon as a prompt is finished, so
     that a judge is at work while other prompts are being sampled. Returns (responses, that function) a prompt; of the
-    ranks that share an engine only the first has any.
+    ranks that share an engine only the first has any. Raises stop.Stop on all ranks.
     """
     share, leads = slice(RANK // engine.tp, None, WORLD // engine.tp), RANK % engine.tp == 0
     mine, seeds = batch[share], [request_seed(seed, step, slot) for slot in range(len(batch))[share]]
     out = [None] * len(mine)
-    for i, responses in engine.generate([ids for ids, _ in mine], group, seeds):
-        if leads:
-            out[i] = responses, start(mine[i][1], [response.text for response in responses])
+
+    def work() -> None:
+        for i, responses in engine.generate([ids for ids, _ in mine], group, seeds):
+            if leads:
+                out[i] = responses, start(mine[i][1], [response.text for response in responses])
+
+    if engine.tp == 1:
+        stop.interruptible(work)
+    else:  # ranks that share an engine take each of its steps together
+        work()
+    stop.check()
     return out if leads else []
 
 
