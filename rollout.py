@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
+from torch.distributed.rendezvous import rendezvous
 from transformers import AutoConfig
 
 import stop
@@ -54,7 +55,10 @@ def join_ranks() -> torch.device:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if WORLD > 1:
-        dist.init_process_group(backend)
+        store, _, _ = next(rendezvous("env://"))
+        if WORLD == LOCAL_WORLD:  # torchrun hands the store of ranks that are gone to those it starts in their place
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD)
     elif device.type == "cuda":  # a group of one, so that one GPU takes the path of many
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     # At exit, after vLLM: it cleans up in a finalizer of its own, which still needs the group. The newest come first.
