@@ -124,14 +124,18 @@ def save_state(args: argparse.Namespace, run: Path, policy, optimizer, progress:
 
 
 def give_up(args: argparse.Namespace, run: Path, policy, optimizer, progress: dict, tokenizer, dtype) -> str:
-    """Save what can be saved of a run that an error ends. Returns how to go on."""
+    """Save what can be saved of a run that ends before its time; with a tokenizer, the policy by itself, too. Returns
+    how to go on. All ranks must call it."""
+    trouble = ""
     try:
         save_state(args, run, policy, optimizer, progress)
         if progress["step"] is not None:
-            policies.save(policy, tokenizer, run / "checkpoint", dtype)
-            return f"the policy as it was then is in {run}/checkpoint, and --resume {run} goes on from there"
-        note = ""
+            if tokenizer:
+                policies.save(policy, tokenizer, run / "checkpoint", dtype)
+                trouble = f"the policy as it was then is in {run}/checkpoint; "
+            return f"{trouble}to go on from step {progress['step']}: python train.py --resume {run}"
     except InputError as error:
-        note = f"{error}; "
+        trouble = f"{error}; "
     last = latest(run)
-    return note + (f"to go on from {last}, which is whole: --resume {run}" if last else "no checkpoint is there yet")
+    return trouble + (f"{last} is whole, to go on from it: python train.py --resume {run}" if last else
+                      "no checkpoint is there yet")

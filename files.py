@@ -110,6 +110,6 @@ def truncate(run: Path, sizes: dict[str, int]) -> None:
         file, size = run / name, sizes.get(name, 0)
         there = file.stat().st_size if file.exists() else 0
         if there < size:
-            raise InputError(f"{file} has {there} bytes, at the checkpoint it had {size}: it was changed since")
+            raise OSError(f"{name} has {there} bytes, at the checkpoint it had {size}: it was changed since")
         if there > size:
             os.truncate(file, size)

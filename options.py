@@ -16,7 +16,7 @@ import rvpo
 from benchmarks import SUBSETS
 from data import PITFALLS, WEIGHTS
 from rewards import JUDGED, TASKS, InputError
-from rollout import LOCAL_WORLD, RANK, check_engine
+from rollout import LOCAL_WORLD, RANK, WORLD, check_engine
 
 # What fits 135M parameters on two cores is no setting for 7B on GPUs.
 PRESETS = {
@@ -142,9 +142,11 @@ def resumed(args: argparse.Namespace, given: dict) -> argparse.Namespace:
             raise InputError(f"--resume {run}: no checkpoint is there; name the directory of a run, such as runs/NAME")
         return args
     try:
-        config = json.loads((run / "config.json").read_text())
-        config = {name: config.get(name, value) for name, value in vars(args).items()} | {
-            "data_sha256": config["data_sha256"]}
+        saved = json.loads((run / "config.json").read_text())
+        config = {name: saved.get(name, value) for name, value in vars(args).items()} | {
+            "data_sha256": saved["data_sha256"]}
+        here = {"ranks": WORLD, **versions()}
+        before = {"ranks": saved["world_size"], **saved["versions"]}
     except (OSError, ValueError, LookupError, AttributeError) as error:
         raise InputError(f"--resume {run}: its config.json cannot be read ({error})") from error
     changed = {name: f"--{name.replace('_', '-')} {value}, the run has {config[name]}" for name, value in given.items()
@@ -152,8 +154,9 @@ def resumed(args: argparse.Namespace, given: dict) -> argparse.Namespace:
     refused = [line for name, line in changed.items() if name not in MAY_CHANGE]
     if refused:
         raise InputError("\n".join([f"--resume {run}: these options cannot be changed, leave them out:", *refused]))
+    other = [f"{name} {here.get(name)}, the run had {was}" for name, was in before.items() if here.get(name) != was]
     if RANK == 0:
-        print("".join(f"changed: {line}\n" for line in changed.values()), end="")
+        print("".join(f"changed: {line}\n" for line in [*changed.values(), *other]), end="")
     return argparse.Namespace(**config | {name: given[name] for name in changed} | {"resume": str(run)})
 
 

@@ -104,10 +104,7 @@ def sample(engine, start: Callable, batch: list[tuple], group: int, seed: int, s
             if leads:
                 out[i] = responses, start(mine[i][1], [response.text for response in responses])
 
-    if engine.tp == 1:
-        stop.interruptible(work)
-    else:  # ranks that share an engine take each of its steps together
-        work()
+    stop.interruptible(work, at_once=engine.tp == 1)  # ranks that share an engine take each of its steps together
     stop.check()
     return out if leads else []
 
@@ -172,12 +169,15 @@ class VLLMEngine:
         """Token ids of prompts -> (index of a prompt, its `group` responses), in the order in which they finish. A
         prompt is computed once for its group."""
         from vllm import SamplingParams
+        from vllm.distributed import get_tp_group
         from vllm.sampling_params import RequestOutputKind
 
         for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
             params = SamplingParams(n=group, seed=seed, output_kind=RequestOutputKind.FINAL_ONLY, **self.sampling)
             self.llm.llm_engine.add_request(str(i), {"prompt_token_ids": prompt}, params)
         while self.llm.llm_engine.has_unfinished_requests():
+            if self.tp > 1:
+                stop.check(get_tp_group().cpu_group)
             for output in self.llm.llm_engine.step():
                 if output.finished:
                     yield int(output.request_id), [

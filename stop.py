@@ -15,7 +15,11 @@ _working = False  # in `interruptible`
 
 
 class Stop(BaseException):
-    """Raised on all ranks alike; its argument is the signal's number. No Exception: rewards may catch those."""
+    """Raised on all ranks alike. No Exception: rewards may catch those."""
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.code = 128 + number  # what a shell makes of it
 
 
 def catch_signals() -> None:
@@ -32,23 +36,23 @@ def catch_signals() -> None:
         signal.signal(number, handler)
 
 
-def interruptible(work: Callable):
+def interruptible(work: Callable, at_once: bool = True):
     """work(), which a signal breaks off: then the result is None, and the next `check` raises. Only for work whose
-    result can be thrown away, and without collectives, in which other ranks would wait for this one."""
+    result can be thrown away. at_once: without collectives, in which other ranks would wait for this one."""
     global _working
     try:
-        _working = True
-        return None if _signals else work()
+        _working = at_once
+        return None if at_once and _signals else work()
     except Stop:
         return None
     finally:
         _working = False
 
 
-def check() -> None:
-    """Raises Stop on all ranks if one of them has got a signal. All ranks must call it."""
+def check(group: dist.ProcessGroup | None = None) -> None:
+    """Raises Stop on all ranks, or those of a group, if one of them has got a signal. All of them must call it."""
     number = torch.tensor(_signals[0][0] if _signals else 0)
     if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(number, dist.ReduceOp.MAX)
+        dist.all_reduce(number, dist.ReduceOp.MAX, group)
     if number:
-        raise Stop(number.item())
+        raise Stop(int(number))

@@ -13,7 +13,6 @@ import contextlib
 import functools
 import math
 import random
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -292,7 +291,8 @@ def main() -> None:
     progress, found = {"step": 0, "saved": None, "bad_steps": 0, "ranges": {}, "first": {}, "lengths": {}}, None
     with make as run:
         if resuming and files.finished(run):
-            print(f"{run} is finished, with all of its {args.steps} steps: nothing is left to do")
+            if RANK == 0:
+                print(f"{run} is finished, with all of its {args.steps} steps: nothing is left to do")
             return
         if resuming:
             found = files.latest(run)
@@ -307,22 +307,19 @@ def main() -> None:
             on_rank_0(lambda: files.truncate(run, progress["lengths"]))
             on_rank_0(lambda: files.write_json(run / "config.json", config))
         except OSError as error:
-            raise InputError(f"{run} cannot be written: {error}") from error
+            raise InputError(f"{run}: {error}") from error
         stop.catch_signals()
         try:
             last = fit(args, run, device, policy, optimizer, reference, engine, judge, train, held_out, progress)
             policies.save(policy, tokenizer, run / "checkpoint", dtype)
-        except stop.Stop as stopped:
-            save_state(args, run, policy, optimizer, progress)
-            if RANK == 0:
-                print(f"\nstopped by {signal.Signals(stopped.args[0]).name} after {progress['step']} steps; to go on: "
-                      f"python train.py --resume {run}", file=sys.stderr, flush=True)
-            sys.exit(128 + stopped.args[0])
-        except InputError as error:  # on all ranks
-            note = give_up(args, run, policy, optimizer, progress, tokenizer, dtype)
-            if RANK:
-                sys.exit(1)  # one sentence is enough
-            raise InputError(f"{error}; {note}") from error
+        except (InputError, stop.Stop) as error:  # on all ranks
+            stopped = isinstance(error, stop.Stop)
+            how = give_up(args, run, policy, optimizer, progress, None if stopped else tokenizer, dtype)
+            if stopped and RANK == 0:
+                print(f"\n{error}; {how}", file=sys.stderr, flush=True)
+            if stopped or RANK:  # one sentence is enough
+                sys.exit(error.code if stopped else 1)
+            raise InputError(f"{error}; {how}") from error
     if RANK == 0:
         if (run / "state").exists():
             files.retire(run / "state")
