@@ -22,8 +22,8 @@ ROOT = Path(__file__).parent.parent
 TIMES = {"seconds", "tokens_per_second"}
 
 
-def child() -> None:
-    """train.py with rewards on which random text differs, one of them drawn at random."""
+def child(chance: bool) -> None:
+    """train.py with rewards on which random text differs, one of them drawn at random if there is to be chance."""
     sys.path.insert(0, str(ROOT))
     import numpy as np
     import torch
@@ -33,7 +33,7 @@ def child() -> None:
     import train
 
     def noise(prompts, responses, references):
-        return [random.random() + np.random.rand() + torch.rand(()).item() for _ in responses]
+        return [random.random() + np.random.rand() + torch.rand(()).item() if chance else len(r) / 100 for r in responses]
 
     rewards.TASKS["tools"] = [
         rewards.Reward("vowels", lambda p, responses, ref: [sum(c in "aeiou" for c in r) / max(1, len(r)) for r in responses]),
@@ -45,11 +45,11 @@ def child() -> None:
         sys.exit(f"error: {error}")
 
 
-def start(name: str, cwd: Path, ranks: int, *options, restarts: int = 0) -> subprocess.Popen:
+def start(name: str, cwd: Path, ranks: int, *options, restarts: int = 0, kind: str = "child") -> subprocess.Popen:
     launcher = [sys.executable] if ranks == 1 else [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", f"--max-restarts={restarts}"]
     with (cwd / f"{name}.log").open("a") as log:
-        return subprocess.Popen([*launcher, __file__, "child", "--model", "tiny", "--name", name, *map(str, options)], cwd=cwd,
+        return subprocess.Popen([*launcher, __file__, kind, "--model", "tiny", "--name", name, *map(str, options)], cwd=cwd,
                                 env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
 
 
@@ -135,8 +135,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["child"]:
-        del sys.argv[1]
-        child()
+    if sys.argv[1:2] in (["child"], ["child-without-chance"]):
+        child(sys.argv.pop(1) == "child")
     else:
         sys.exit(main())
