@@ -191,3 +191,230 @@ def test_a_checkpoint_of_some_ranks_is_loaded_by_others(tmp_path, llama, total):
     assert saved.keys() == loaded.keys() and all(torch.equal(saved[name], loaded[name]) for name in saved)
     assert {state["step"].item() for state in other.state.values()} == {1}
     assert not [*tmp_path.rglob("*.metadata"), *tmp_path.rglob("*.pt"), *tmp_path.rglob("*.distcp")]  # no pickle
+
+
+# What is refused
+
+@pytest.fixture
+def stopped(monkeypatch, tmp_path):
+    """runs/a, stopped after two of four steps by a reward that fails."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": [{"role": "user", "content": f"question {i}"}], "reward_model": {"ground_truth": "<think> </think>\n<response> yes </response>"}} for i in range(9)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, lambda: 1 / 0)
+        patch.setitem(rewards.TASKS, "rlla", rewards.TASKS["tools"])
+        with pytest.raises(InputError) as error:
+            run(patch, tmp_path, "--task", "rlla", "--data", "rows.jsonl")
+    assert str(error.value).startswith("reward 'mine' raised ZeroDivisionError: division by zero (test_resume.py, line ")
+    assert str(error.value).endswith("); the policy as it was then is in runs/a/checkpoint; to go on from step 2: python train.py --resume runs/a")
+    monkeypatch.setattr(policies, "load", lambda *args, **options: pytest.fail("the model was loaded"))
+    return tmp_path / "runs/a"
+
+
+def refused(monkeypatch, *args) -> str:
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args)])
+    with pytest.raises(InputError) as error:
+        train.main()
+    return str(error.value)
+
+
+def test_options_that_cannot_change_are_refused_one_line_each(monkeypatch, stopped):
+    assert refused(monkeypatch, "--resume", "runs/a", "--lr", 1, "--steps", 9, "--keep", 3) == (
+        "--resume runs/a: these options cannot be changed, leave them out:\n--steps 9, the run has 4\n--lr 1.0, the run has 0.001")
+
+
+def test_data_that_changed_are_refused(monkeypatch, stopped):
+    rows = Path("rows.jsonl")
+    rows.rename("moved.jsonl")
+    monkeypatch.setattr(policies, "load", lambda *args, **options: 1 / 0)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--resume", "runs/a", "--data", "moved.jsonl"])
+    with pytest.raises(InputError, match="ZeroDivisionError"):  # the same rows under another name: as far as the model
+        train.main()
+    rows.write_text(Path("moved.jsonl").read_text().replace("question 3", "question 4"))
+    assert refused(monkeypatch, "--resume", "runs/a") == (
+        "--resume runs/a: its data are not what they were when it began (SHA-256 in config.json): bring them back, or begin a new run")
+
+
+@pytest.mark.parametrize(("damage", "message"), [
+    (lambda state: os.truncate(next(state.glob("*.safetensors")), 5000), "has 5000 of"),
+    (lambda state: next(state.glob("*.safetensors")).unlink(), "No such file or directory"),
+    (lambda state: (state / "state.json").write_text("{"), "Expecting property name"),
+    (lambda state: (state / "state.json").write_text("[]"), "list indices must be integers"),
+])
+def test_a_damaged_checkpoint(monkeypatch, stopped, damage, message):
+    damage(stopped / "state/step-2")
+    said = refused(monkeypatch, "--resume", "runs/a")
+    assert said.startswith("runs/a/state/step-2 is damaged (") and message in said and "\n" not in said
+
+
+@pytest.mark.parametrize(("args", "message"), [
+    (["--resume", "runs/b"], "--resume runs/b: no checkpoint is there; name the directory of a run, such as runs/NAME"),
+    (["--resume", "auto"], "--resume auto needs --name, to find the run again"),
+    (["--save-every", "often"], "--save-every often: must be auto or a number of steps"), (["--keep", 0], "--keep 0: must be at least 1"),
+    (["--task", "rubric", "--data", "x", "--judge-model", "m", "--judge-url", "http://me:secret@host/v1"],
+     "--judge-url holds a password, which would be written to runs/: a judge's key goes into the environment variable JUDGE_API_KEY"),
+    (["--resume", "auto", "--name", "mine"], "runs/mine holds something else than a run: choose another --name"),
+])
+def test_bad_options(monkeypatch, tmp_path, args, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/mine").mkdir(parents=True)
+    (tmp_path / "runs/mine/results.json").write_text("{}")
+    assert refused(monkeypatch, *args).startswith(message)
+
+
+def test_a_checkpoint_of_another_model(tiny, llama, tmp_path):
+    policy = policies.load(llama, ranks.CPU)
+    checkpoint.save(tmp_path, policy, moments(policy), {"step": 3}, keep=1)
+    other = policies.load(tiny, ranks.CPU)
+    with pytest.raises(InputError) as error:
+        checkpoint.load(tmp_path / "state/step-3", other, torch.optim.AdamW(other.parameters()))
+    assert str(error.value).startswith(f"{tmp_path}/state/step-3 is no checkpoint of this model: ") and "\n" not in str(error.value)
+    print(error.value)
+
+
+def test_keep(monkeypatch, tmp_path):
+    at_step(monkeypatch, 3, lambda: 1 / 0)
+    with pytest.raises(InputError):
+        run(monkeypatch, tmp_path, "--keep", 2)
+    assert sorted(path.name for path in (tmp_path / "runs/a/state").iterdir()) == ["step-2", "step-3"]
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A file system of 30 MB: room for two checkpoints of the tiny model, which have 11.8 MB, but for no third."""
+    disk = tmp_path / "runs"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=30m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("a file system can only be mounted by root")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+def fill(disk: Path) -> None:
+    with open(disk / "filled", "wb", buffering=0) as filled, pytest.raises(OSError):
+        while True:
+            filled.write(bytes(4096))
+
+
+def test_a_disk_that_fills_up(monkeypatch, tmp_path, small):
+    at_step(monkeypatch, -1, None)
+    with pytest.raises(InputError) as error:
+        run(monkeypatch, tmp_path, "--keep", 3)
+    assert str(error.value) == ("runs/a/state/step-3 could not be saved: [Errno 28] No space left on device; runs/a/state/step-2 is whole, "
+                                "to go on from it: python train.py --resume runs/a")
+    assert sorted(path.name for path in (small / "a/state").iterdir()) == ["step-1", "step-2"]
+    fill(small)
+    with pytest.raises(InputError) as error:
+        run(monkeypatch, tmp_path, "--resume", "runs/a", name=None)
+    assert str(error.value).startswith("runs/a/state/step-3 could not be saved: [Errno 28] No space left on device; runs/a/state/step-2 is whole")
+    (small / "filled").unlink()
+    shutil.rmtree(small / "a/state/step-1")
+    with monkeypatch.context() as patch:  # while step 4 is sampled
+        at_step(patch, 3, lambda: fill(small))
+        with pytest.raises(InputError) as error:
+            run(patch, tmp_path, "--resume", "runs/a", "--keep", 1, "--save-every", 0, name=None)
+    assert str(error.value) == (
+        "runs/a/samples.jsonl cannot be written: [Errno 28] No space left on device; runs/a/state/step-3 could not be saved: "
+        "[Errno 28] No space left on device; runs/a/state/step-2 is whole, to go on from it: python train.py --resume runs/a")
+    (small / "filled").unlink()
+    path = run(monkeypatch, tmp_path, "--resume", "runs/a", name=None)
+    assert [line["step"] for line in lines(path / "metrics.jsonl")] == [0, 1, 2, 3, 4, 4]
+    same(run(monkeypatch, tmp_path, name="alone"), path)
+
+
+def test_a_directory_that_can_only_be_read(monkeypatch, tmp_path, small):
+    def remount():
+        subprocess.run(["mount", "-o", "remount,ro", small], check=True)
+
+    at_step(monkeypatch, 1, remount)
+    with pytest.raises(InputError) as error:
+        run(monkeypatch, tmp_path)
+    at = "[Errno 30] Read-only file system: 'runs/a/"
+    assert str(error.value) == (f"runs/a/samples.jsonl cannot be written: {at}samples.jsonl'; runs/a/checkpoint could not be written: {at}checkpoint.part'; "
+                                "runs/a/state/step-1 is whole, to go on from it: python train.py --resume runs/a")
+    with pytest.raises(InputError) as error:
+        run(monkeypatch, tmp_path, "--resume", "runs/a", name=None)
+    assert str(error.value) == f"runs/a: {at}config.json.part'"
+    with pytest.raises(InputError) as error:
+        run(monkeypatch, tmp_path, name="b")
+    assert str(error.value) == "runs/b cannot be made: [Errno 30] Read-only file system: 'runs/b'"
+
+
+# Numbers that go wrong
+
+def script(tmp_path: Path, change: str) -> Path:
+    """train.py with something changed in it."""
+    file = tmp_path / "changed.py"
+    file.write_text(f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import rollout, rvpo, rewards, train, update
+rewards.TASKS["tools"] = [rewards.Reward("vowels", lambda p, rs, ref: [r.count("e") / 9 for r in rs]), rewards.Reward("short", lambda p, rs, ref: [1 / (1 + len(r)) for r in rs])]
+{change}
+try:
+    train.main()
+except rewards.InputError as error:
+    sys.exit(f"error: {{error}}")
+""")
+    return file
+
+
+@pytest.mark.parametrize("total", [1, 2])
+def test_a_loss_that_is_not_finite(tmp_path, total):
+    """On one rank only, in the second update of steps 2, 4, 5, 6: all leave it out, three such steps in a row end the run."""
+    file = script(tmp_path, """
+real, calls = rvpo.policy_loss, []
+
+def loss(*args):
+    calls.append(1)
+    value, stats = real(*args)
+    step, u = divmod(len(calls) - 1, 2)
+    return value * (float("nan") if rollout.RANK == rollout.WORLD - 1 and u == 1 and step + 1 in (2, 4, 5, 6) else 1), stats
+
+rvpo.policy_loss = loss
+""")
+    launcher = [sys.executable] if total == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    result = subprocess.run([*launcher, file, "--model", "tiny", "--engine", "hf", "--name", "a", "--steps", "9", "--max-tokens", "8", "--updates", "2",
+                             "--prompts", "4", "--max-bad-steps", "3"], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.stderr.count("error: no loss or gradient was finite in the last 3 steps (--max-bad-steps), whose updates were left out: see bad_prompts in "
+                               "runs/a/metrics.jsonl, and try a lower --lr; the policy as it was then is in runs/a/checkpoint; to go on from step 6: "
+                               "python train.py --resume runs/a\n") == 1, result.stderr[-3000:]
+    steps = [line for line in lines(tmp_path / "runs/a/metrics.jsonl") if "loss" in line]
+    assert [line["bad_updates"] for line in steps] == [[], [1], [], [1], [1], [1]] and [line.get("bad_prompts") for line in steps] == [None, [2, 3], None] + 3 * [[2, 3]]
+    state = json.loads((tmp_path / "runs/a/state/step-6/state.json").read_text())
+    assert state["bad_steps"] == 3 and state["optimizer_steps"] == 8 and all(line["grad_norm"] > 0 for line in steps)
+    weights = policies.load(tmp_path / "runs/a/checkpoint", ranks.CPU)
+    assert all(parameter.isfinite().all() for parameter in weights.parameters())
+
+
+def test_a_reward_that_never_varies_is_pointed_out_once(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(rewards.TASKS, "tools", [Reward("same", lambda p, rs, ref: [0.5] * len(rs)), Reward("gone", lambda p, rs, ref: [float("nan")] * len(rs)),
+                                                 Reward("rare", lambda p, rs, ref: [float("q" in r) for r in rs])])
+    run(monkeypatch, tmp_path, "--steps", 12, "--save-every", 0)
+    out = capsys.readouterr().out
+    assert out.count("warning:") == out.count("warning: reward 'same' was 0.5 for every response of 10 steps: it teaches nothing") == 1
+
+
+# Secrets and the judge
+
+def test_no_file_holds_the_judges_key(monkeypatch, tmp_path):
+    """Not even when the endpoint quotes it in an error that is logged; and the sentence of a judge that dies."""
+    monkeypatch.setenv("JUDGE_API_KEY", "sk-very-secret-0123456789")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": f"question {i}", "rubric": [{"description": "says 1"}, {"description": "says 2"}]}) + "\n" for i in range(9)))
+
+    def answer(body, n):
+        return (401, f"wrong key: {server.requests[-1]['key']}") if n > 40 else verdicts(body)
+
+    server = Server(answer)
+    try:
+        with pytest.raises(InputError) as error:
+            run(monkeypatch, tmp_path, "--task", "rubric", "--data", "rows.jsonl", "--judge-url", server.url, "--judge-model", "m", "--judge-cache", "runs/cache")
+    finally:
+        server.stop()
+    assert server.requests[0]["key"] == "Bearer sk-very-secret-0123456789"
+    assert "% of the judge's verdicts are missing, more than --judge-max-missing 0.2 allows; the last reason was: HTTP 401: wrong key: Bearer ***; " \
+           "the policy as it was then is in runs/a/checkpoint; to go on from step 1: python train.py --resume runs/a" in str(error.value)
+    written = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
+    assert len(written) > 8 and any("***" in path.read_text() for path in written if path.name == "metrics.jsonl")
+    assert not [path for path in written if b"very-secret" in path.read_bytes()]
