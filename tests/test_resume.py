@@ -1,6 +1,5 @@
 """Runs that are killed, stopped or broken, and resumed."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -20,7 +19,6 @@ from judge_server import graded as verdicts
 
 import checkpoint
 import files
-import model
 import policy as policies
 import rewards
 import rvpo
@@ -153,7 +151,7 @@ def test_ranks_are_stopped_by_a_signal_to_one_and_resumed_as_one_or_four(tmp_pat
         steps = [line for line in lines(tmp_path / "runs/a/metrics.jsonl") if "loss" in line]
         assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
         losses[total] = [line["loss"] for line in steps]
-    assert f"changed: ranks 4, the run had 2\n" in log.read_text()
+    assert "changed: ranks 4, the run had 2\n" in log.read_text()
     for total in (1, 4):
         assert max(abs(a - b) for a, b in zip(losses[total], losses[2], strict=True)) < 1e-5
 
@@ -403,18 +401,23 @@ def test_no_file_holds_the_judges_key(monkeypatch, tmp_path):
     monkeypatch.setenv("JUDGE_API_KEY", "sk-very-secret-0123456789")
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": f"question {i}", "rubric": [{"description": "says 1"}, {"description": "says 2"}]}) + "\n" for i in range(9)))
 
+    last = [30]  # that is answered
+
     def answer(body, n):
-        return (401, f"wrong key: {server.requests[-1]['key']}") if n > 40 else verdicts(body)
+        return (401, f"wrong key: {server.requests[-1]['key']}") if n > last[0] else verdicts(body)
 
     server = Server(answer)
+    args = ["--task", "rubric", "--data", "rows.jsonl", "--judge-url", server.url, "--judge-model", "m", "--judge-cache", "runs/cache", "--steps", 3]
     try:
+        run(monkeypatch, tmp_path, *args, "--judge-max-missing", 1)
+        last[0] = len(server.requests) + 9
         with pytest.raises(InputError) as error:
-            run(monkeypatch, tmp_path, "--task", "rubric", "--data", "rows.jsonl", "--judge-url", server.url, "--judge-model", "m", "--judge-cache", "runs/cache")
+            run(monkeypatch, tmp_path, *args, "--seed", 1, name="b")
     finally:
         server.stop()
     assert server.requests[0]["key"] == "Bearer sk-very-secret-0123456789"
     assert "% of the judge's verdicts are missing, more than --judge-max-missing 0.2 allows; the last reason was: HTTP 401: wrong key: Bearer ***; " \
-           "the policy as it was then is in runs/a/checkpoint; to go on from step 1: python train.py --resume runs/a" in str(error.value)
+           "the policy as it was then is in runs/b/checkpoint; to go on from step 0: python train.py --resume runs/b" in str(error.value)
     written = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
-    assert len(written) > 8 and any("***" in path.read_text() for path in written if path.name == "metrics.jsonl")
+    assert len(written) > 15 and "***" in (tmp_path / "runs/a/metrics.jsonl").read_text()
     assert not [path for path in written if b"very-secret" in path.read_bytes()]
