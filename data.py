@@ -181,7 +181,8 @@ def read_rows(path: str) -> list[dict]:
                 where = f"{path}, line {number}"
                 if line.strip():
                     rows.append(json.loads(line))
-    except (OSError, ValueError, RecursionError, csv.Error, http.client.HTTPException, httpx.HTTPError) as error:
+    except (OSError, ValueError, RecursionError, csv.Error, http.client.HTTPException, httpx.HTTPError,
+            pyarrow.ArrowException) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if "://" in where:
             raise InputError(f"{where} could not be downloaded ({reason}): name a local copy with --data") from error

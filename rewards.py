@@ -34,11 +34,16 @@ class Reward(NamedTuple):
     full: float = 1.0
 
 
+LONGEST = 100_000  # characters of calls: a megabyte of them would take a tenth of a second to parse
+
+
 def tool_calls(text: str) -> list[dict]:
     """The first <tool_call> block, one JSON object with a "name" a line. Raises ValueError for anything else."""
     if "<tool_call>" not in text or "</tool_call>" not in text:
         raise ValueError("no <tool_call> block")
     block = text.split("<tool_call>")[1].split("</tool_call>")[0].strip()
+    if len(block) > LONGEST:
+        raise ValueError(f"a <tool_call> block of more than {LONGEST} characters")
     try:
         calls = [json.loads(line) for line in block.split("\n")]
     except RecursionError as error:
@@ -134,6 +139,7 @@ def _call(text: str) -> tuple[str, dict] | None:
     return (call["name"], call["parameters"]) if isinstance(call.get("parameters"), dict) else None
 
 
+@functools.lru_cache(256)  # every channel of a response asks for all
 def tools_channels(response: str, reference: str) -> dict[str, float]:
     """Every channel of the task `tools`. A response without a call has 0 in the four that are about the call."""
     call, (true_name, true) = _call(response), _call(reference)

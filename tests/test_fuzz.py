@@ -91,15 +91,17 @@ def quickly(work: Callable, what: str):
 
 
 def test_rewards_of_anything():
-    rng, seen, hits, slowest = random.Random(0), 0, set(), 0.0
+    rng, seen, hits = random.Random(0), 0, set()
     for number in range(RESPONSES):
         said, reference = long(rng) if number % LONG == 0 else response(rng), TRUE[number % 3]
 
         def both(said=said, reference=reference):
+            rewards.tools_channels.cache_clear()
             tools = score("tools", [said], TRUE[0])[0]
-            return tools, score("rlla", [said], reference)[0], verdicts(said), judge.judge_prompt([], said, {"criterion_1": "c"}, False)
+            return tools, score("rlla", [said], reference)[0], verdicts(said)
 
-        tools, (form, correct), verdict, prompt = quickly(both, said)
+        tools, (form, correct), verdict = quickly(both, said)
+        prompt = judge.judge_prompt([], said, {"criterion_1": "c"}, False)
         assert tools.min() >= 0 and tools.max() <= 1 and form in (0, 1) and -3 <= correct <= 3, ascii(said[:300])
         assert set(verdict.values()) <= {0.0, 1.0} and "<" not in prompt.split("Response to grade:\n")[1]
         seen += 1
@@ -128,7 +130,7 @@ def broken(rng: random.Random, content: bytes) -> bytes:
 
 def test_data_files_of_anything(tmp_path):
     rng, read, refused = random.Random(0), 0, 0
-    for number in range(3_000):
+    for number in range(1_500):
         content, kind = rows(rng), rng.choice(["json", "jsonl", "csv", "parquet"])
         path = tmp_path / f"{number % 10}.{kind}"
         if kind == "parquet":
@@ -149,7 +151,7 @@ def test_data_files_of_anything(tmp_path):
             else:
                 assert all(example.messages for example in examples)
                 read += bool(examples)
-    assert read > 100 and refused > 1000
+    assert read > 100 and refused > 500
 
 
 def test_a_parquet_file_with_a_broken_row(tmp_path):
