@@ -57,8 +57,13 @@ def latest(run: Path) -> Path | None:
 
 
 def finished(run: Path) -> bool:
-    """Its policy is there, and its state is not: that is deleted last."""
-    return (run / "checkpoint").is_dir() and latest(run) is None
+    """All of its steps are done, and its policy is there. Its state is deleted last."""
+    try:
+        steps = json.loads((run / "config.json").read_text())["steps"]
+        last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    except (OSError, ValueError, LookupError):
+        return False
+    return "eval" in last and last["step"] == steps and (run / "checkpoint").is_dir() and latest(run) is None
 
 
 @contextlib.contextmanager

@@ -122,6 +122,24 @@ def test_a_signal_during_the_update(monkeypatch, tmp_path):
         same(tmp_path / "runs/alone", tmp_path / "runs" / saved)
 
 
+def test_a_second_signal_ends_it_at_once(tmp_path):
+    """While a save hangs; but not one within two seconds, by which a launcher repeats the first."""
+    file = script(tmp_path, """
+import time
+train.save_state = train.checkpoint.save_state = lambda *args: (print("saving", flush=True), time.sleep(60))
+""")
+    process = subprocess.Popen([sys.executable, file, "--model", "tiny", "--engine", "hf", "--name", "a", "--steps", "99", "--save-every", "1"], cwd=tmp_path,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True)
+    assert any("saving" in line for line in process.stdout)
+    process.terminate()
+    process.terminate()
+    time.sleep(stop.AGAIN + 0.5)
+    assert process.poll() is None
+    process.terminate()
+    assert process.wait(2) == 143
+    assert not list((tmp_path / "runs/a").glob("state/*"))
+
+
 def launch(*args, cwd: Path, ranks: int = 2, **options) -> subprocess.Popen:
     return kill_and_resume.start("a", cwd, ranks, "--engine", "hf", *SHORT, *args, **options)
 
@@ -143,7 +161,7 @@ def test_ranks_are_stopped_by_a_signal_to_one_and_resumed_as_one_or_four(tmp_pat
     assert log.read_text().count("stopped by SIGTERM; to go on from step ") == 1 and "]: Traceback" not in log.read_text()
     shutil.copytree(tmp_path / "runs", tmp_path / "stopped")
     losses = {}
-    for total in (2, 1, 4):
+    for total in (2, 1, 4):  # the run of two is what those of others are compared with
         shutil.rmtree(tmp_path / "runs")
         shutil.copytree(tmp_path / "stopped", tmp_path / "runs")
         process = launch(*args, cwd=tmp_path, ranks=total, kind="child-without-chance")
@@ -157,6 +175,7 @@ def test_ranks_are_stopped_by_a_signal_to_one_and_resumed_as_one_or_four(tmp_pat
 
 
 def test_torchrun_starts_again_when_a_rank_dies(tmp_path):
+    """All within a minute: the other rank does not wait for the dead one."""
     process = launch("--resume", "auto", cwd=tmp_path, restarts=1)
     log = tmp_path / "a.log"
     until(lambda: (tmp_path / "runs/a/state/step-1").exists(), process, log)
