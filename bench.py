@@ -121,7 +121,7 @@ def ours(args: argparse.Namespace) -> None:
     longest = args.prompt_tokens + args.response_tokens
     run = train.parse_args("", [
         "--model", str(path), "--prompts", str(args.prompts), "--group", str(args.group), "--steps",
-        str(args.steps + 1), "--engine", args.engine, "--eval-prompts", "0", "--lr", "1e-6",
+        str(args.steps + 1), "--engine", args.engine, "--eval-prompts", "0", "--lr", "1e-6", "--save-every", "0",
         "--tokens-per-microbatch", "6000" if args.gpu else "16384"])  # the two share a GPU
     train.check_args(run)
     device = rollout.join_ranks()
@@ -144,7 +144,8 @@ def ours(args: argparse.Namespace) -> None:
                       "tokens": record["length_mean"] * args.prompts * args.group})
 
     train.write = write
-    train.fit(run, Path(), device, trained, None, engine, None, prompts, [])
+    train.fit(run, Path(), device, trained, train.make_optimizer(trained, run.lr), None, engine, None, prompts, [],
+              train.beginning())
 
 
 def trl(args: argparse.Namespace) -> None:

@@ -55,6 +55,11 @@ def encode(tokenizer, examples: list[Example], limit: int) -> list[tuple[list[in
     return encoded
 
 
+def digest(*examples: Example) -> str:
+    """SHA-256 of all that is in them."""
+    return hashlib.sha256(json.dumps(examples).encode()).hexdigest()
+
+
 def prompt_at(position: int, n: int, seed: int) -> int:
     """Index of the prompt at a position of the endless stream of shuffled epochs of n prompts."""
     epoch, i = divmod(position, n)
@@ -176,7 +181,8 @@ def read_rows(path: str) -> list[dict]:
                 where = f"{path}, line {number}"
                 if line.strip():
                     rows.append(json.loads(line))
-    except (OSError, ValueError, RecursionError, csv.Error, http.client.HTTPException, httpx.HTTPError) as error:
+    except (OSError, ValueError, RecursionError, csv.Error, http.client.HTTPException, httpx.HTTPError,
+            pyarrow.ArrowException) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if "://" in where:
             raise InputError(f"{where} could not be downloaded ({reason}): name a local copy with --data") from error

@@ -22,11 +22,11 @@ import benchmarks
 import data
 import model
 import rollout
+from files import make_run, write
 from judge import check_missing, connect, total_counts
 from options import check_eval_args, parse_eval_args, versions
 from rewards import InputError
 from rollout import RANK, gather
-from train import make_run, write
 
 RESAMPLES, PAIRED_RESAMPLES = 1_000, 10_000
 UNCOMPARED = {"model", "engine"}  # two evaluations may differ in these

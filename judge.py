@@ -166,7 +166,7 @@ class Judge:
         atexit.register(lambda: self._run(self.session.close()).result(5))
 
     async def _open(self) -> None:
-        key = os.environ.get("JUDGE_API_KEY")
+        self.key = key = os.environ.get("JUDGE_API_KEY", "")
         self.session = aiohttp.ClientSession(
             headers={"Authorization": f"Bearer {key}"} if key else None, timeout=aiohttp.ClientTimeout(total=None),
             connector=aiohttp.TCPConnector(limit=0))  # the workers are the limit, the deadline in `_ask` the timeout
@@ -305,6 +305,8 @@ class Judge:
         try:
             async with self.session.post(self.url, json=body) as reply:
                 status, text = reply.status, (await reply.read()).decode(errors="replace")
+                if self.key:  # some endpoints quote it, and what they say is logged
+                    text = text.replace(self.key, "***")
                 wait = reply.headers.get("Retry-After", "")
         except (aiohttp.ClientError, OSError) as error:
             raise Unavailable(f"{type(error).__name__}: {' '.join(str(error).split())}") from error

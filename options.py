@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import json
 import math
 import re
 import subprocess
@@ -10,11 +11,12 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import files
 import rvpo
 from benchmarks import SUBSETS
 from data import PITFALLS, WEIGHTS
 from rewards import JUDGED, TASKS, InputError
-from rollout import LOCAL_WORLD, check_engine
+from rollout import LOCAL_WORLD, RANK, WORLD, check_engine
 
 # What fits 135M parameters on two cores is no setting for 7B on GPUs.
 PRESETS = {
@@ -24,7 +26,8 @@ PRESETS = {
 SMALLEST = {"steps": 1, "group": 2, "prompts": 1, "updates": 1, "max_tokens": 1, "tokens_per_microbatch": 1,
             "warmup": 0, "eval_every": 0, "eval_prompts": 0, "seed": 0, "kl": 0, "is_cap": 0, "lr": 0, "clip_low": 0,
             "clip_high": 0, "temperature": 0.01, "grad_clip": 1e-6, "gpu_memory": 0.01, "judge_concurrency": 1,
-            "judge_timeout": 0.1, "judge_max_tokens": 8, "judge_max_missing": 0, "limit": 0, "repeats": 1, "tp": 1}
+            "judge_timeout": 0.1, "judge_max_tokens": 8, "judge_max_missing": 0, "limit": 0, "repeats": 1, "tp": 1,
+            "keep": 1, "max_bad_steps": 1}
 LARGEST = {"clip_low": 1, "gpu_memory": 1, "judge_max_missing": 1, "lr": 100, "clip_high": 1e6, "is_cap": 1e6,
            "kl": 1e6, "group": 10_000, "repeats": 1000, "limit": 10**6}
 # Options that only some tasks read: (default, tasks). Given for another, they would be ignored without a word.
@@ -107,7 +110,54 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     option(running, "eval-prompts", 128, "held-out prompts, one sample each")
     option(running, "seed", 0, "of the order of the prompts and of the rollouts")
     option(running, "name", None, "results go to runs/NAME (default: task, aggregation, date and time)")
-    return parser.parse_args(argv)
+    option(running, "save-every", "auto", "steps between checkpoints; auto: 1% of the time goes there; 0: only when "
+                                          "the run is stopped")
+    option(running, "keep", 1, "checkpoints of a run, the newest")
+    option(running, "resume", None, "runs/NAME: go on from its newest checkpoint, with its options; auto: go on from "
+                                    "that of --name, or begin")
+    option(running, "max-bad-steps", 5, "stop after as many steps in a row whose loss or gradient is not finite")
+    args = parser.parse_args(argv)
+    if args.resume is None:
+        return args
+    absent = object()
+    given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), absent)))
+    return resumed(args, {name: value for name, value in vars(given).items() if value is not absent})
+
+
+# What a run may be resumed with, since its numbers follow from the others: where data are (what they are is compared),
+# memory and speed, the judge's endpoint, and how often things are saved and evaluated.
+MAY_CHANGE = {"name", "resume", "data", "eval_data", "judge_url", "judge_cache", "judge_concurrency", "judge_timeout",
+              "judge_max_missing", "tokens_per_microbatch", "gradient_checkpointing", "gpu_memory", "tp", "eval_every",
+              "save_every", "keep", "max_bad_steps"}
+
+
+def resumed(args: argparse.Namespace, given: dict) -> argparse.Namespace:
+    """The options of the run that --resume names, with `run`, its directory. given: those on the command line, which
+    may differ in MAY_CHANGE. Unchanged for `auto` without a checkpoint. Raises InputError."""
+    if args.resume == "auto" and not args.name:
+        raise InputError("--resume auto needs --name, to find the run again")
+    run = Path("runs") / args.name if args.resume == "auto" else Path(args.resume)
+    if not files.latest(run) and not files.finished(run):
+        if args.resume != "auto":
+            raise InputError(f"--resume {run}: no checkpoint is there; name the directory of a run, such as runs/NAME")
+        return args
+    try:
+        saved = json.loads((run / "config.json").read_text())
+        config = {name: saved.get(name, value) for name, value in vars(args).items()} | {
+            "data_sha256": saved["data_sha256"]}
+        here = {"ranks": WORLD, **versions()}
+        before = {"ranks": saved["world_size"], **saved["versions"]}
+    except (OSError, ValueError, LookupError, AttributeError) as error:
+        raise InputError(f"--resume {run}: its config.json cannot be read ({error})") from error
+    changed = {name: f"--{name.replace('_', '-')} {value}, the run has {config[name]}" for name, value in given.items()
+               if name not in ("name", "resume") and value != config[name]}
+    refused = [line for name, line in changed.items() if name not in MAY_CHANGE]
+    if refused:
+        raise InputError("\n".join([f"--resume {run}: these options cannot be changed, leave them out:", *refused]))
+    other = [f"{name} {here.get(name)}, the run had {was}" for name, was in before.items() if here.get(name) != was]
+    if RANK == 0:
+        print("".join(f"changed: {line}\n" for line in [*changed.values(), *other]), end="")
+    return argparse.Namespace(**config | {name: given[name] for name in changed} | {"resume": str(run)})
 
 
 def parse_eval_args(description: str, argv: list[str] | None = None) -> argparse.Namespace:
@@ -151,6 +201,9 @@ def _check(args: argparse.Namespace, choices: dict, smallest: dict) -> None:
                              + (f" and at most {LARGEST[name]}" if name in LARGEST else " and finite"))
     for name, value in vars(args).items():
         default, tasks = ONLY_FOR.get(name, (value, ()))
+        if re.match(r"\w+://[^/\s]*@", str(value)):
+            raise InputError(f"--{name.replace('_', '-')} holds a password, which would be written to runs/: a judge's "
+                             "key goes into the environment variable JUDGE_API_KEY")
         if value == "":
             raise InputError(f"--{name.replace('_', '-')} is empty: give it a value, or leave it out")
         if value != default and args.task not in tasks:
@@ -175,6 +228,8 @@ def check_args(args: argparse.Namespace) -> None:
     if LOCAL_WORLD % args.tp or (args.tp > 1 and args.engine != "vllm"):
         raise InputError(f"--tp {args.tp}: needs vLLM, and must divide the {LOCAL_WORLD} processes of this node; start "
                          "with torchrun --nproc_per_node=...")
+    if args.save_every != "auto" and not args.save_every.isdecimal():
+        raise InputError(f"--save-every {args.save_every}: must be auto or a number of steps")
     if args.updates > args.prompts:
         raise InputError(f"--updates {args.updates}: at most --prompts ({args.prompts}), each has prompts of its own")
     try:

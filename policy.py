@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from accelerate import init_empty_weights
 from huggingface_hub import save_torch_state_dict
 from safetensors import safe_open
@@ -25,8 +24,9 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
+from files import publish
 from rewards import InputError
-from rollout import LOCAL_WORLD, RANK, WORLD
+from rollout import LOCAL_WORLD, RANK, WORLD, on_rank_0
 
 LOGITS = 512  # tokens whose logits exist at a time: 0.3 GB in float32 with 152,000 words
 
@@ -211,21 +211,29 @@ def full_weights(policy: Policy, dtype: torch.dtype) -> Iterator[tuple[str, Tens
 
 @torch.no_grad()
 def save(policy: Policy, tokenizer, path: Path, dtype: torch.dtype) -> None:
-    """A checkpoint that transformers and vLLM load as it is, written by rank 0 in the original's dtype. All ranks must
-    call it."""
-    weights = {}
+    """A checkpoint that transformers and vLLM load as it is, written by rank 0 in the original's dtype, whole or
+    absent. All ranks must call it. Raises InputError on all of them if it cannot be written."""
+    weights, part = {}, path.with_name(path.name + ".part")
     for name, parameter in policy.lm.named_parameters():
         full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
         if RANK == 0:
             weights[name] = full.to("cpu", dtype)
-    if RANK == 0:
-        path.mkdir(parents=True, exist_ok=True)
-        save_torch_state_dict(weights, path)
+
+    def write() -> None:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        save_torch_state_dict(weights, part)
         policy.lm.config.dtype = dtype
-        policy.lm.config.save_pretrained(path)
+        policy.lm.config.save_pretrained(part)
         generation = policy.source / "generation_config.json"
         if generation.is_file():  # as it was: transformers refuses to write some that it reads
-            shutil.copy(generation, path)
-        tokenizer.save_pretrained(path)
-    if WORLD > 1:
-        dist.barrier()  # or torchrun would end the rank that is still writing
+            shutil.copy(generation, part)
+        tokenizer.save_pretrained(part)
+        publish(part, path)
+
+    try:
+        on_rank_0(write)
+    except OSError as error:
+        if RANK == 0:
+            shutil.rmtree(part, ignore_errors=True)
+        raise InputError(f"{path} could not be written: {error}") from error

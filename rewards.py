@@ -13,8 +13,10 @@ parsed, never run.
 import functools
 import json
 import re
+import traceback
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -35,11 +37,16 @@ class Reward(NamedTuple):
     bounds: tuple[float, float] = (0.0, 1.0)
 
 
+LONGEST = 100_000  # characters of calls: a megabyte of them would take a tenth of a second to parse
+
+
 def tool_calls(text: str) -> list[dict]:
     """The first <tool_call> block, one JSON object with a "name" a line. Raises ValueError for anything else."""
     if "<tool_call>" not in text or "</tool_call>" not in text:
         raise ValueError("no <tool_call> block")
     block = text.split("<tool_call>")[1].split("</tool_call>")[0].strip()
+    if len(block) > LONGEST:
+        raise ValueError(f"a <tool_call> block of more than {LONGEST} characters")
     try:
         calls = [json.loads(line) for line in block.split("\n")]
     except RecursionError as error:
@@ -135,6 +142,7 @@ def _call(text: str) -> tuple[str, dict] | None:
     return (call["name"], call["parameters"]) if isinstance(call.get("parameters"), dict) else None
 
 
+@functools.lru_cache(256)  # every channel of a response asks for all
 def tools_channels(response: str, reference: str) -> dict[str, float]:
     """Every channel of the task `tools`. A response without a call has 0 in the four that are about the call."""
     call, (true_name, true) = _call(response), _call(reference)
@@ -174,14 +182,19 @@ def _is_number(value: object) -> bool:
 
 
 def score(task: str, prompts: list[str], responses: list[str], references: list[str]) -> np.ndarray:
-    """(N, K) float64, one row a response, one column a reward of the task. Raises InputError naming a reward that does
-    not return one number or NaN for each response."""
+    """(N, K) float64, one row a response, one column a reward of the task. Raises InputError naming a reward that fails
+    or does not return one number or NaN for each response."""
     names = ["joint", *(reward.name for reward in TASKS[task])]  # "joint" is what evaluation calls all of them
     if len(set(names)) < len(names):
         raise InputError(f"task {task}: each reward needs a name of its own, other than 'joint', got {names[1:]}")
     columns = []
     for name, fn, *_ in TASKS[task]:
-        values = fn(prompts, responses, references)
+        try:
+            values = fn(prompts, responses, references)
+        except Exception as error:
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            raise InputError(f"reward '{name}' raised {type(error).__name__}: {' '.join(str(error).split())} "
+                             f"({Path(at.filename).name}, line {at.lineno})") from error
         if not isinstance(values, (list, tuple, np.ndarray)):
             raise InputError(f"reward '{name}' returned {str(values)[:40]}: return a list, one number a response")
         if len(values) != len(responses):

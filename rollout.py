@@ -15,8 +15,11 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
+from torch.distributed.rendezvous import rendezvous
 from transformers import AutoConfig
 
+import stop
 from rewards import InputError
 
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -52,7 +55,10 @@ def join_ranks() -> torch.device:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if WORLD > 1:
-        dist.init_process_group(backend)
+        store, _, _ = next(rendezvous("env://"))
+        if WORLD == LOCAL_WORLD:  # torchrun hands the store of ranks that are gone to those it starts in their place
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD)
     elif device.type == "cuda":  # a group of one, so that one GPU takes the path of many
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     # At exit, after vLLM: it cleans up in a finalizer of its own, which still needs the group. The newest come first.
@@ -69,19 +75,37 @@ def gather(local: list) -> list:
     return [items[i] for i in range(max(map(len, lists))) for items in lists if i < len(items)]
 
 
+def on_rank_0(work: Callable) -> None:
+    """work() there. All ranks wait for it, and raise OSError if it could not write."""
+    failed = None
+    if RANK == 0:
+        try:
+            work()
+        except (OSError, SafetensorError) as error:
+            failed = str(error)
+    failed = gather([failed])[0]
+    if failed is not None:
+        raise OSError(failed)
+
+
 def sample(engine, start: Callable, batch: list[tuple], group: int, seed: int, step: int | str) -> list[tuple]:
     """`group` responses to each prompt of this engine's share of the batch. batch: (token ids, Example) a prompt.
 
     start: (Example, texts) -> a function that returns their rewards. It is called as soon as a prompt is finished, so
     that a judge is at work while other prompts are being sampled. Returns (responses, that function) a prompt; of the
-    ranks that share an engine only the first has any.
+    ranks that share an engine only the first has any. Raises stop.Stop on all ranks.
     """
     share, leads = slice(RANK // engine.tp, None, WORLD // engine.tp), RANK % engine.tp == 0
     mine, seeds = batch[share], [request_seed(seed, step, slot) for slot in range(len(batch))[share]]
     out = [None] * len(mine)
-    for i, responses in engine.generate([ids for ids, _ in mine], group, seeds):
-        if leads:
-            out[i] = responses, start(mine[i][1], [response.text for response in responses])
+
+    def work() -> None:
+        for i, responses in engine.generate([ids for ids, _ in mine], group, seeds):
+            if leads:
+                out[i] = responses, start(mine[i][1], [response.text for response in responses])
+
+    stop.interruptible(work, at_once=engine.tp == 1)  # ranks that share an engine take each of its steps together
+    stop.check()
     return out if leads else []
 
 
@@ -145,12 +169,15 @@ class VLLMEngine:
         """Token ids of prompts -> (index of a prompt, its `group` responses), in the order in which they finish. A
         prompt is computed once for its group."""
         from vllm import SamplingParams
+        from vllm.distributed import get_tp_group
         from vllm.sampling_params import RequestOutputKind
 
         for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
             params = SamplingParams(n=group, seed=seed, output_kind=RequestOutputKind.FINAL_ONLY, **self.sampling)
             self.llm.llm_engine.add_request(str(i), {"prompt_token_ids": prompt}, params)
         while self.llm.llm_engine.has_unfinished_requests():
+            if self.tp > 1:
+                stop.check(get_tp_group().cpu_group)
             for output in self.llm.llm_engine.step():
                 if output.finished:
                     yield int(output.request_id), [

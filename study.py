@@ -100,12 +100,14 @@ def result(run: Run) -> dict:
     args = argparse.Namespace(
         task="toy", agg=run.method.split()[0], beta=run.beta or BETAS[run.method], lr=run.lr, seed=run.seed,
         steps=STEPS, prompts=64 // run.group, group=run.group, updates=1, warmup=5, eval_every=EVERY, kl=0.0,
-        temperature=1.0, is_cap=2.0, clip_low=0.2, clip_high=0.2, grad_clip=1.0, tokens_per_microbatch=16384)
+        temperature=1.0, is_cap=2.0, clip_low=0.2, clip_high=0.2, grad_clip=1.0, tokens_per_microbatch=16384,
+        save_every="0", max_bad_steps=5)
     lines, samples = [], []
     train.write = lambda file, *more: (lines if file.name == "metrics.jsonl" else samples).extend(more)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # fit's own progress
-        train.fit(args, Path(), toy.CPU, policy, None, toy.sampler(policy), None,
-                  toy.make_prompts(STEPS * args.prompts, f"train {run.seed}"), toy.make_prompts(200, "held out"))
+        train.fit(args, Path(), toy.CPU, policy, train.make_optimizer(policy, args.lr), None, toy.sampler(policy), None,
+                  toy.make_prompts(STEPS * args.prompts, f"train {run.seed}"), toy.make_prompts(200, "held out"),
+                  train.beginning())
     evals, steps = [x["eval"] for x in lines if "eval" in x], [x for x in lines if "channels" in x]
     rewards = torch.tensor([[*s["rewards"].values()] for s in samples], dtype=torch.float64)
     rewards = rewards.view(-1, run.group, len(channels))  # (prompts of all steps, G, K)

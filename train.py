@@ -11,8 +11,8 @@ its share of the step's prompts; responses and rewards are gathered, and the upd
 import argparse
 import contextlib
 import functools
-import json
 import math
+import random
 import sys
 import time
 from collections.abc import Callable
@@ -23,24 +23,31 @@ import torch
 from tqdm import tqdm
 
 import balance
+import checkpoint
 import data
+import files
 import memory
 import model
 import policy as policies
 import rewards as scoring
 import rollout
 import rvpo
+import stop
+from checkpoint import give_up, save_state
+from files import make_run, write
 from judge import Judge, check_missing, connect, total_counts
 from options import check_args, parse_args, versions
 from rewards import InputError
-from rollout import RANK, WORLD, gather
-from update import micro_batches, update
+from rollout import RANK, WORLD, gather, on_rank_0
+from update import make_optimizer, micro_batches, update
+
+CONSTANT = 10  # after as many steps a reward that has always been the same is pointed out
 
 
 def score(judge: Judge | None, sampled: list) -> tuple[list, np.ndarray, dict]:
     """Of the whole batch, the same on every rank: P lists of G responses, raw rewards (P, G, K), NaN where a prompt has
     fewer than K channels, and what the judge did. sampled: this rank's share, see rollout.sample. Raises InputError on
-    all ranks if a reward fails on one."""
+    all ranks if a reward fails on one, and stop.Stop."""
 
     def outcome(rewards: Callable) -> np.ndarray | InputError:
         try:
@@ -48,7 +55,9 @@ def score(judge: Judge | None, sampled: list) -> tuple[list, np.ndarray, dict]:
         except InputError as error:
             return error
 
-    everyone = gather([(responses, outcome(rewards)) for responses, rewards in sampled])
+    own = stop.interruptible(lambda: [(responses, outcome(rewards)) for responses, rewards in sampled])
+    stop.check()
+    everyone = gather(own)
     for _, own in everyone:
         if isinstance(own, InputError):
             raise own
@@ -66,9 +75,32 @@ def channel_weights(batch: list, width: int) -> torch.Tensor:
     return weights
 
 
+def beginning() -> dict:
+    """The progress of a run that has not begun, see checkpoint.py."""
+    return {"step": 0, "saved": None, "bad_steps": 0, "ranges": {}, "first": {}, "lengths": {}}
+
+
+def seed_rewards(seed: int, step: int) -> None:
+    """A reward of the user's may draw at random: as the same numbers whether or not the run was resumed before this
+    step. All else has seeds of its own."""
+    random.seed(own := rollout.request_seed(seed, f"rewards {step}", RANK))
+    np.random.seed(own)
+    torch.manual_seed(own)
+
+
 def channel_names(task: str, example: data.Example) -> list[str]:
     """What the prompt's channels are logged as."""
     return [criterion.label for criterion in example.criteria] or [reward.name for reward in scoring.TASKS[task]]
+
+
+def widen(ranges: dict, names: list[list[str]], rewards: np.ndarray) -> dict[str, tuple[float, float]]:
+    """Smallest and largest value of each channel so far. names: of each prompt's channels. rewards: (P, G, K)."""
+    ranges = dict(ranges)
+    for own, columns in zip(names, rewards.swapaxes(1, 2), strict=True):
+        for name, values in zip(own, columns, strict=False):  # shorter than K where padded
+            values = values[~np.isnan(values)].tolist() + list(ranges.get(name, ()))
+            ranges |= {name: (min(values), max(values))} if values else {}
+    return ranges
 
 
 def evaluate(engine, judge: Judge | None, start: Callable, held_out: list,
@@ -97,6 +129,11 @@ def setup(args: argparse.Namespace):
         rubric, judge = {"weights": args.criterion_weights, "pitfalls": args.pitfalls}, connect(args)
     train, held_out = data.load(args.task, args.data, args.eval_data, args.steps * args.prompts, args.eval_prompts,
                                 **rubric)
+    digest = data.digest(*train, *held_out)
+    if getattr(args, "data_sha256", digest) != digest:
+        raise InputError(f"--resume {args.resume}: its data are not what they were when it began (SHA-256 in "
+                         "config.json): bring them back, or begin a new run")
+    args.data_sha256 = digest
     if judge is None:  # a faulty reward is found now, and not after the model is loaded
         scoring.score(args.task, [train[0].messages[-1]["content"]] * 2, ["", train[0].reference],
                       [train[0].reference] * 2)
@@ -121,28 +158,13 @@ def setup(args: argparse.Namespace):
     return device, dtype, policy, reference, tokenizer, engine, judge, train, held_out
 
 
-def write(file: Path, *records: dict) -> None:
-    """Append JSON lines, on rank 0. NaN and infinity, which are no JSON, become null."""
-
-    def plain(value):
-        if isinstance(value, dict):
-            return {key: plain(x) for key, x in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [plain(x) for x in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    if RANK == 0:
-        with file.open("a") as out:
-            out.writelines(json.dumps(plain(record)) + "\n" for record in records)
-
-
-def fit(args: argparse.Namespace, run: Path, device: torch.device, policy, reference, engine, judge: Judge | None,
-        train: list, held_out: list) -> tuple[dict, dict]:
-    """The run itself. Returns the first and the last evaluation. Raises InputError if rewards fail."""
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.01, fused=True)
+def fit(args: argparse.Namespace, run: Path, device: torch.device, policy, optimizer, reference, engine,
+        judge: Judge | None, train: list, held_out: list, progress: dict) -> dict[str, tuple[float, float]]:
+    """The run itself, from progress["step"] on; progress is kept up to date for whoever saves it. Returns the last
+    evaluation. Raises InputError if rewards fail or something cannot be written, and stop.Stop, on all ranks."""
     pair = balance.attention_cost(policy.lm.config)
     beta_schedule = rvpo.parse_beta(args.beta)
-    bar = tqdm(total=args.steps, disable=RANK > 0, unit="step", dynamic_ncols=True)
+    bar = tqdm(total=args.steps, initial=progress["step"], disable=RANK > 0, unit="step", dynamic_ncols=True)
     say = bar.write if RANK == 0 else lambda line: None
 
     def now() -> float:
@@ -158,10 +180,37 @@ def fit(args: argparse.Namespace, run: Path, device: torch.device, policy, refer
         say(f"held out, {step} steps: " + " ".join(f"{name} {mean:.2f}" for name, (mean, _) in result.items()))
         return result
 
+    def save_if_due() -> float:  # seconds that it took
+        nonlocal saved, took
+        if args.save_every == "auto":  # saving takes 1% of the time; and the first step shows that it works
+            due = gather([step > 0 and time.perf_counter() - saved >= 100 * took])[0]
+        else:
+            due = int(args.save_every) and step % int(args.save_every) == 0
+        if not due or step == begun:
+            return 0.0
+        start = now()
+        save_state(args, run, policy, optimizer, progress)
+        saved = now()
+        took = saved - start
+        return took
+
     engine.push(policies.full_weights(policy, engine.dtype))
     start = judge.start if judge else functools.partial(scoring.start, args.task)
-    first = last = run_evaluation(0)
-    for step in range(args.steps):
+    begun, bad_steps, ranges = progress["step"], progress["bad_steps"], progress["ranges"]
+    saved, took = time.perf_counter(), 0.0
+    for step in range(begun, args.steps + 1):
+        # A checkpoint is what is known here: a run that is resumed repeats the evaluation that comes next.
+        progress |= {"step": step, "bad_steps": bad_steps, "ranges": ranges, "lengths": files.lengths(run)}
+        if bad_steps >= args.max_bad_steps and step > begun:
+            raise InputError(f"no loss or gradient was finite in the last {bad_steps} steps (--max-bad-steps), whose "
+                             f"updates were left out: see bad_prompts in {run}/metrics.jsonl, and try a lower --lr")
+        seed_rewards(args.seed, step)
+        saving = save_if_due()
+        if step in (0, args.steps) or (args.eval_every and step % args.eval_every == 0):
+            last = run_evaluation(step)
+            progress |= {"first": last} if step == 0 else {}
+        if step == args.steps:
+            break
         times = [now()]
 
         # Sample and score the P prompts of this step. A judge is already at work while the last prompts are sampled.
@@ -199,6 +248,11 @@ def fit(args: argparse.Namespace, run: Path, device: torch.device, policy, refer
         for parameters in optimizer.param_groups:
             parameters["lr"] = lr = args.lr * min(1.0, (step + 1) / (args.warmup + 1))
         metrics = update(policy, reference, optimizer, updates, args, device)
+        progress["step"] = None  # nothing that could be saved, until it is logged
+        bad_steps = bad_steps + 1 if metrics["bad_updates"] else 0
+        if metrics["bad_updates"]:
+            metrics["bad_prompts"] = [slot for u in metrics["bad_updates"] for slot in slots[u].tolist()]
+            say(f"step {step + 1}: a loss or gradient is not finite; updates left out: {metrics['bad_updates']}")
         times.append(now())
         engine.push(policies.full_weights(policy, engine.dtype))
         times.append(now())
@@ -206,7 +260,7 @@ def fit(args: argparse.Namespace, run: Path, device: torch.device, policy, refer
         # Log.
         lengths = [len(response.tokens) for group in responses for response in group]
         phases = "sample", "score", "advantage", "write", "update", "sync"
-        seconds = dict(zip(phases, np.diff(times).tolist(), strict=True))
+        seconds = dict(zip(phases, np.diff(times).tolist(), strict=True)) | {"save": saving}
         joint = torch.from_numpy(scoring.satisfied(args.task, rewards.numpy())).nanmean().item()
         metrics |= {
             "joint": joint, "beta": beta, "lr": lr,
@@ -227,48 +281,54 @@ def fit(args: argparse.Namespace, run: Path, device: torch.device, policy, refer
             + (f" | judge {judged['requests']} requests {judged['seconds']:.1f}s" if judge else ""))
         bar.set_postfix(joint=f"{joint:.2f}", grad=f"{metrics['grad_norm']:.2f}", refresh=False)
         bar.update()
-        if step + 1 == args.steps or (args.eval_every and (step + 1) % args.eval_every == 0):
-            last = run_evaluation(step + 1)
+        ranges = widen(ranges, names, rewards.numpy())
+        for name, (low, high) in ranges.items() if step + 1 == CONSTANT else ():
+            if low == high:
+                say(f"warning: reward '{name}' was {low:g} for every response of {CONSTANT} steps: it teaches nothing")
     bar.close()
-    return first, last
-
-
-@contextlib.contextmanager
-def make_run(name: str):
-    """The new folder runs/name, made before anything is loaded; removed if an error comes before it has a file."""
-    run = Path("runs") / name
-    if RANK == 0:
-        try:
-            run.mkdir(parents=True)
-        except FileExistsError as error:
-            raise InputError(f"{run} exists: choose another --name, or delete it") from error
-        except OSError as error:
-            raise InputError(f"{run} cannot be made: {error}") from error
-    try:
-        yield run
-    except BaseException:  # Ctrl-C, too
-        if RANK == 0 and not any(run.iterdir()):
-            run.rmdir()
-        raise
+    return last
 
 
 def main() -> None:
     args = parse_args(__doc__)
     check_args(args)
-    with make_run(args.name) as run:
+    resuming = args.resume not in (None, "auto")
+    make = contextlib.nullcontext(Path(args.resume)) if resuming else make_run(args.name, args.resume == "auto")
+    progress, found = beginning(), None
+    with make as run:
+        if resuming and files.finished(run):
+            if RANK == 0:
+                print(f"{run} is finished, with all of its {args.steps} steps: nothing is left to do")
+            return
+        if resuming:
+            found = files.latest(run)
+            checkpoint.read(found)
         device, dtype, policy, reference, tokenizer, engine, judge, train, held_out = setup(args)
-        if RANK == 0:
-            config = {**vars(args), "world_size": WORLD, "device": str(device), "versions": versions()}
-            (run / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        optimizer = make_optimizer(policy, args.lr)
+        if found:
+            progress = checkpoint.load(found, policy, optimizer)
+        config = {**vars(args), "world_size": WORLD, "device": str(device), "versions": versions()}
         try:
-            first, last = fit(args, run, device, policy, reference, engine, judge, train, held_out)
-        except InputError as error:  # on all ranks
+            on_rank_0(lambda: files.truncate(run, progress["lengths"]))
+            on_rank_0(lambda: files.write_json(run / "config.json", config))
+        except OSError as error:
+            raise InputError(f"{run}: {error}") from error
+        stop.catch_signals()
+        try:
+            last = fit(args, run, device, policy, optimizer, reference, engine, judge, train, held_out, progress)
             policies.save(policy, tokenizer, run / "checkpoint", dtype)
-            if RANK:
-                sys.exit(1)  # one sentence is enough
-            raise InputError(f"{error}; the policy as it was then is in {run}/checkpoint") from error
-    policies.save(policy, tokenizer, run / "checkpoint", dtype)
+        except (InputError, stop.Stop) as error:  # on all ranks
+            stopped = isinstance(error, stop.Stop)
+            how = give_up(args, run, policy, optimizer, progress, None if stopped else tokenizer, dtype)
+            if stopped and RANK == 0:
+                print(f"\n{error}; {how}", file=sys.stderr, flush=True)
+            if stopped or RANK:  # one sentence is enough
+                sys.exit(error.code if stopped else 1)
+            raise InputError(f"{error}; {how}") from error
     if RANK == 0:
+        if (run / "state").exists():
+            files.retire(run / "state")
+        first = progress["first"]
         print(f"\n{len(held_out)} held-out prompts    before           after     (standard error)")
         for name in [name for name in first if name in last]:
             print(f"{name:>20}  {first[name][0]:.3f} ({first[name][1]:.3f})  {last[name][0]:.3f} ({last[name][1]:.3f})")

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 import balance
 import rvpo
+import stop
 from policy import pack
 from rollout import RANK, WORLD, Response
 
@@ -21,6 +22,11 @@ def all_sum(tensor: Tensor) -> Tensor:
     if WORLD > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def make_optimizer(policy, lr: float) -> torch.optim.AdamW:
+    """ToolRL's settings. fused: a quarter of the time."""
+    return torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=0.01, fused=True)
 
 
 Piece = tuple[list[int], list[Response], Tensor]  # prompt ids, some of its responses, their advantages
@@ -48,8 +54,9 @@ IDLE = [([0], [Response([0], [0.0], [0], "", "")], torch.zeros(1))]
 def update(policy, reference, optimizer, updates: list[tuple[int, list[list[Piece]]]], args: argparse.Namespace,
            device: torch.device) -> dict[str, float]:
     """Optimizer steps on one batch. updates: for each the number of sampled tokens, of all ranks, and this rank's
-    micro_batches. Returns the mean loss over all of the tokens, other means over those that were computed, and the
-    largest gradient norm before clipping."""
+    micro_batches. Returns the mean loss over all of the tokens, other means over those that were computed, the largest
+    gradient norm before clipping, and which of the updates were left out because their loss or gradient was not finite.
+    Raises stop.Stop on all ranks, before the policy is changed."""
 
     def flat(pieces: list[Piece], name: str) -> torch.Tensor:  # (N,), the response tokens in the order of pack
         values = [x for _, responses, _ in pieces for response in responses for x in getattr(response, name)]
@@ -61,14 +68,18 @@ def update(policy, reference, optimizer, updates: list[tuple[int, list[list[Piec
     with torch.no_grad():
         # The first update's policy is the one that sampled: its old log-probs are logp.detach(). Only later ones need
         # a forward of their own.
-        old_logp = [[policy(row, args.temperature) if u else None for _, row in mine] for u, mine in enumerate(packed)]
+        old_logp = [[stop.check() or policy(row, args.temperature) if u else None for _, row in mine]
+                    for u, mine in enumerate(packed)]
     if isinstance(policy, FSDPModule):
         # A forward without backward leaves embeddings and head gathered: an update without a micro-batch would then
         # step on copies.
         policy.reshard()
-    sums, grad_norms = {"loss": 0.0}, []
+    sums, grad_norms, bad = {"loss": 0.0}, [], []
     for u, (n_tokens, _) in enumerate(updates):
+        losses = torch.zeros((), device=device)
         for (pieces, row), old in zip(packed[u], old_logp[u], strict=True):
+            if u == 0:
+                stop.check()
             logp, mask = policy(row, args.temperature), flat(pieces, "mask")
             advantage = torch.cat([advantages.repeat_interleave(torch.tensor([len(r.tokens) for r in responses]))
                                    for _, responses, advantages in pieces]).to(logp)  # (N,)
@@ -86,18 +97,23 @@ def update(policy, reference, optimizer, updates: list[tuple[int, list[list[Piec
                 stats["kl"] = kl.detach()
             stats["loss"] = loss.detach() * n_tokens
             (loss * WORLD).backward()  # fully_shard takes the mean over ranks, this is a sum
+            losses += loss.detach()
             for name, value in stats.items():
                 sums[name] = sums.get(name, 0.0) + value.double()
         for parameter in policy.parameters():
             if parameter.grad is None:  # nothing to learn from: the gradient is 0, the optimizer's momentum is not
                 parameter.grad = torch.zeros_like(parameter)
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.grad_clip)
-        grad_norms.append((norm.full_tensor() if isinstance(norm, DTensor) else norm).item())
-        optimizer.step()
+        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        if math.isfinite(norm) and math.isfinite(all_sum(losses).item()):  # the same on all ranks
+            grad_norms.append(norm)
+            optimizer.step()
+        else:
+            bad.append(u)
         optimizer.zero_grad()
     names = ["clip_fraction", "is_weight", "sampler_gap", "entropy"] + ["kl"] * (reference is not None)
     totals = all_sum(torch.stack([torch.as_tensor(sums.get(name, 0.0), dtype=torch.float64, device=device)
                                   for name in ["loss", "tokens", *names]])).tolist()
     means = [total / totals[1] if totals[1] else math.nan for total in totals[2:]]
     return {"loss": totals[0] / max(1, sum(n for n, _ in updates)), **dict(zip(names, means, strict=True)),
-            "grad_norm": max(grad_norms)}
+            "grad_norm": max(grad_norms, default=math.nan), "bad_updates": bad}

@@ -274,9 +274,9 @@ except rewards.InputError as error:
 """)
     result = launch("--model", "tiny", "--engine", "hf", "--name", "a", "--steps", 9, "--max-tokens", 16, cwd=tmp_path, ranks=2, script=tmp_path / "faulty.py")
     assert result.returncode == 1 and "]: Traceback" not in result.stderr  # "[rank0]: Traceback"; torchrun has its own
-    assert result.stderr.count("error: reward 'mine' returned None for response 0: return a finite number, or NaN if it is missing; "
-                               "the policy as it was then is in runs/a/checkpoint\n") == result.stderr.count("error: ") == 1
     steps, _, samples, weights = read(tmp_path / "runs/a")
+    assert result.stderr.count("error: reward 'mine' returned None for response 0: return a finite number, or NaN if it is missing; the policy as it "
+                               f"was then is in runs/a/checkpoint; to go on from step {len(steps)}: python train.py --resume runs/a\n") == result.stderr.count("error: ") == 1
     start = load_file(model.resolve("tiny") / "model.safetensors")
     assert 1 <= len(steps) < 9 and len(samples) == 8 * len(steps) and any(not torch.equal(weights[key], start[key]) for key in start)
 

@@ -1,0 +1,167 @@
+"""Whatever a policy, a judge or a data file may say: no exception but InputError, values in their range, and no time lost."""
+
+import json
+import random
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+import data
+import judge
+import rewards
+from rewards import InputError
+
+RESPONSES, LONG = 100_000, 250  # one in LONG has about a megabyte
+SECONDS = 0.05
+TAGS = "<think>", "</think>", "<tool_call>", "</tool_call>", "<response>", "</response>", "\n", "<think> </think>\n<tool_call>\n", "\n</tool_call>", "```json"
+SCALARS = ("NaN", "Infinity", "-Infinity", "1e999", "-1e-999", "9" * 400, "9" * 5000, "-0", "0.1", "true", "null", '""', '"\\ud800"', '"\ud800"', '"Paris"',
+           '"\\u0000"', "7", "[]", "{}", "'x'", "tru", '"name"')
+KEYS = '"name"', '"parameters"', '"city"', '"days"', '"criterion_1"', '"criterion_2"', '"explanation"', '"\ud834"', "1", '""'
+TRUE = ('<think> t </think>\n<tool_call>\n{"name": "get_weather", "parameters": {"city": "Paris", "days": 7}}\n</tool_call>',
+        '<think> t </think>\n<tool_call>\n{"name": "a", "parameters": {}}\n{"name": "a", "parameters": {"x": [1, {"y": null}]}}\n</tool_call>\n<response> r </response>',
+        "<think> t </think>\n<response> yes </response>")
+
+
+def nested(rng: random.Random, depth: int) -> str:
+    """JSON, or nearly."""
+    kind = rng.random()
+    if depth == 0 or kind < 0.4:
+        return rng.choice(SCALARS)
+    inner = [nested(rng, depth - 1) for _ in range(rng.randint(0, 3))]
+    if kind < 0.6:
+        return "[" + ",".join(inner) + rng.choice(["]", "]", "]", ",]", ""])
+    return "{" + ", ".join(f"{rng.choice(KEYS)}: {x}" for x in inner) + rng.choice(["}", "}", "}", "}}", ""])
+
+
+def call(rng: random.Random) -> str:
+    name = rng.choice(['"get_weather"', '"a"', nested(rng, 1)])
+    return rng.choice(['{"name": %s, "parameters": %s}', '{"parameters": %s, "name": %s}', '{"name": %s}%.0s']) % (name, nested(rng, 3))
+
+
+def text(rng: random.Random) -> str:
+    return "".join(rng.choices(["a", " ", "\n", "é", "\ud800", "\U0001f600", "\x00", "\u2028", "<", ">", "{", "[", '"', "\\"], k=rng.randint(0, 20)))
+
+
+def piece(rng: random.Random) -> str:
+    return rng.choice((lambda: rng.choice(TAGS), lambda: text(rng), lambda: call(rng), lambda: nested(rng, 4)))()
+
+
+def response(rng: random.Random) -> str:
+    kind = rng.random()
+    if kind < 0.3:  # a call with something around it
+        calls = "\n".join(call(rng) for _ in range(rng.randint(0, 3)))
+        return rng.choice(["", text(rng)]) + f"<think>{text(rng)}</think>\n<tool_call>\n{calls}\n</tool_call>" + rng.choice(["", text(rng)])
+    if kind < 0.5:  # something that a judge may say
+        body = ", ".join(f'"criterion_{rng.randint(1, 3)}": {rng.choice(["true", "false", nested(rng, 1)])}' for _ in range(rng.randint(0, 3)))
+        return rng.choice(["", "<think>x</think>", "```json\n", text(rng)]) + "{" + body + "}" + rng.choice(["", "```", text(rng)])
+    return "".join(piece(rng) for _ in range(rng.randint(0, 8)))
+
+
+def long(rng: random.Random) -> str:
+    """About a megabyte, or nested far deeper than a parser can follow."""
+    unit = rng.choice([*TAGS, "[", '{"a":', "</think>\n", '{"name": "a"}\n', '{"name": "a", "parameters": {}}\n', "9", " ", "\\", '"', "\ud800", call(rng) + "\n", piece(rng)]) or " "
+    many = unit * (1_000_000 // len(unit))
+    return rng.choice([many, f"<think> t </think>\n<tool_call>\n{many}\n</tool_call>", f"<think>{many}</think>\n<tool_call>\n{call(rng)}\n</tool_call>",
+                       '<tool_call>{"name": "a", "parameters": ' + many + "</tool_call>", '{"criterion_1": ' + many])
+
+
+def score(task: str, responses: list[str], reference: str) -> np.ndarray:
+    return rewards.score(task, ["p"] * len(responses), responses, [reference] * len(responses))
+
+
+def verdicts(message: str) -> dict[str, float]:
+    try:
+        return judge.parse_verdicts(message, ["criterion_1", "criterion_2"])
+    except ValueError:
+        return {}
+
+
+def quickly(work: Callable, what: str):
+    """work(), which may take its time only if it does so three times: the machine has other things to do."""
+    for _ in range(3):
+        began = time.thread_time()
+        result = work()
+        if (took := time.thread_time() - began) < SECONDS:
+            return result
+    pytest.fail(f"{took:.3f} s for {len(what)} characters: {what[:300]!a}")
+
+
+def test_rewards_of_anything():
+    rng, seen, hits = random.Random(0), 0, set()
+    for number in range(RESPONSES):
+        said, reference = long(rng) if number % LONG == 0 else response(rng), TRUE[number % 3]
+
+        def both(said=said, reference=reference):
+            rewards.tools_channels.cache_clear()
+            tools = score("tools", [said], TRUE[0])[0]
+            return tools, score("rlla", [said], reference)[0], verdicts(said)
+
+        tools, (form, correct), verdict = quickly(both, said)
+        prompt = judge.judge_prompt([], said, {"criterion_1": "c"}, False)
+        assert tools.min() >= 0 and tools.max() <= 1 and form in (0, 1) and -3 <= correct <= 3, ascii(said[:300])
+        assert set(verdict.values()) <= {0.0, 1.0} and "<" not in prompt.split("Response to grade:\n")[1]
+        seen += 1
+        hits |= {("tools", *np.round(tools[:2])), ("correct", correct > -3), ("verdicts", len(verdict)), ("form", form)}
+    assert seen == RESPONSES and len(hits) >= 9, hits  # the generator reaches right answers, too
+
+
+def rows(rng: random.Random) -> list:
+    """Rows of a data file: right ones, and ones that are not."""
+    def odd():
+        return rng.choice([None, 1, 1e300, True, "", "x", [], {}, [1], {"role": "user"}, [{"role": "user", "content": "hi"}], [{"role": "user", "content": None}],
+                           [{"description": "d", "weight": rng.choice([1, -1, 0, "1", 1e9, None, True])}], {"ground_truth": rng.choice([*TRUE, response(rng), None, 3])}])
+
+    good = {"prompt": [{"role": "user", "content": "hi"}], "reward_model": {"ground_truth": rng.choice(TRUE)},
+            "rubric": [{"description": "d", "weight": 1}]}
+    return [{**good, **{rng.choice([*good, "question", "x"]): odd() for _ in range(rng.randint(0, 2))}} if rng.random() < 0.9 else odd() for _ in range(rng.randint(0, 4))]
+
+
+def broken(rng: random.Random, content: bytes) -> bytes:
+    content = bytearray(content)
+    for _ in range(rng.choice([0, 0, 1, 3])):
+        if content:
+            content[rng.randrange(len(content))] = rng.randrange(256)
+    return bytes(content[:rng.choice([len(content), len(content), rng.randint(0, len(content))])])
+
+
+def test_data_files_of_anything(tmp_path):
+    rng, read, refused = random.Random(0), 0, 0
+    for number in range(1_500):
+        content, kind = rows(rng), rng.choice(["json", "jsonl", "csv", "parquet"])
+        path = tmp_path / f"{number % 10}.{kind}"
+        if kind == "parquet":
+            try:
+                pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row for row in content if isinstance(row, dict)]), path)
+            except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, pyarrow.ArrowNotImplementedError, UnicodeError):
+                continue  # columns of several types
+            path.write_bytes(broken(rng, path.read_bytes()))
+        else:
+            lines = [json.dumps(row) if rng.random() < 0.95 else response(rng) for row in content]
+            path.write_bytes(broken(rng, ("[" + ",".join(lines) + "]" if kind == "json" else "\n".join(lines)).encode(errors="surrogatepass")))
+        for task in ("rlla", "rubric", "rar-medicine"):
+            try:
+                examples = data.read(task, str(path))
+            except InputError as error:
+                assert str(path) in str(error) and "\n" not in str(error)
+                refused += 1
+            else:
+                assert all(example.messages for example in examples)
+                read += bool(examples)
+    assert read > 100 and refused > 500
+
+
+def test_a_parquet_file_with_a_broken_row(tmp_path):
+    good = {"prompt": [{"role": "user", "content": "hi"}], "reward_model": {"ground_truth": TRUE[0]}}
+    for number, (odd, message) in enumerate([({"prompt": None}, 'row 2 has no prompt: it must be a list of {"role": ..., "content": ...}'),
+                                             ({"prompt": [{"role": "user", "content": None}]}, "row 2 has no prompt"),
+                                             ({"reward_model": {"ground_truth": None}}, 'row 2 has no reference answer: reward_model must have a text "ground_truth"'),
+                                             ({"reward_model": {"ground_truth": "<tool_call>{</tool_call>"}}, "row 2 has a reference answer that cannot be parsed")]):
+        path = tmp_path / f"{number}.parquet"
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([good, good, {**good, **odd}, good]), path)
+        with pytest.raises(InputError) as error:
+            data.read("rlla", str(path))
+        assert str(error.value).startswith(f"{path}: {message}") and "\n" not in str(error.value)

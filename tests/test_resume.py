@@ -1,0 +1,442 @@
+"""Runs that are killed, stopped or broken, and resumed."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import kill_and_resume
+import pytest
+import ranks
+import torch
+from conftest import ROOT, on_ranks
+from judge_server import Server
+from judge_server import graded as verdicts
+
+import checkpoint
+import files
+import policy as policies
+import rewards
+import rvpo
+import stop
+import train
+from rewards import InputError, Reward
+
+SHORT = ["--max-tokens", 16, "--save-every", 1, "--steps", 4]
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """train.main installs handlers for good."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    stop._signals.clear()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def run(monkeypatch, tmp_path, *args, name: str | None = "a") -> Path:
+    """train.py in this process."""
+    monkeypatch.chdir(tmp_path)
+    base = ["--model", "tiny", "--engine", "hf", "--name", name, *SHORT] if name else []
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, [*base, *args])])
+    train.main()
+    return tmp_path / "runs" / (name or "a")
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def at_step(monkeypatch, step: int, what):
+    """what() when the rewards of that step are asked for."""
+    real = train.seed_rewards
+    due = []
+    monkeypatch.setattr(train, "seed_rewards", lambda seed, now: (due.clear(), due.extend([1] * (now == step)), real(seed, now)))
+
+    def triggered(p, responses, references):
+        if due:
+            what()
+        return [len(r) / 100 for r in responses]
+
+    monkeypatch.setitem(rewards.TASKS, "tools", [Reward("mine", triggered), Reward("vowels", lambda p, rs, ref: [r.count("e") / 9 for r in rs])])
+
+
+def same(a: Path, b: Path) -> None:
+    assert kill_and_resume.differences(a, b) == []
+
+
+# Stopped and resumed
+
+def test_two_killed_runs_are_resumed_to_the_bit():
+    assert kill_and_resume.main(["--kills", "2", "--steps", "4"]) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_resumed_run_is_the_same(monkeypatch, tmp_path, capsys, number):
+    """Received while a step's rewards are computed: that step is done again."""
+    at_step(monkeypatch, -1, None)
+    run(monkeypatch, tmp_path, "--eval-every", 2, "--updates", 2, name="alone")
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, lambda: os.kill(os.getpid(), number))
+        with pytest.raises(SystemExit) as ended:
+            run(patch, tmp_path, "--eval-every", 2, "--updates", 2, "--save-every", 0)
+    assert ended.value.code == 128 + number
+    assert f"stopped by {number.name}; to go on from step 2: python train.py --resume runs/a\n" in capsys.readouterr().err
+    assert not (tmp_path / "runs/a/checkpoint").exists()
+    stop._signals.clear()
+    run(monkeypatch, tmp_path, "--resume", "runs/a", "--save-every", 3, "--eval-every", 2, name=None)
+    assert "changed: --save-every 3, the run has 0\n" in capsys.readouterr().out
+    same(tmp_path / "runs/alone", tmp_path / "runs/a")
+    assert not (tmp_path / "runs/a/state").exists()
+    run(monkeypatch, tmp_path, "--resume", "runs/a", name=None)
+    assert capsys.readouterr().out == "runs/a is finished, with all of its 4 steps: nothing is left to do\n"
+
+
+def test_a_signal_during_the_update(monkeypatch, tmp_path):
+    """Before its first optimizer step the step is given up, later it is finished. Either way the rest is the same."""
+    options = ["--prompts", 4, "--updates", 2, "--tokens-per-microbatch", 300, "--steps", 3]  # four micro-batches a step
+    at_step(monkeypatch, -1, None)
+    run(monkeypatch, tmp_path, *options, name="alone")
+    real = rvpo.policy_loss
+    for call, saved in ((5, "step-1"), (7, "step-2")):
+        calls = []
+
+        def loss(*args, calls=calls, call=call):
+            calls.append(1)
+            if len(calls) == call:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return real(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(rvpo, "policy_loss", loss)
+            with pytest.raises(SystemExit):
+                run(patch, tmp_path, *options, "--save-every", 0, name=saved)
+        assert files.latest(tmp_path / "runs" / saved).name == saved
+        stop._signals.clear()
+        run(monkeypatch, tmp_path, "--resume", f"runs/{saved}", name=None)
+        same(tmp_path / "runs/alone", tmp_path / "runs" / saved)
+
+
+def test_a_second_signal_ends_it_at_once(tmp_path):
+    """While a save hangs; but not one within two seconds, by which a launcher repeats the first."""
+    file = script(tmp_path, """
+import time
+train.save_state = train.checkpoint.save_state = lambda *args: (print("saving", flush=True), time.sleep(60))
+""")
+    process = subprocess.Popen([sys.executable, file, "--model", "tiny", "--engine", "hf", "--name", "a", "--steps", "99", "--save-every", "1"], cwd=tmp_path,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True)
+    assert any("saving" in line for line in process.stdout)
+    process.terminate()
+    process.terminate()
+    time.sleep(stop.AGAIN + 0.5)
+    assert process.poll() is None
+    process.terminate()
+    assert process.wait(2) == 143
+    assert not list((tmp_path / "runs/a").glob("state/*"))
+
+
+def launch(*args, cwd: Path, ranks: int = 2, **options) -> subprocess.Popen:
+    return kill_and_resume.start("a", cwd, ranks, "--engine", "hf", *SHORT, *args, **options)
+
+
+def until(condition, process: subprocess.Popen, log: Path) -> None:
+    kill_and_resume.wait(condition, process)
+    assert condition(), log.read_text()[-3000:]
+
+
+def test_ranks_are_stopped_by_a_signal_to_one_and_resumed_as_one_or_four(tmp_path):
+    """Rewards without chance: each rank draws its own numbers."""
+    args = ["--resume", "auto", "--steps", 6, "--save-every", "0", "--prompts", 3]
+    process = launch(*args, cwd=tmp_path, kind="child-without-chance")
+    log = tmp_path / "a.log"
+    until(lambda: (tmp_path / "runs/a/samples.jsonl").exists(), process, log)
+    began = time.monotonic()
+    os.kill(int((tmp_path / "pid-1").read_text()), signal.SIGTERM)
+    assert process.wait(60) == 1 and time.monotonic() - began < 30
+    assert log.read_text().count("stopped by SIGTERM; to go on from step ") == 1 and "]: Traceback" not in log.read_text()
+    shutil.copytree(tmp_path / "runs", tmp_path / "stopped")
+    losses = {}
+    for total in (2, 1, 4):  # the run of two is what those of others are compared with
+        shutil.rmtree(tmp_path / "runs")
+        shutil.copytree(tmp_path / "stopped", tmp_path / "runs")
+        process = launch(*args, cwd=tmp_path, ranks=total, kind="child-without-chance")
+        assert process.wait(300) == 0, log.read_text()[-3000:]
+        steps = [line for line in lines(tmp_path / "runs/a/metrics.jsonl") if "loss" in line]
+        assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+        losses[total] = [line["loss"] for line in steps]
+    assert "changed: ranks 4, the run had 2\n" in log.read_text()
+    for total in (1, 4):
+        assert max(abs(a - b) for a, b in zip(losses[total], losses[2], strict=True)) < 1e-5
+
+
+def test_torchrun_starts_again_when_a_rank_dies(tmp_path):
+    """All within a minute: the other rank does not wait for the dead one."""
+    process = launch("--resume", "auto", cwd=tmp_path, restarts=1)
+    log = tmp_path / "a.log"
+    until(lambda: (tmp_path / "runs/a/state/step-1").exists(), process, log)
+    os.kill(int((tmp_path / "pid-1").read_text()), signal.SIGKILL)
+    assert process.wait(60) == 0, log.read_text()[-3000:]
+    steps = [line["step"] for line in lines(tmp_path / "runs/a/metrics.jsonl")]
+    assert steps == [0, 1, 2, 3, 4, 4]  # evaluations are 0 and the last
+
+
+def moments(policy, seed: int = 0):
+    """An AdamW that has taken a step on gradients that depend on names only."""
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.01, fused=True)
+    for i, parameter in enumerate(policy.parameters()):
+        parameter.grad = torch.full_like(parameter, 0.1 + i)
+    optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("total", [2, 4])
+def test_a_checkpoint_of_some_ranks_is_loaded_by_others(tmp_path, llama, total):
+    """One rank's by several, then theirs by one; of parameters in shapes that ranks cannot share evenly."""
+    policy = policies.load(llama, ranks.CPU)
+    optimizer = moments(policy)
+    checkpoint.save(tmp_path / "one", policy, optimizer, {"step": 3}, keep=1)
+    on_ranks(total, total, tmp_path / "many", llama, llama, tmp_path / "one")
+    again = policies.load(llama, ranks.CPU)
+    other = torch.optim.AdamW(again.parameters(), fused=True)
+    assert checkpoint.load(tmp_path / "many/state/step-4", again, other)["world_size"] == total
+    saved, loaded = checkpoint.tensors(policy, optimizer), checkpoint.tensors(again, other)
+    assert saved.keys() == loaded.keys() and all(torch.equal(saved[name], loaded[name]) for name in saved)
+    assert {state["step"].item() for state in other.state.values()} == {1}
+    assert not [*tmp_path.rglob("*.metadata"), *tmp_path.rglob("*.pt"), *tmp_path.rglob("*.distcp")]  # no pickle
+
+
+# What is refused
+
+@pytest.fixture
+def stopped(monkeypatch, tmp_path):
+    """runs/a, stopped after two of four steps by a reward that fails."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": [{"role": "user", "content": f"question {i}"}], "reward_model": {"ground_truth": "<think> </think>\n<response> yes </response>"}} for i in range(9)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, lambda: 1 / 0)
+        patch.setitem(rewards.TASKS, "rlla", rewards.TASKS["tools"])
+        with pytest.raises(InputError) as error:
+            run(patch, tmp_path, "--task", "rlla", "--data", "rows.jsonl")
+    assert str(error.value).startswith("reward 'mine' raised ZeroDivisionError: division by zero (test_resume.py, line ")
+    assert str(error.value).endswith("); the policy as it was then is in runs/a/checkpoint; to go on from step 2: python train.py --resume runs/a")
+    monkeypatch.setattr(policies, "load", lambda *args, **options: pytest.fail("the model was loaded"))
+    return tmp_path / "runs/a"
+
+
+def refused(monkeypatch, *args) -> str:
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args)])
+    with pytest.raises(InputError) as error:
+        train.main()
+    return str(error.value)
+
+
+def test_options_that_cannot_change_are_refused_one_line_each(monkeypatch, stopped):
+    assert refused(monkeypatch, "--resume", "runs/a", "--lr", 1, "--steps", 9, "--keep", 3) == (
+        "--resume runs/a: these options cannot be changed, leave them out:\n--steps 9, the run has 4\n--lr 1.0, the run has 0.001")
+
+
+def test_data_that_changed_are_refused(monkeypatch, stopped):
+    rows = Path("rows.jsonl")
+    rows.rename("moved.jsonl")
+    monkeypatch.setattr(policies, "load", lambda *args, **options: 1 / 0)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--resume", "runs/a", "--data", "moved.jsonl"])
+    with pytest.raises(InputError, match="ZeroDivisionError"):  # the same rows under another name: as far as the model
+        train.main()
+    rows.write_text(Path("moved.jsonl").read_text().replace("question 3", "question 4"))
+    assert refused(monkeypatch, "--resume", "runs/a") == (
+        "--resume runs/a: its data are not what they were when it began (SHA-256 in config.json): bring them back, or begin a new run")
+
+
+@pytest.mark.parametrize(("damage", "message"), [
+    (lambda state: os.truncate(next(state.glob("*.safetensors")), 5000), "has 5000 of"),
+    (lambda state: next(state.glob("*.safetensors")).unlink(), "No such file or directory"),
+    (lambda state: (state / "state.json").write_text("{"), "Expecting property name"),
+    (lambda state: (state / "state.json").write_text("[]"), "list indices must be integers"),
+])
+def test_a_damaged_checkpoint(monkeypatch, stopped, damage, message):
+    damage(stopped / "state/step-2")
+    said = refused(monkeypatch, "--resume", "runs/a")
+    assert said.startswith("runs/a/state/step-2 is damaged (") and message in said and "\n" not in said
+
+
+@pytest.mark.parametrize(("args", "message"), [
+    (["--resume", "runs/b"], "--resume runs/b: no checkpoint is there; name the directory of a run, such as runs/NAME"),
+    (["--resume", "auto"], "--resume auto needs --name, to find the run again"),
+    (["--save-every", "often"], "--save-every often: must be auto or a number of steps"), (["--keep", 0], "--keep 0: must be at least 1"),
+    (["--task", "rubric", "--data", "x", "--judge-model", "m", "--judge-url", "http://me:secret@host/v1"],
+     "--judge-url holds a password, which would be written to runs/: a judge's key goes into the environment variable JUDGE_API_KEY"),
+    (["--resume", "auto", "--name", "mine"], "runs/mine holds something else than a run: choose another --name"),
+])
+def test_bad_options(monkeypatch, tmp_path, args, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/mine").mkdir(parents=True)
+    (tmp_path / "runs/mine/results.json").write_text("{}")
+    assert refused(monkeypatch, *args).startswith(message)
+
+
+def test_a_checkpoint_of_another_model(tiny, llama, tmp_path):
+    policy = policies.load(llama, ranks.CPU)
+    checkpoint.save(tmp_path, policy, moments(policy), {"step": 3}, keep=1)
+    other = policies.load(tiny, ranks.CPU)
+    with pytest.raises(InputError) as error:
+        checkpoint.load(tmp_path / "state/step-3", other, torch.optim.AdamW(other.parameters()))
+    assert str(error.value).startswith(f"{tmp_path}/state/step-3 is no checkpoint of this model: ") and "\n" not in str(error.value)
+    print(error.value)
+
+
+def test_keep(monkeypatch, tmp_path):
+    at_step(monkeypatch, 3, lambda: 1 / 0)
+    with pytest.raises(InputError):
+        run(monkeypatch, tmp_path, "--keep", 2)
+    assert sorted(path.name for path in (tmp_path / "runs/a/state").iterdir()) == ["step-2", "step-3"]
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A file system of 30 MB: room for two checkpoints of the tiny model, which have 11.8 MB, but for no third."""
+    disk = tmp_path / "runs"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=30m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("a file system can only be mounted by root")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+def fill(disk: Path) -> None:
+    with open(disk / "filled", "wb", buffering=0) as filled, pytest.raises(OSError):
+        while True:
+            filled.write(bytes(4096))
+
+
+def test_a_disk_that_fills_up(monkeypatch, tmp_path, small):
+    at_step(monkeypatch, -1, None)
+    with pytest.raises(InputError) as error:
+        run(monkeypatch, tmp_path, "--keep", 3)
+    assert str(error.value) == ("runs/a/state/step-3 could not be saved: [Errno 28] No space left on device; runs/a/state/step-2 is whole, "
+                                "to go on from it: python train.py --resume runs/a")
+    assert sorted(path.name for path in (small / "a/state").iterdir()) == ["step-1", "step-2"]
+    fill(small)
+    with pytest.raises(InputError) as error:
+        run(monkeypatch, tmp_path, "--resume", "runs/a", name=None)
+    assert str(error.value).startswith("runs/a/state/step-3 could not be saved: [Errno 28] No space left on device; runs/a/state/step-2 is whole")
+    (small / "filled").unlink()
+    shutil.rmtree(small / "a/state/step-1")
+    with monkeypatch.context() as patch:  # while step 4 is sampled
+        at_step(patch, 3, lambda: fill(small))
+        with pytest.raises(InputError) as error:
+            run(patch, tmp_path, "--resume", "runs/a", "--keep", 1, "--save-every", 0, name=None)
+    assert str(error.value) == (
+        "runs/a/samples.jsonl cannot be written: [Errno 28] No space left on device; runs/a/state/step-3 could not be saved: "
+        "[Errno 28] No space left on device; runs/a/state/step-2 is whole, to go on from it: python train.py --resume runs/a")
+    (small / "filled").unlink()
+    path = run(monkeypatch, tmp_path, "--resume", "runs/a", name=None)
+    assert [line["step"] for line in lines(path / "metrics.jsonl")] == [0, 1, 2, 3, 4, 4]
+    same(run(monkeypatch, tmp_path, name="alone"), path)
+
+
+def test_a_directory_that_can_only_be_read(monkeypatch, tmp_path, small):
+    def remount():
+        subprocess.run(["mount", "-o", "remount,ro", small], check=True)
+
+    at_step(monkeypatch, 1, remount)
+    with pytest.raises(InputError) as error:
+        run(monkeypatch, tmp_path)
+    at = "[Errno 30] Read-only file system: 'runs/a/"
+    assert str(error.value) == (f"runs/a/samples.jsonl cannot be written: {at}samples.jsonl'; runs/a/checkpoint could not be written: {at}checkpoint.part'; "
+                                "runs/a/state/step-1 is whole, to go on from it: python train.py --resume runs/a")
+    with pytest.raises(InputError) as error:
+        run(monkeypatch, tmp_path, "--resume", "runs/a", name=None)
+    assert str(error.value) == f"runs/a: {at}config.json.part'"
+    with pytest.raises(InputError) as error:
+        run(monkeypatch, tmp_path, name="b")
+    assert str(error.value) == "runs/b cannot be made: [Errno 30] Read-only file system: 'runs/b'"
+
+
+# Numbers that go wrong
+
+def script(tmp_path: Path, change: str) -> Path:
+    """train.py with something changed in it."""
+    file = tmp_path / "changed.py"
+    file.write_text(f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import rollout, rvpo, rewards, train, update
+rewards.TASKS["tools"] = [rewards.Reward("vowels", lambda p, rs, ref: [r.count("e") / 9 for r in rs]), rewards.Reward("short", lambda p, rs, ref: [1 / (1 + len(r)) for r in rs])]
+{change}
+try:
+    train.main()
+except rewards.InputError as error:
+    sys.exit(f"error: {{error}}")
+""")
+    return file
+
+
+@pytest.mark.parametrize("total", [1, 2])
+def test_a_loss_that_is_not_finite(tmp_path, total):
+    """On one rank only, in the second update of steps 2, 4, 5, 6: all leave it out, three such steps in a row end the run."""
+    file = script(tmp_path, """
+real, calls = rvpo.policy_loss, []
+
+def loss(*args):
+    calls.append(1)
+    value, stats = real(*args)
+    step, u = divmod(len(calls) - 1, 2)
+    return value * (float("nan") if rollout.RANK == rollout.WORLD - 1 and u == 1 and step + 1 in (2, 4, 5, 6) else 1), stats
+
+rvpo.policy_loss = loss
+""")
+    launcher = [sys.executable] if total == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    result = subprocess.run([*launcher, file, "--model", "tiny", "--engine", "hf", "--name", "a", "--steps", "9", "--max-tokens", "8", "--updates", "2",
+                             "--prompts", "4", "--max-bad-steps", "3"], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.stderr.count("error: no loss or gradient was finite in the last 3 steps (--max-bad-steps), whose updates were left out: see bad_prompts in "
+                               "runs/a/metrics.jsonl, and try a lower --lr; the policy as it was then is in runs/a/checkpoint; to go on from step 6: "
+                               "python train.py --resume runs/a\n") == 1, result.stderr[-3000:]
+    steps = [line for line in lines(tmp_path / "runs/a/metrics.jsonl") if "loss" in line]
+    assert [line["bad_updates"] for line in steps] == [[], [1], [], [1], [1], [1]] and [line.get("bad_prompts") for line in steps] == [None, [2, 3], None] + 3 * [[2, 3]]
+    state = json.loads((tmp_path / "runs/a/state/step-6/state.json").read_text())
+    assert state["bad_steps"] == 3 and state["optimizer_steps"] == 8 and all(line["grad_norm"] > 0 for line in steps)
+    weights = policies.load(tmp_path / "runs/a/checkpoint", ranks.CPU)
+    assert all(parameter.isfinite().all() for parameter in weights.parameters())
+
+
+def test_a_reward_that_never_varies_is_pointed_out_once(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(rewards.TASKS, "tools", [Reward("same", lambda p, rs, ref: [0.5] * len(rs)), Reward("gone", lambda p, rs, ref: [float("nan")] * len(rs)),
+                                                 Reward("rare", lambda p, rs, ref: [float("q" in r) for r in rs])])
+    run(monkeypatch, tmp_path, "--steps", 12, "--save-every", 0)
+    out = capsys.readouterr().out
+    assert out.count("warning:") == out.count("warning: reward 'same' was 0.5 for every response of 10 steps: it teaches nothing") == 1
+
+
+# Secrets and the judge
+
+def test_no_file_holds_the_judges_key(monkeypatch, tmp_path):
+    """Not even when the endpoint quotes it in an error that is logged; and the sentence of a judge that dies."""
+    monkeypatch.setenv("JUDGE_API_KEY", "sk-very-secret-0123456789")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": f"question {i}", "rubric": [{"description": "says 1"}, {"description": "says 2"}]}) + "\n" for i in range(9)))
+
+    last = [30]  # that is answered
+
+    def answer(body, n):
+        return (401, f"wrong key: {server.requests[-1]['key']}") if n > last[0] else verdicts(body)
+
+    server = Server(answer)
+    args = ["--task", "rubric", "--data", "rows.jsonl", "--judge-url", server.url, "--judge-model", "m", "--judge-cache", "runs/cache", "--steps", 3]
+    try:
+        run(monkeypatch, tmp_path, *args, "--judge-max-missing", 1)
+        last[0] = len(server.requests) + 9
+        with pytest.raises(InputError) as error:
+            run(monkeypatch, tmp_path, *args, "--seed", 1, name="b")
+    finally:
+        server.stop()
+    assert server.requests[0]["key"] == "Bearer sk-very-secret-0123456789"
+    assert "% of the judge's verdicts are missing, more than --judge-max-missing 0.2 allows; the last reason was: HTTP 401: wrong key: Bearer ***; " \
+           "the policy as it was then is in runs/b/checkpoint; to go on from step 0: python train.py --resume runs/b" in str(error.value)
+    written = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
+    assert len(written) > 15 and "***" in (tmp_path / "runs/a/metrics.jsonl").read_text()
+    assert not [path for path in written if b"very-secret" in path.read_bytes()]
