@@ -68,13 +68,13 @@ def warm_start(key: tuple[int, str]) -> tuple[tuple[int, str], dict]:
 
 
 def credit(rewards: torch.Tensor, advantages: torch.Tensor) -> list[float]:
-    """Mean advantage of a rollout that alone satisfies a channel of two values, and of one that alone fails in it.
-    rewards (P, G, K), advantages (P, G)."""
+    """Mean advantage of a rollout that alone satisfies a channel, and of one that alone fails in it, where that is all
+    that differs in the group. rewards (P, G, K), advantages (P, G)."""
     low, high = rewards.amin(1, keepdim=True), rewards.amax(1, keepdim=True)
-    binary = ((rewards == low) | (rewards == high)).all(1, keepdim=True) & (high > low)
+    only = (high > low) & ((high > low).sum(-1, keepdim=True) == 1)
     out = []
-    for hit in ((rewards == high) & binary, (rewards == low) & binary):
-        alone = hit & (hit.sum(1, keepdim=True) == 1)
+    for hit in (rewards == high, rewards == low):
+        alone = only & hit & (hit.sum(1, keepdim=True) == 1)
         out.append(advantages[..., None].expand_as(alone)[alone].mean().item())  # NaN if there is none
     return out
 
@@ -115,7 +115,8 @@ def result(run: Run) -> dict:
     z = rvpo.zscore(rewards)[rvpo.has_signal(rewards).any(-1)].flatten(0, 1)
 
     def curve(value: Callable[[dict], float]) -> list[float]:
-        return np.array([value(x) for x in steps]).reshape(-1, EVERY).mean(1).tolist()
+        values = np.array([value(x) for x in steps]).reshape(-1, EVERY)
+        return np.nanmean(values, 1).tolist()  # nothing binds where nothing varies
 
     return {
         "eval": {name: [float(x[name][0]) for x in evals] for name in evals[0]},
@@ -152,20 +153,20 @@ def comparisons(rates: dict, seeds: range) -> dict[str, Panel]:
         rate = rates["conflict" if task.startswith("K") else task, TUNED.get(method, method)]
         return [Run(task, method, seed, rate, **change) for seed in seeds[:n]]
 
-    def altered(method: str, channel: str, scale: float = 1.0, wrong: float = 0.0) -> list[Run]:
+    def altered(task: str, method: str, channel: str, scale: float = 1.0, wrong: float = 0.0) -> list[Run]:
         same = scale == 1 and wrong == 0
-        return runs(easy, method, **({} if same else {"channel": channel, "scale": scale, "wrong": wrong}))
+        return runs(task, method, **({} if same else {"channel": channel, "scale": scale, "wrong": wrong}))
 
     easy, ours = "no conflict", ("rvpo", "gdpo")
     return {
         "Aggregation": {task: {m: runs(task, m, HELD_OUT) for m in METHODS} for task in TASKS},
         "Beta": {beta: {task: runs(task, "rvpo", beta=None if beta == METHODS["rvpo"] else beta)
                         for task in ("conflict", easy)} for beta in ("0.1", "0.5", "1", "2", "5", "10")},
-        "Scale: no conflict, the channel `tool` multiplied": {
-            f"x {scale:g}": {m: altered(m, "tool", scale=scale)
+        "Scale: conflict, the channel `please` multiplied": {
+            f"x {scale:g}": {m: altered("conflict", m, "please", scale=scale)
                              for m in ("grpo", "minmax", "softmin", "rawsoftmin", *ours)} for scale in (1.0, 10.0)},
         "Noise: no conflict, `safe` inverted at random": {
-            f"{wrong:.0%}": {m: altered(m, "safe", wrong=wrong)
+            f"{wrong:.0%}": {m: altered(easy, m, "safe", wrong=wrong)
                              for m in (*ours, "grpo", "hardmin", "softmin")} for wrong in (0.0, 0.1, 0.3)},
         "Whitening: rvpo over the batch, or centred in the group first": {
             task: {m: runs(task, m) for m in ("rvpo", "centred")} for task in TASKS},

@@ -85,10 +85,9 @@ def test_statistics_by_hand():
     assert report.sign_flip([1.0, 2.0, 3.0]) == 2 / 8
     assert report.sign_flip([1.0, -1.0]) == 1.0
     assert report.sign_flip([0.1] * 8) == 2 / 256
-    rewards = torch.tensor([[[1.0, 0.5], [0, 0.5], [0, 0.5], [0, 0.7]], [[1, 0], [1, 0], [1, 0], [0, 0]]])
-    advantages = torch.tensor([[3.0, 1, 1, 1], [0.5, 0.5, 0.5, -2]])
-    # alone in success: the first of group 0 by channel 0, its last by channel 1; in failure: the last of group 1
-    assert study.credit(rewards, advantages) == [(3 + 1) / 2, -2]
+    rewards = torch.tensor([[[1.0, 0.5], [0, 0.5], [0, 0.5], [0, 0.5]], [[1, 0], [1, 0], [1, 0], [0, 0]], [[1, 0], [0, 0], [0, 1], [0, 0]]])
+    advantages = torch.tensor([[3.0, -1, -1, -1], [0.5, 0.5, 0.5, -2], [9, 9, 9, 9]])
+    assert study.credit(rewards, advantages) == [3, -2]  # in the third group two channels vary
     z = torch.randn(500, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for beta in (0.1, 2.0):
         size, error, largest, bound, share = study.taylor(z, beta)
