@@ -132,8 +132,8 @@ MAY_CHANGE = {"name", "resume", "data", "eval_data", "judge_url", "judge_cache",
 
 
 def resumed(args: argparse.Namespace, given: dict) -> argparse.Namespace:
-    """The options of the run that --resume names, with `run`, its directory. given: those on the command line, which
-    may differ in MAY_CHANGE. Unchanged for `auto` without a checkpoint. Raises InputError."""
+    """The options of the run that --resume names, `resume` being its directory. given: those on the command line, which
+    may differ in MAY_CHANGE. `auto` without a checkpoint: the args as they are. Raises InputError."""
     if args.resume == "auto" and not args.name:
         raise InputError("--resume auto needs --name, to find the run again")
     run = Path("runs") / args.name if args.resume == "auto" else Path(args.resume)

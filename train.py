@@ -81,8 +81,8 @@ def beginning() -> dict:
 
 
 def seed_rewards(seed: int, step: int) -> None:
-    """A reward of the user's may draw at random: as the same numbers whether or not the run was resumed before this
-    step. All else has seeds of its own."""
+    """A reward of the user's may draw at random: the same numbers, whether or not the run was resumed at this step. All
+    else has seeds of its own."""
     random.seed(own := rollout.request_seed(seed, f"rewards {step}", RANK))
     np.random.seed(own)
     torch.manual_seed(own)
@@ -202,8 +202,8 @@ def fit(args: argparse.Namespace, run: Path, device: torch.device, policy, optim
         # A checkpoint is what is known here: a run that is resumed repeats the evaluation that comes next.
         progress |= {"step": step, "bad_steps": bad_steps, "ranges": ranges, "lengths": files.lengths(run)}
         if bad_steps >= args.max_bad_steps and step > begun:
-            raise InputError(f"no loss or gradient was finite in the last {bad_steps} steps (--max-bad-steps), whose "
-                             f"updates were left out: see bad_prompts in {run}/metrics.jsonl, and try a lower --lr")
+            raise InputError(f"a loss or gradient was not finite in each of the last {bad_steps} steps "
+                             f"(--max-bad-steps): see bad_prompts in {run}/metrics.jsonl, and try a lower --lr")
         seed_rewards(args.seed, step)
         saving = save_if_due()
         if step in (0, args.steps) or (args.eval_every and step % args.eval_every == 0):

@@ -125,11 +125,11 @@ def main(argv: list[str] | None = None) -> int:
         finish(process, cwd / "alone.log")
         seconds = time.monotonic() - at
         print(f"left alone: {time.monotonic() - began:.1f} s", flush=True)
-        for number in range(args.kills):
+        for number in range(1, args.kills + 1):
             moment = trial(number, cwd, args.ranks, seconds, args.steps, rng, options)
             wrong = differences(cwd / "runs/alone", cwd / "runs" / f"k{number}")
             differ += bool(wrong)
-            print(f"{number + 1}: killed {moment}: {'DIFFERENT ' + ' '.join(wrong) if wrong else 'identical'}", flush=True)
+            print(f"{number}: killed {moment}: {'DIFFERENT ' + ' '.join(wrong) if wrong else 'identical'}", flush=True)
     print(f"{args.kills - differ} of {args.kills} identical, {args.engine}, {args.ranks} ranks, {time.monotonic() - began:.0f} s")
     return differ
 

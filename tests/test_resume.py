@@ -72,8 +72,9 @@ def same(a: Path, b: Path) -> None:
 
 # Stopped and resumed
 
-def test_two_killed_runs_are_resumed_to_the_bit():
-    assert kill_and_resume.main(["--kills", "2", "--steps", "4"]) == 0
+def test_a_run_that_is_killed_while_it_saves_is_resumed_to_the_bit():
+    """One of the twenty of kill_and_resume.py."""
+    assert kill_and_resume.main(["--kills", "1", "--steps", "3"]) == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -161,7 +162,7 @@ def test_ranks_are_stopped_by_a_signal_to_one_and_resumed_as_one_or_four(tmp_pat
     assert log.read_text().count("stopped by SIGTERM; to go on from step ") == 1 and "]: Traceback" not in log.read_text()
     shutil.copytree(tmp_path / "runs", tmp_path / "stopped")
     losses = {}
-    for total in (2, 1, 4):  # the run of two is what those of others are compared with
+    for total in (1, 4):
         shutil.rmtree(tmp_path / "runs")
         shutil.copytree(tmp_path / "stopped", tmp_path / "runs")
         process = launch(*args, cwd=tmp_path, ranks=total, kind="child-without-chance")
@@ -170,8 +171,7 @@ def test_ranks_are_stopped_by_a_signal_to_one_and_resumed_as_one_or_four(tmp_pat
         assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
         losses[total] = [line["loss"] for line in steps]
     assert "changed: ranks 4, the run had 2\n" in log.read_text()
-    for total in (1, 4):
-        assert max(abs(a - b) for a, b in zip(losses[total], losses[2], strict=True)) < 1e-5
+    assert max(abs(a - b) for a, b in zip(losses[1], losses[4], strict=True)) < 1e-5
 
 
 def test_torchrun_starts_again_when_a_rank_dies(tmp_path):
@@ -377,8 +377,7 @@ except rewards.InputError as error:
     return file
 
 
-@pytest.mark.parametrize("total", [1, 2])
-def test_a_loss_that_is_not_finite(tmp_path, total):
+def test_a_loss_that_is_not_finite(tmp_path):
     """On one rank only, in the second update of steps 2, 4, 5, 6: all leave it out, three such steps in a row end the run."""
     file = script(tmp_path, """
 real, calls = rvpo.policy_loss, []
@@ -391,10 +390,10 @@ def loss(*args):
 
 rvpo.policy_loss = loss
 """)
-    launcher = [sys.executable] if total == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     result = subprocess.run([*launcher, file, "--model", "tiny", "--engine", "hf", "--name", "a", "--steps", "9", "--max-tokens", "8", "--updates", "2",
                              "--prompts", "4", "--max-bad-steps", "3"], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert result.stderr.count("error: no loss or gradient was finite in the last 3 steps (--max-bad-steps), whose updates were left out: see bad_prompts in "
+    assert result.stderr.count("error: a loss or gradient was not finite in each of the last 3 steps (--max-bad-steps): see bad_prompts in "
                                "runs/a/metrics.jsonl, and try a lower --lr; the policy as it was then is in runs/a/checkpoint; to go on from step 6: "
                                "python train.py --resume runs/a\n") == 1, result.stderr[-3000:]
     steps = [line for line in lines(tmp_path / "runs/a/metrics.jsonl") if "loss" in line]
