@@ -107,7 +107,7 @@ def report(done: dict, panels: dict[str, Panel], rates: dict, every: int) -> str
         rows.append([m, *(f"{mean(m, x)[0]:.2f} → {mean(m, x)[-1]:.2f}" for x in ("grad_norm", "advantage_std")),
                      " → ".join(f"{name} {share:.2f}" for share, name in ends),
                      *(f"{x:+.2f}" for x in mean(m, "credit"))])
-    parts[f"Over training (conflict): means of the first and the last {every} steps; mean advantage of one success, and "
+    parts[f"Over training (conflict): first and last {every} steps; mean advantage of one success, and "
           "of one failure, that is all that differs in its group"] = table(
         "| aggregation | gradient norm | advantage std | binds most often, share | lone success | lone failure |", rows)
     parts["Score of one success, and of one failure, in 8 (closed form, the other channels constant)"] = table(
