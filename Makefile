@@ -6,7 +6,7 @@ demo: .venv/ready  ## train SmolLM2-135M on tool calling with RVPO, and plot it:
 	.venv/bin/python train.py --name $(RUN)
 	.venv/bin/python plot.py runs/$(RUN)
 
-study: .venv/ready  ## every aggregation on three small tasks: 20 minutes on two cores
+study: .venv/ready  ## every aggregation on three small tasks: 17 minutes on two cores
 	.venv/bin/python study.py --out runs/study-$(shell date +%m%d-%H%M%S)
 
 test: .venv/ready

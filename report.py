@@ -89,7 +89,7 @@ def report(done: dict, panels: dict[str, Panel], rates: dict, every: int) -> str
             for row, cells in panel.items()))
 
     def mean(method: str, *keys: str) -> np.ndarray:
-        """Over the seeds of the conflict task."""
+        """Over the seeds of the conflict task that have the number."""
         return np.nanmean([functools.reduce(lambda x, key: x[key], keys, done[run])
                         for run in conflict[method]], 0)
 
@@ -106,7 +106,7 @@ def report(done: dict, panels: dict[str, Panel], rates: dict, every: int) -> str
         ends = [max((shares[at], name) for name, shares in binding.items()) for at in (0, -1)]
         rows.append([m, *(f"{mean(m, x)[0]:.2f} → {mean(m, x)[-1]:.2f}" for x in ("grad_norm", "advantage_std")),
                      " → ".join(f"{name} {share:.2f}" for share, name in ends),
-                     *(f"{x:+.2f}" for x in mean(m, "credit"))])
+                     *("none" if math.isnan(x) else f"{x:+.2f}" for x in mean(m, "credit"))])
     parts[f"Over training (conflict): first and last {every} steps; mean advantage of one success, and "
           "of one failure, that is all that differs in its group"] = table(
         "| aggregation | gradient norm | advantage std | binds most often, share | lone success | lone failure |", rows)
