@@ -90,8 +90,8 @@ def report(done: dict, panels: dict[str, Panel], rates: dict, every: int) -> str
 
     def mean(method: str, *keys: str) -> np.ndarray:
         """Over the seeds of the conflict task that have the number."""
-        return np.nanmean([functools.reduce(lambda x, key: x[key], keys, done[run])
-                        for run in conflict[method]], 0)
+        values = [functools.reduce(lambda x, key: x[key], keys, done[run]) for run in conflict[method]]
+        return np.ma.masked_invalid(values).mean(0).filled(math.nan)
 
     noise = panels["Noise: no conflict, `safe` inverted at random"]
     parts["The same: soft-min weight of `safe` in rvpo (uniform: 0.17)"] = table("| share | weight |", (

@@ -39,7 +39,7 @@ TUNING, HELD_OUT, FEW = (1000, 1001), 8, 3  # seeds to choose by, to report, and
 STEPS, EVERY = 120, 20
 SEARCH = 24  # random tasks
 # Forms that are compared here only. Each: as those in rvpo.AGGREGATIONS.
-rvpo.AGGREGATIONS |= {
+FORMS = {
     "minmax": lambda r, beta, w: rvpo.grpo_advantage(scoring.unit("toy", r), beta, w),  # grpo on one scale
     "rawsoftmin": rvpo.softmin_advantage,  # softmin on the rewards as they are
     "centred": lambda r, beta, w: (s := rvpo.rvpo_advantage(r, beta, w)) - s.mean(-1, keepdim=True),
@@ -95,6 +95,7 @@ def result(run: Run) -> dict:
     channels, demonstrations = toy.SUITE[run.task]
     scoring.TASKS["toy"] = channels = [
         toy.reward(c.name, c.full, run.scale, run.wrong) if c.name == run.channel else c for c in channels]
+    rvpo.AGGREGATIONS |= FORMS
     policy = toy.make_policy(0)
     policy.load_state_dict(STARTS[run.seed, demonstrations])
     args = argparse.Namespace(

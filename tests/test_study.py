@@ -95,12 +95,12 @@ def test_statistics_by_hand():
     assert study.taylor(z, 0.1)[1] < study.taylor(z, 2.0)[1]
 
 
-def test_softmin_wants_one_scale():
+def test_softmin_wants_one_scale(monkeypatch):
     """unit() takes each channel's bounds away; then softmin does not depend on them, and grpo does."""
-    scoring.TASKS["toy"] = [toy.reward("safe"), toy.reward("please")]
+    monkeypatch.setitem(scoring.TASKS, "toy", [toy.reward("safe"), toy.reward("please")])
     raw = torch.rand(3, 8, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     same = rvpo.softmin_advantage(scoring.unit("toy", raw), 1.0)
-    scoring.TASKS["toy"] = [toy.reward("safe"), toy.reward("please", scale=10.0)]
+    monkeypatch.setitem(scoring.TASKS, "toy", [toy.reward("safe"), toy.reward("please", scale=10.0)])
     scaled = raw * torch.tensor([1.0, 10.0])
     torch.testing.assert_close(rvpo.softmin_advantage(scoring.unit("toy", scaled), 1.0), same)
     assert (rvpo.grpo_advantage(scaled) - rvpo.grpo_advantage(raw)).abs().max() > 0.1
@@ -111,14 +111,16 @@ def test_a_run_and_the_report(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "STEPS", 4)
     monkeypatch.setattr(study, "EVERY", 2)
     monkeypatch.setattr(study, "TUNING", (1000,))
-    monkeypatch.setattr(study.train, "write", study.train.write)  # result() sets it
-    monkeypatch.setitem(scoring.TASKS, "toy", [])
+    monkeypatch.setattr(study.train, "write", study.train.write)  # result() sets it, and the next two
+    monkeypatch.setattr(scoring, "TASKS", dict(scoring.TASKS))
+    monkeypatch.setattr(rvpo, "AGGREGATIONS", dict(rvpo.AGGREGATIONS))
     study.STARTS[0, "verbose"] = toy.make_policy(3).state_dict()
     run = study.Run("conflict", "rvpo", 0, 1e-3, channel="safe", wrong=0.5)
     out = study.result(run)
     assert json.dumps(out) == json.dumps(study.result(run)) and out["full"]["please"] < 1 / 3
     assert len(out["eval"]["joint"]) == 3 and len(out["grad_norm"]) == 2 and min(out["grad_norm"]) > 0
     assert study.result(run._replace(method="grpo"))["grad_norm"] != out["grad_norm"]
+    assert study.result(run._replace(method="centred"))["full"] == out["full"]
     assert study.result(run._replace(wrong=0.0))["weight"]["safe"] != out["weight"]["safe"]
 
     def stand_in(runs, done):
