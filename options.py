@@ -110,8 +110,8 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     option(running, "eval-prompts", 128, "held-out prompts, one sample each")
     option(running, "seed", 0, "of the order of the prompts and of the rollouts")
     option(running, "name", None, "results go to runs/NAME (default: task, aggregation, date and time)")
-    option(running, "save-every", "auto", "steps between checkpoints; auto: 1% of the time goes there; 0: only when "
-                                          "the run is stopped")
+    option(running, "save-every", "auto", "steps between checkpoints; auto: as often as takes 1% of the time; 0: only "
+                                          "when the run is stopped")
     option(running, "keep", 1, "checkpoints of a run, the newest")
     option(running, "resume", None, "runs/NAME: go on from its newest checkpoint, with its options; auto: go on from "
                                     "that of --name, or begin")

@@ -41,6 +41,7 @@ from rewards import InputError
 from rollout import RANK, WORLD, gather, on_rank_0
 from update import make_optimizer, micro_batches, update
 
+FIRST_SAVE = 600.0  # seconds until --save-every auto saves for the first time
 CONSTANT = 10  # after as many steps a reward that has always been the same is pointed out
 
 
@@ -182,8 +183,8 @@ def fit(args: argparse.Namespace, run: Path, device: torch.device, policy, optim
 
     def save_if_due() -> float:  # seconds that it took
         nonlocal saved, took
-        if args.save_every == "auto":  # saving takes 1% of the time; and the first step shows that it works
-            due = gather([step > 0 and time.perf_counter() - saved >= 100 * took])[0]
+        if args.save_every == "auto":  # so that it takes 1% of the time
+            due = gather([time.perf_counter() - saved >= (100 * took or FIRST_SAVE)])[0]
         else:
             due = int(args.save_every) and step % int(args.save_every) == 0
         if not due or step == begun:

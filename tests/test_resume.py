@@ -412,6 +412,13 @@ def test_a_reward_that_never_varies_is_pointed_out_once(monkeypatch, tmp_path, c
     assert out.count("warning:") == out.count("warning: reward 'same' was 0.5 for every response of 10 steps: it teaches nothing") == 1
 
 
+def test_by_default_saving_waits_and_then_takes_a_hundredth(monkeypatch, tmp_path):
+    for first, saves in ((0.0, [0, 1, 0, 0]), (600.0, [0, 0, 0, 0])):  # the second save is due 100 times as long after
+        monkeypatch.setattr(train, "FIRST_SAVE", first)
+        out = run(monkeypatch, tmp_path, "--save-every", "auto", name=f"first{first:.0f}")
+        assert [x["seconds"]["save"] > 0 for x in lines(out / "metrics.jsonl") if "seconds" in x] == saves
+
+
 # Secrets and the judge
 
 def test_no_file_holds_the_judges_key(monkeypatch, tmp_path):
