@@ -2,7 +2,7 @@
 PYTHON ?= python3
 RUN := demo-$(shell date +%m%d-%H%M%S)
 
-demo: .venv/ready  ## train SmolLM2-135M on tool calling with RVPO, and plot it: 11 to 14 minutes on two cores
+demo: .venv/ready  ## train SmolLM2-135M on tool calling with RVPO, and plot it: 5 to 14 minutes on two cores
 	.venv/bin/python train.py --name $(RUN)
 	.venv/bin/python plot.py runs/$(RUN)
 
