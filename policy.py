@@ -6,14 +6,12 @@ and gradients as one sequence a response (tests/test_policy.py), for a fraction 
 """
 
 import math
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub import save_torch_state_dict
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -24,9 +22,7 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
-from files import publish
-from rewards import InputError
-from rollout import LOCAL_WORLD, RANK, WORLD, on_rank_0
+from ranks import LOCAL_WORLD, WORLD, InputError
 
 LOGITS = 512  # tokens whose logits exist at a time: 0.3 GB in float32 with 152,000 words
 
@@ -146,6 +142,19 @@ def make_mesh(device: torch.device) -> DeviceMesh | None:
     return mesh if mesh.size(0) > 1 else mesh["shard"]
 
 
+def must_recompute(path: Path, device: torch.device, tokens: int) -> bool:
+    """Is a GPU too small for the activations of `tokens`? A rule, compared with a simulation (docs/gpu.md): weights,
+    gradients and AdamW take 16 bytes a parameter, the backward pass 20 hidden and 8 intermediate sizes of bytes a token
+    and layer."""
+    if device.type == "cpu":
+        return False
+    config = AutoConfig.from_pretrained(path)
+    with init_empty_weights():
+        states = 16 * AutoModelForCausalLM.from_config(config).num_parameters() / LOCAL_WORLD
+    kept = tokens * config.num_hidden_layers * (20 * config.hidden_size + 8 * config.intermediate_size)
+    return states + kept > 0.7 * torch.cuda.get_device_properties(device).total_memory
+
+
 def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
@@ -207,33 +216,3 @@ def full_weights(policy: Policy, dtype: torch.dtype) -> Iterator[tuple[str, Tens
                 yield name.removeprefix("lm."), parameter.detach().to(dtype, copy=True)
         if isinstance(unit, FSDPModule):
             unit.reshard()
-
-
-@torch.no_grad()
-def save(policy: Policy, tokenizer, path: Path, dtype: torch.dtype) -> None:
-    """A checkpoint that transformers and vLLM load as it is, written by rank 0 in the original's dtype, whole or
-    absent. All ranks must call it. Raises InputError on all of them if it cannot be written."""
-    weights, part = {}, path.with_name(path.name + ".part")
-    for name, parameter in policy.lm.named_parameters():
-        full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
-        if RANK == 0:
-            weights[name] = full.to("cpu", dtype)
-
-    def write() -> None:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        save_torch_state_dict(weights, part)
-        policy.lm.config.dtype = dtype
-        policy.lm.config.save_pretrained(part)
-        generation = policy.source / "generation_config.json"
-        if generation.is_file():  # as it was: transformers refuses to write some that it reads
-            shutil.copy(generation, part)
-        tokenizer.save_pretrained(part)
-        publish(part, path)
-
-    try:
-        on_rank_0(write)
-    except OSError as error:
-        if RANK == 0:
-            shutil.rmtree(part, ignore_errors=True)
-        raise InputError(f"{path} could not be written: {error}") from error

@@ -9,7 +9,8 @@ Copy this file: it needs torch only. Shapes: P prompts, G rollouts of each, K re
 3. `whiten`      over all rollouts of the batch,
 4. `policy_loss` the clipped policy gradient, the advantage on every response token.
 
-`rvpo_advantage` is steps 1 and 2. GDPO, GRPO and the paper's other baselines differ in step 2 alone. NaN means "this
+`rvpo_advantage` is steps 1 and 2. GDPO, the hard minimum and the explicit penalty differ in step 2 alone; GRPO and
+`softmin` aggregate the raw rewards first and z-score the result. Steps 3 and 4 are the same for all. NaN means "this
 reward is missing": it is left out everywhere and never counts as 0. Pad prompts that have fewer channels with NaN.
 """
 
@@ -99,7 +100,7 @@ def soft_min_weights(z: Tensor, beta: float, weights: Tensor | None = None) -> T
 
 
 def rvpo_advantage(rewards: Tensor, beta: float, weights: Tensor | None = None) -> Tensor:
-    """The paper's A: z-score each channel in its group, then the soft minimum over the channels, see `soft_min`."""
+    """RVPO: z-score each channel in its group, then the soft minimum over the channels, see `soft_min`."""
     return _float_like(soft_min(zscore(_check(rewards)), beta, weights), rewards)
 
 
@@ -173,24 +174,15 @@ def whiten(scores: Tensor, signal: Tensor, eps: float = EPS) -> Tensor:
     return out
 
 
+def weighted(rewards: Tensor, weights: Tensor | None) -> Tensor:
+    """(..., G, K) -> (..., G, K): NaN where a channel has no weight, for it is no signal either."""
+    return rewards if weights is None else rewards.masked_fill(torch.as_tensor(weights).unsqueeze(-2) == 0, math.nan)
+
+
 def advantages(rewards: Tensor, agg: str, beta: float, weights: Tensor | None = None) -> Tensor:
     """Steps 1 to 3: raw rewards (P, G, K) of the whole batch -> advantages (P, G). agg: a key of AGGREGATIONS."""
-    r = _check(rewards)
-    if weights is not None:  # a channel without weight is no signal either
-        r = r.masked_fill(torch.as_tensor(weights).unsqueeze(-2) == 0, math.nan)
+    r = weighted(_check(rewards), weights)
     return _float_like(whiten(AGGREGATIONS[agg](r, beta, weights), has_signal(r)), rewards)
-
-
-def parse_beta(text: str) -> tuple[float, float]:
-    """'2' -> (2, 2); '0.5:2' -> (0.5, 2). Raises ValueError on anything that is no schedule."""
-    try:
-        parts = [float(part) for part in text.split(":")]
-        start, end = parts * 2 if len(parts) == 1 else parts
-        if not (start >= 0 and end >= 0) or (math.inf in (start, end) and start != end):
-            raise ValueError
-    except ValueError:
-        raise ValueError(f"beta '{text}' is neither a number >= 0 nor START:END, such as 2 or 0.5:2") from None
-    return start, end
 
 
 def beta_at(schedule: tuple[float, float], step: int, steps: int) -> float:
@@ -204,12 +196,12 @@ def channel_stats(rewards: Tensor, beta: float, labels: list[list[str]],
     """Diagnostics of raw rewards (P, G, K) by label, the same for every aggregation; NaN where there are no data.
 
     labels: P lists, the name of each channel; a prompt with fewer than K is padded. Channels with one name are taken
-    together. mean, std: over all rollouts. missing: share of NaN. constant: share of groups in which the channel does
+    together. mean, std, min, max: over all rollouts. missing: share of NaN. constant: share of groups in which the channel does
     not vary. binding: share of rollouts in which the channel (one with this name) has the largest soft-min weight (ties
     are shared). weight: its (their summed) soft-min weight. The last two are over rollouts with signal.
     """
     r = _check(rewards)
-    signal = has_signal(r)
+    signal = has_signal(weighted(r, weights))
     p = soft_min_weights(zscore(r), beta, weights)  # (P, G, K)
     largest = (p == p.amax(-1, keepdim=True)).to(p)
     largest = largest / largest.sum(-1, keepdim=True)
@@ -220,7 +212,8 @@ def channel_stats(rewards: Tensor, beta: float, labels: list[list[str]],
         present = values[~values.isnan()]
         varies, groups = _varies(r)[own], (~values.isnan()).any(-1)
         stats[name] = {
-            "mean": present.mean().item(),
+            "mean": present.mean().item(), "min": present.min().item() if len(present) else math.nan,
+            "max": present.max().item() if len(present) else math.nan,
             "std": present.std(correction=min(1, len(present) - 1)).item() if len(present) else math.nan,
             "missing": 1 - len(present) / values.numel(),
             "constant": (groups & ~varies).sum().item() / groups.sum().item() if groups.any() else math.nan,

@@ -1,343 +1,413 @@
-"""Train a policy with RVPO, or with one of the paper's baselines: sample, score, advantages, update, log.
+"""Train a policy with RVPO, or with one of the paper's baselines.
 
     python train.py                                                              # SmolLM2-135M on a laptop
     torchrun --nproc_per_node=8 train.py --model Qwen/Qwen2.5-7B --agg rvpo      # one node with 8 GPUs
 
 Kept from GRPO: G rollouts a prompt instead of a critic, the clipped ratio, an optional KL penalty. Each rank samples
-its share of the step's prompts; responses and rewards are gathered, and the update is dealt out anew by work
-(balance.py). Every number below is, but for rounding, the same for any number of ranks.
+its share of the step's prompts; responses and rewards are gathered, and the update is dealt out anew by work. Every
+number below is, but for rounding, the same for any number of ranks. Begin with `fit`.
 """
 
-import argparse
+import sys
+
+from config import TrainConfig, parse
+from ranks import RANK, WORLD, InputError, catch_signals, check_signals, join
+
+try:  # before torch is imported: a wrong option must not wait for it
+    CONFIG = parse(TrainConfig, __doc__) if __name__ == "__main__" else None
+except InputError as error:
+    sys.exit(f"error: {error}")
+
 import contextlib
 import functools
 import math
 import random
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
-import balance
 import checkpoint
-import data
-import files
-import memory
 import model
 import policy as policies
-import rewards as scoring
-import rollout
 import rvpo
-import stop
-from checkpoint import give_up, save_state
-from files import make_run, write
-from judge import Judge, check_missing, connect, total_counts
-from options import check_args, parse_args, versions
-from rewards import InputError
-from rollout import RANK, WORLD, gather, on_rank_0
-from update import make_optimizer, micro_batches, update
+from config import parse_beta
+from model import Prompt
+from rewards import Example, Task, load_task, satisfied, unit
+from rollout import Decoding, Group, Response, Sampler, VLLMEngine, request_seed
 
-FIRST_SAVE = 600.0  # seconds until --save-every auto saves for the first time
-CONSTANT = 10  # after as many steps a reward that has always been the same is pointed out
+GRAD_CLIP = 1.0  # the gradient norm is clipped to this, as in ToolRL
+PHASES = "sample", "score", "advantage", "write", "update", "sync"  # of a step, in metrics.jsonl
+BAD_STEPS = 5  # stop after as many steps in a row whose loss or gradient is not finite
 
 
-def score(judge: Judge | None, sampled: list) -> tuple[list, np.ndarray, dict]:
-    """Of the whole batch, the same on every rank: P lists of G responses, raw rewards (P, G, K), NaN where a prompt has
-    fewer than K channels, and what the judge did. sampled: this rank's share, see rollout.sample. Raises InputError on
-    all ranks if a reward fails on one, and stop.Stop."""
+# The update: optimizer steps on a batch of groups, each prompt computed once, and none that has nothing to teach.
 
-    def outcome(rewards: Callable) -> np.ndarray | InputError:
-        try:
-            return rewards()
-        except InputError as error:
-            return error
+@dataclass
+class Learner:
+    """What is trained, and what trains it."""
 
-    own = stop.interruptible(lambda: [(responses, outcome(rewards)) for responses, rewards in sampled])
-    stop.check()
-    everyone = gather(own)
-    for _, own in everyone:
-        if isinstance(own, InputError):
-            raise own
-    width = max(own.shape[1] for _, own in everyone)
-    padded = [np.pad(own, ((0, 0), (0, width - own.shape[1])), constant_values=np.nan) for _, own in everyone]
-    counts = total_counts(judge, [own for _, own in everyone]) if judge else {}
-    return [responses for responses, _ in everyone], np.stack(padded), counts
+    policy: policies.Policy
+    reference: policies.Policy | None  # of the KL penalty
+    optimizer: torch.optim.Optimizer
+    device: torch.device
 
 
-def channel_weights(batch: list, width: int) -> torch.Tensor:
-    """(P, K): the weights of each prompt's criteria, 0 where it has fewer than K."""
-    weights = torch.zeros(len(batch), width, dtype=torch.float64)
-    for p, (_, example) in enumerate(batch):
-        weights[p, :len(example.criteria)] = torch.tensor([criterion.weight for criterion in example.criteria])
-    return weights
+def make_optimizer(policy, lr: float) -> torch.optim.AdamW:
+    """With ToolRL's settings, in one fused kernel."""
+    return torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=0.01, fused=True)
 
 
-def beginning() -> dict:
-    """The progress of a run that has not begun, see checkpoint.py."""
-    return {"step": 0, "saved": None, "bad_steps": 0, "ranges": {}, "first": {}, "lengths": {}}
+def attention_cost(config) -> float:
+    """Work of one (query, key) pair over all layers, in units of a token's work beside attention. config: a
+    transformers config."""
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    token = 2 * config.hidden_size * ((2 * heads + 2 * kv_heads) * head_dim + 3 * config.intermediate_size)
+    return 4 * heads * head_dim / token
+
+
+def work(group: Group, pair: float) -> tuple[int, float]:
+    """Tokens of a prompt with its responses, and their work, attention included, in units of a token's. A response's
+    last token predicts nothing and is not computed. pair: see attention_cost."""
+    prompt, lengths = len(group.prompt.ids), [max(0, len(response.tokens) - 1) for response in group.responses]
+    pairs = prompt**2 / 2 + sum(n * (prompt + n / 2) for n in lengths)
+    return prompt + sum(lengths), prompt + sum(lengths) + pair * pairs
+
+
+def split(group: Group, limit: int) -> Iterator[Group]:
+    """Parts of at most `limit` tokens, the prompt in each; a single response may have more."""
+    chosen, tokens = [], len(group.prompt.ids)
+    for i, response in enumerate(group.responses):
+        computed = max(0, len(response.tokens) - 1)
+        if chosen and tokens + computed > limit:
+            yield group.part(chosen)
+            chosen, tokens = [], len(group.prompt.ids)
+        chosen.append(i)
+        tokens += computed
+    yield group.part(chosen)
+
+
+def deal(groups: list[Group], ranks: int, budget: int, pair: float) -> list[list[list[Group]]]:
+    """For each rank its micro-batches: equally many, for sharded ranks wait for one another at every layer of each, and
+    of at most `budget` tokens, unless one response with its prompt has more. The largest group goes first, to the
+    micro-batch with the least work.
+
+    A group stays whole unless it exceeds the budget, or its responses are more than a rank's share of all: then its
+    prompt is computed more than once.
+    """
+    if not groups:
+        return [[] for _ in range(ranks)]
+    share = math.ceil(sum(work(group, pair)[0] - len(group.prompt.ids) for group in groups) / ranks)
+    parts = [part for group in groups for part in split(group, min(budget, len(group.prompt.ids) + share))]
+    sizes = [work(part, pair) for part in parts]
+    rounds = math.ceil(sum(tokens for tokens, _ in sizes) / ranks / budget)  # the fewest: each gathers all the weights
+    while True:
+        batches = [([], 0, 0.0)] * (rounds * ranks)  # parts, tokens, work
+        for i in sorted(range(len(parts)), key=lambda i: -sizes[i][1]):
+            room = [b for b, (chosen, tokens, _) in enumerate(batches) if not chosen or tokens + sizes[i][0] <= budget]
+            if not room:
+                break
+            b = min(room, key=lambda b: batches[b][2])
+            chosen, tokens, done = batches[b]
+            batches[b] = [*chosen, parts[i]], tokens + sizes[i][0], done + sizes[i][1]
+        else:
+            break
+        rounds += 1
+    batches.sort(key=lambda batch: -batch[2])
+    turns = [*range(ranks), *reversed(range(ranks))]  # there and back: who has the largest of a round has the least next
+    return [[chosen for b, (chosen, _, _) in enumerate(batches) if turns[b % (2 * ranks)] == rank]
+            for rank in range(ranks)]
+
+
+# What a rank computes when the others have a micro-batch more: sharded layers need all ranks at every forward.
+IDLE = [Group(Prompt([0], None), [], [Response([0], [0.0], [0], "", "")], torch.zeros(1, 0), torch.zeros(1))]
+
+
+def all_sum(tensor: Tensor) -> Tensor:
+    """Sum over ranks, in place."""
+    if WORLD > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def row_of(groups: list[Group], device: torch.device) -> tuple[policies.Row, Tensor, Tensor, Tensor]:
+    """A micro-batch as one row, and of its N response tokens, in that order: mask, log-prob when sampled, advantage."""
+    row = policies.pack([(group.prompt.ids, [r.tokens for r in group.responses]) for group in groups], device)
+    responses = [response for group in groups for response in group.responses]
+    lengths = torch.tensor([len(response.tokens) for response in responses])
+    advantages = torch.cat([group.advantages for group in groups]).repeat_interleave(lengths)
+    mask, logp = ([x for r in responses for x in r.mask], [x for r in responses for x in r.logp])
+    return row, *(torch.as_tensor(x, dtype=torch.float32, device=device) for x in (mask, logp, advantages))
+
+
+def update(learner: Learner, groups: list[Group], updates: int, kl: float, temperature: float,
+           budget: int) -> dict[str, float]:
+    """Optimizer steps on one batch of groups, `updates` of them, each on prompts of its own. kl: coefficient of the
+    penalty. budget: most tokens in a micro-batch.
+
+    A prompt whose advantages are all 0, for want of signal, has no gradient and is not computed, unless there is a KL
+    penalty. Returns the mean loss over all of the tokens, other means over those that were computed, the largest
+    gradient norm before clipping, and which of the updates were left out because their loss or gradient was not finite
+    (bad_updates, and bad_prompts: places in the batch). Raises ranks.Stop on all ranks, before the policy is changed.
+    """
+    policy, device = learner.policy, learner.device
+    slots = np.array_split(np.arange(len(groups)), updates)
+    # Sampled tokens of each update, on all ranks. Counted first: any split into micro-batches and ranks then gives the
+    # same mean over tokens, and losses and gradients simply add up.
+    n_tokens = [sum(sum(response.mask) for slot in share for response in groups[slot].responses) for share in slots]
+    pair = attention_cost(policy.lm.config)
+    mine = [deal([groups[slot] for slot in share if kl or groups[slot].advantages.any()], WORLD, budget, pair)[RANK]
+            for share in slots]
+    packed = [[row_of(batch or IDLE, device) for batch in batches] for batches in mine]
+    with torch.no_grad():
+        # The first update's policy is the one that sampled: its old log-probs are logp.detach(). Only later ones need
+        # a forward of their own.
+        old_logp = [[check_signals() or policy(row, temperature) if u else None for row, *_ in batches]
+                    for u, batches in enumerate(packed)]
+    if isinstance(policy, FSDPModule):
+        # A forward without backward leaves embeddings and head gathered: an update without a micro-batch would then
+        # step on copies.
+        policy.reshard()
+    sums, grad_norms, bad = {}, [], []
+    for u, batches in enumerate(packed):
+        losses = torch.zeros((), device=device)
+        for (row, mask, sampler_logp, advantages), old in zip(batches, old_logp[u], strict=True):
+            if u == 0:
+                check_signals()
+            logp = policy(row, temperature)
+            loss, stats = rvpo.policy_loss(logp, logp.detach() if old is None else old, sampler_logp, advantages, mask,
+                                           max(1, n_tokens[u]))
+            stats["entropy"] = -(logp.detach() * mask).sum()  # an estimate: the mean of -log p over sampled tokens
+            stats["tokens"] = mask.sum()
+            if learner.reference is not None:
+                with torch.no_grad():
+                    ref_logp = learner.reference(row, temperature)
+                stats["kl"] = (rvpo.kl_k3(logp, ref_logp) * mask).sum()
+                loss = loss + kl * stats["kl"] / max(1, n_tokens[u])
+            stats["loss"] = loss * n_tokens[u]
+            (loss * WORLD).backward()  # fully_shard takes the mean over ranks, this is a sum
+            losses += loss.detach()
+            for name, value in stats.items():
+                sums[name] = sums.get(name, 0.0) + value.detach().double()
+        norm = step(learner, losses)
+        (bad if norm is None else grad_norms).append(u if norm is None else norm)
+    return {**means(sums, learner, sum(n_tokens)), "grad_norm": max(grad_norms, default=math.nan), "bad_updates": bad,
+            "bad_prompts": [slot for u in bad for slot in slots[u].tolist()]}
+
+
+def step(learner: Learner, loss: Tensor) -> float | None:
+    """An optimizer step on the gradients that are there. Returns their norm before clipping. None, on all ranks, if it
+    or the loss (this rank's) is not finite: then nothing was changed."""
+    for parameter in learner.policy.parameters():
+        if parameter.grad is None:  # nothing to learn from: the gradient is 0, the optimizer's momentum is not
+            parameter.grad = torch.zeros_like(parameter)
+    norm = torch.nn.utils.clip_grad_norm_(learner.policy.parameters(), GRAD_CLIP)
+    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    finite = math.isfinite(norm) and math.isfinite(all_sum(loss).item())
+    if finite:
+        learner.optimizer.step()
+    learner.optimizer.zero_grad()
+    return norm if finite else None
+
+
+def means(sums: dict[str, Tensor], learner: Learner, n_tokens: int) -> dict[str, float]:
+    """Sums over this rank's tokens -> means over those of all ranks; the loss over all n_tokens, also those of prompts
+    that were not computed."""
+    names = ["clip_fraction", "is_weight", "sampler_gap", "entropy"] + ["kl"] * (learner.reference is not None)
+    totals = all_sum(torch.stack([torch.as_tensor(sums.get(name, 0.0), dtype=torch.float64, device=learner.device)
+                                  for name in ["loss", "tokens", *names]])).tolist()
+    computed = {name: total / totals[1] if totals[1] else math.nan
+                for name, total in zip(names, totals[2:], strict=True)}
+    return {"loss": totals[0] / max(1, n_tokens), **computed}
+
+
+# The loop
+
+def set_advantages(groups: list[Group], agg: str, beta: float) -> tuple[Tensor, Tensor]:
+    """Sets the advantages (G,) of each of P groups, from the rewards of all. Returns the raw rewards (P, G, K), NaN
+    where a prompt has fewer than K channels, and the channels' weights (P, K), 0 there."""
+    width = max(len(group.channels) for group in groups)
+    rewards = torch.full((len(groups), len(groups[0].responses), width), math.nan, dtype=torch.float64)
+    absolute, weights = rewards.clone(), torch.zeros(len(groups), width, dtype=torch.float64)
+    for p, group in enumerate(groups):
+        k = len(group.channels)
+        rewards[p, :, :k] = group.rewards
+        absolute[p, :, :k] = torch.from_numpy(unit(group.channels, group.rewards.numpy()))
+        weights[p, :k] = torch.tensor([channel.weight for channel in group.channels])
+    advantages = rvpo.advantages(absolute if agg == "softmin" else rewards, agg, beta, weights)
+    for group, row in zip(groups, advantages, strict=True):
+        group.advantages = row
+    return rewards, weights
+
+
+def prompt_at(position: int, n: int, seed: int) -> int:
+    """Index of the prompt at a position of the endless stream of shuffled epochs of n prompts."""
+    epoch, i = divmod(position, n)
+    return int(np.random.default_rng([seed, epoch]).permutation(n)[i])
 
 
 def seed_rewards(seed: int, step: int) -> None:
     """A reward of the user's may draw at random: the same numbers, whether or not the run was resumed at this step. All
     else has seeds of its own."""
-    random.seed(own := rollout.request_seed(seed, f"rewards {step}", RANK))
-    np.random.seed(own)
-    torch.manual_seed(own)
+    number = request_seed(seed, f"rewards {step}", RANK)
+    random.seed(number)
+    np.random.seed(number)
+    torch.manual_seed(number)
 
 
-def channel_names(task: str, example: data.Example) -> list[str]:
-    """What the prompt's channels are logged as."""
-    return [criterion.label for criterion in example.criteria] or [reward.name for reward in scoring.TASKS[task]]
+class Evaluation:
+    """One sample for each held-out prompt, with the same request seeds each time."""
+
+    def __init__(self, sampler: Sampler, held_out: list[Prompt], log):
+        self.sampler, self.held_out, self.log = sampler, held_out, log
+
+    def __call__(self, step: int) -> None:
+        """Logs mean and standard error over prompts of every channel and of the joint rate (all channels satisfied)."""
+        task, groups = self.sampler.task, self.sampler.score(self.held_out, self.sampler.sample(self.held_out, 1, "eval"))
+        scores = [task.result(group.prompt.example, group.responses[0].text, group.rewards[0].numpy())[0]
+                  for group in groups]
+        result = {}
+        for name in dict.fromkeys(name for of_prompt in scores for name in of_prompt):
+            x = [of_prompt[name] for of_prompt in scores if not math.isnan(of_prompt.get(name, math.nan))]
+            if x:
+                result[name] = np.mean(x), np.std(x, ddof=1) / math.sqrt(len(x)) if len(x) > 1 else math.nan
+        if "joint" in result:  # the last word
+            result["joint"] = result.pop("joint")
+        report = task.report([group.rewards.numpy() for group in groups]) if groups else {}
+        self.log.metrics({"step": step, "eval": result, **({"judge": report} if report else {})})
+        task.check(report)
+        self.log.say(f"held out, {step} steps: " + " ".join(f"{name} {mean:.2f}" for name, (mean, _) in result.items()))
 
 
-def widen(ranges: dict, names: list[list[str]], rewards: np.ndarray) -> dict[str, tuple[float, float]]:
-    """Smallest and largest value of each channel so far. names: of each prompt's channels. rewards: (P, G, K)."""
-    ranges = dict(ranges)
-    for own, columns in zip(names, rewards.swapaxes(1, 2), strict=True):
-        for name, values in zip(own, columns, strict=False):  # shorter than K where padded
-            values = values[~np.isnan(values)].tolist() + list(ranges.get(name, ()))
-            ranges |= {name: (min(values), max(values))} if values else {}
-    return ranges
-
-
-def evaluate(engine, judge: Judge | None, start: Callable, held_out: list,
-             args: argparse.Namespace) -> tuple[dict[str, tuple[float, float]], dict]:
-    """One sample for each held-out prompt, with the same request seeds each time. Mean and standard error over prompts
-    of every channel and of the joint rate (all channels satisfied), and what the judge did. start: as rollout.sample
-    has it."""
-    _, rewards, counts = score(judge, rollout.sample(engine, start, held_out, 1, args.seed, "eval"))
-    columns: dict[str, list[float]] = {}
-    for (_, example), own in zip(held_out, rewards[:, 0], strict=True):
-        names = np.array(channel_names(args.task, example))
-        for name in dict.fromkeys(names.tolist()):
-            values = own[:len(names)][(names == name) & ~np.isnan(own[:len(names)])]
-            columns.setdefault(name, []).extend([values.mean()] if len(values) else [])
-    joint = scoring.satisfied(args.task, rewards[:, 0])
-    columns["joint"] = joint[~np.isnan(joint)].tolist()
-    return {name: (np.mean(x), np.std(x, ddof=1) / math.sqrt(len(x)) if len(x) > 1 else math.nan)
-            for name, x in columns.items() if x}, counts
-
-
-def setup(args: argparse.Namespace):
-    """Distributed, model, engine, judge and data. Returns (device, checkpoint dtype, policy, reference, tokenizer,
-    engine, judge, training prompts, held-out prompts). Raises InputError, as early as it can."""
-    rubric, judge = {}, None
-    if args.task in scoring.JUDGED:
-        rubric, judge = {"weights": args.criterion_weights, "pitfalls": args.pitfalls}, connect(args)
-    train, held_out = data.load(args.task, args.data, args.eval_data, args.steps * args.prompts, args.eval_prompts,
-                                **rubric)
-    digest = data.digest(*train, *held_out)
-    if getattr(args, "data_sha256", digest) != digest:
-        raise InputError(f"--resume {args.resume}: its data are not what they were when it began (SHA-256 in "
-                         "config.json): bring them back, or begin a new run")
-    args.data_sha256 = digest
-    if judge is None:  # a faulty reward is found now, and not after the model is loaded
-        scoring.score(args.task, [train[0].messages[-1]["content"]] * 2, ["", train[0].reference],
-                      [train[0].reference] * 2)
-    path, tokenizer, stops, dtype, room = model.describe(args.model, args.max_tokens)
-    model.check_architecture(args.model, path)
-    train, held_out = data.encode(tokenizer, train, room), data.encode(tokenizer, held_out, room)
-    longest = max(len(ids) for ids, _ in train + held_out) + args.max_tokens
-    device = rollout.join_ranks()
-    checkpointing = memory.check(args, path, longest)
-    with model.readable(args.model):
-        mesh = policies.make_mesh(device)
-        policy = policies.load(path, device, mesh, gradient_checkpointing=checkpointing)
-        dtype_there = policies.compute_dtype(device)
-        reference = policies.load(path, device, mesh, dtype_there).requires_grad_(False) if args.kl else None
-        if args.engine == "vllm":
-            at_a_time = min(32, max(args.prompts * args.group, args.eval_prompts))
-            engine = rollout.VLLMEngine(path, tokenizer, stops, longest, args.temperature, args.max_tokens, args.seed,
-                                        args.gpu_memory, args.tp, at_a_time=at_a_time)
-        else:
-            engine = rollout.HFEngine(model.load(path, device, dtype_there), tokenizer, stops, args.temperature,
-                                      args.max_tokens)
-    return device, dtype, policy, reference, tokenizer, engine, judge, train, held_out
-
-
-def fit(args: argparse.Namespace, run: Path, device: torch.device, policy, optimizer, reference, engine,
-        judge: Judge | None, train: list, held_out: list, progress: dict) -> dict[str, tuple[float, float]]:
-    """The run itself, from progress["step"] on; progress is kept up to date for whoever saves it. Returns the last
-    evaluation. Raises InputError if rewards fail or something cannot be written, and stop.Stop, on all ranks."""
-    pair = balance.attention_cost(policy.lm.config)
-    beta_schedule = rvpo.parse_beta(args.beta)
-    bar = tqdm(total=args.steps, initial=progress["step"], disable=RANK > 0, unit="step", dynamic_ncols=True)
-    say = bar.write if RANK == 0 else lambda line: None
-
+def fit(config: TrainConfig, learner: Learner, sampler: Sampler, prompts: list[Prompt], log, evaluate,
+        checkpoints) -> None:
+    """The run itself, from checkpoints.state on. log, evaluate, checkpoints: as checkpoint.Log, Evaluation and
+    checkpoint.Checkpoints. Raises InputError if rewards fail or something cannot be written, and ranks.Stop, on all
+    ranks."""
     def now() -> float:
-        if device.type == "cuda":
+        if learner.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def run_evaluation(step: int) -> dict[str, tuple[float, float]]:
-        result, counts = evaluate(engine, judge, start, held_out, args) if held_out else ({}, {})
-        write(run / "metrics.jsonl", {"step": step, "eval": result, **({"judge": counts} if counts else {})})
-        if counts:
-            check_missing(counts, counts["missing"], "the judge's verdicts are", args.judge_max_missing)
-        say(f"held out, {step} steps: " + " ".join(f"{name} {mean:.2f}" for name, (mean, _) in result.items()))
-        return result
-
-    def save_if_due() -> float:  # seconds that it took
-        nonlocal saved, took
-        if args.save_every == "auto":  # so that it takes 1% of the time
-            due = gather([time.perf_counter() - saved >= (100 * took or FIRST_SAVE)])[0]
-        else:
-            due = int(args.save_every) and step % int(args.save_every) == 0
-        if not due or step == begun:
-            return 0.0
-        start = now()
-        save_state(args, run, policy, optimizer, progress)
-        saved = now()
-        took = saved - start
-        return took
-
-    engine.push(policies.full_weights(policy, engine.dtype))
-    start = judge.start if judge else functools.partial(scoring.start, args.task)
-    begun, bad_steps, ranges = progress["step"], progress["bad_steps"], progress["ranges"]
-    saved, took = time.perf_counter(), 0.0
-    for step in range(begun, args.steps + 1):
-        # A checkpoint is what is known here: a run that is resumed repeats the evaluation that comes next.
-        progress |= {"step": step, "bad_steps": bad_steps, "ranges": ranges, "lengths": files.lengths(run)}
-        if bad_steps >= args.max_bad_steps and step > begun:
-            raise InputError(f"a loss or gradient was not finite in each of the last {bad_steps} steps "
-                             f"(--max-bad-steps): see bad_prompts in {run}/metrics.jsonl, and try a lower --lr")
-        seed_rewards(args.seed, step)
-        saving = save_if_due()
-        if step in (0, args.steps) or (args.eval_every and step % args.eval_every == 0):
-            last = run_evaluation(step)
-            progress |= {"first": last} if step == 0 else {}
-        if step == args.steps:
-            break
-        times = [now()]
+    state, engine, beta_schedule, begun = checkpoints.state, sampler.engine, parse_beta(config.beta), checkpoints.state.step
+    engine.push(policies.full_weights(learner.policy, engine.dtype))
+    while True:
+        saving = checkpoints.save_if_due()
+        if state.bad_steps >= BAD_STEPS and state.step > begun:
+            raise InputError(f"a loss or gradient was not finite in each of the last {state.bad_steps} steps: see "
+                             "bad_prompts in metrics.jsonl, and try a lower --lr")
+        seed_rewards(config.seed, state.step)
+        if state.step in (0, config.steps) or (config.eval_every and state.step % config.eval_every == 0):
+            evaluate(state.step)
+        if state.step == config.steps:
+            return
 
         # Sample and score the P prompts of this step. A judge is already at work while the last prompts are sampled.
-        positions = range(step * args.prompts, (step + 1) * args.prompts)
-        batch = [train[data.prompt_at(position, len(train), args.seed)] for position in positions]  # P (ids, Example)
-        sampled = rollout.sample(engine, start, batch, args.group, args.seed, step)
+        times = [now()]
+        positions = range(state.step * config.prompts, (state.step + 1) * config.prompts)
+        batch = [prompts[prompt_at(position, len(prompts), config.seed)] for position in positions]
+        sampled = sampler.sample(batch, config.group, state.step)
         times.append(now())
-        responses, rewards, judged = score(judge, sampled)  # P lists of G, (P, G, K)
-        times.append(now())
-
-        # Advantages of the whole batch, on every rank.
-        beta, rewards = rvpo.beta_at(beta_schedule, step, args.steps), torch.from_numpy(rewards)
-        weights = channel_weights(batch, rewards.shape[-1]) if judge else None  # (P, K)
-        absolute = scoring.unit(args.task, rewards) if args.agg == "softmin" else rewards
-        advantages = rvpo.advantages(absolute, args.agg, beta, weights)  # (P, G)
+        groups = sampler.score(batch, sampled)  # P of them, on every rank
+        report = sampler.task.report([group.rewards.numpy() for group in groups])
         times.append(now())
 
-        # Written before anything can go wrong with them.
-        names = [channel_names(args.task, example) for _, example in batch]  # P lists
-        write(run / "samples.jsonl", *(
-            {"step": step + 1, "prompt": example.messages, "response": response.text, "finish": response.finish,
-             "rewards": dict(zip([f"{k} {c.text}" for k, c in enumerate(example.criteria, 1)] or names[p],
-                                 rewards[p, g].tolist(), strict=False)),  # shorter than K where padded
-             "advantage": advantages[p, g].item()}
-            for p, (_, example) in enumerate(batch) for g, response in enumerate(responses[p])))
-        if judge:
-            check_missing(judged, judged["missing"], "the judge's verdicts are", args.judge_max_missing)
+        # Advantages of the whole batch, on every rank; written before anything can go wrong with them.
+        beta = rvpo.beta_at(beta_schedule, state.step, config.steps)
+        rewards, weights = set_advantages(groups, config.agg, beta)  # (P, G, K), (P, K)
+        times.append(now())
+        log.groups(state.step + 1, groups)
+        sampler.task.check(report)
         times.append(now())
 
-        # Update, each optimizer step on its own share of the prompts.
         engine.sleep()
-        slots = np.array_split(np.arange(args.prompts), args.updates)
-        updates = [(sum(sum(response.mask) for slot in share for response in responses[slot]),
-                    micro_batches(share, batch, responses, advantages, pair, args)) for share in slots]
-        for parameters in optimizer.param_groups:
-            parameters["lr"] = lr = args.lr * min(1.0, (step + 1) / (args.warmup + 1))
-        metrics = update(policy, reference, optimizer, updates, args, device)
-        progress["step"] = None  # nothing that could be saved, until it is logged
-        bad_steps = bad_steps + 1 if metrics["bad_updates"] else 0
-        if metrics["bad_updates"]:
-            metrics["bad_prompts"] = [slot for u in metrics["bad_updates"] for slot in slots[u].tolist()]
-            say(f"step {step + 1}: a loss or gradient is not finite; updates left out: {metrics['bad_updates']}")
+        for parameters in learner.optimizer.param_groups:
+            parameters["lr"] = lr = config.lr * min(1.0, (state.step + 1) / (config.warmup + 1))
+        metrics = update(learner, groups, config.updates, config.kl, config.temperature, config.tokens_per_microbatch)
         times.append(now())
-        engine.push(policies.full_weights(policy, engine.dtype))
+        engine.push(policies.full_weights(learner.policy, engine.dtype))
         times.append(now())
 
-        # Log.
-        lengths = [len(response.tokens) for group in responses for response in group]
-        phases = "sample", "score", "advantage", "write", "update", "sync"
-        seconds = dict(zip(phases, np.diff(times).tolist(), strict=True)) | {"save": saving}
-        joint = torch.from_numpy(scoring.satisfied(args.task, rewards.numpy())).nanmean().item()
-        metrics |= {
-            "joint": joint, "beta": beta, "lr": lr,
-            "advantage_std": advantages.std().item(), "no_signal": 1 - rvpo.has_signal(rewards).double().mean().item(),
-            "skipped_prompts": 0 if args.kl else (advantages == 0).all(-1).sum().item(),
-            "truncated": np.mean([response.finish == "length" for group in responses for response in group]),
-            "length_mean": np.mean(lengths), "length_max": max(lengths),
-            "tokens_per_second": sum(lengths) / (times[-1] - times[0]), "seconds": seconds,
-            "channels": rvpo.channel_stats(rewards, beta, names, weights),
-        }
-        if judge:
-            metrics["judge"] = {**judged, "share_of_step": judged["seconds"] / (times[-1] - times[0])}
-        write(run / "metrics.jsonl", {"step": step + 1, **metrics})
-        say(f"step {step + 1}: joint {joint:.2f} | "
-            + " ".join(f"{name} {stats['mean']:.2f}" for name, stats in metrics["channels"].items())
-            + f" | grad {metrics['grad_norm']:.2f} entropy {metrics['entropy']:.2f} length {np.mean(lengths):.0f} | "
-            + " ".join(f"{phase} {t:.1f}s" for phase, t in seconds.items() if t >= 0.05)
-            + (f" | judge {judged['requests']} requests {judged['seconds']:.1f}s" if judge else ""))
-        bar.set_postfix(joint=f"{joint:.2f}", grad=f"{metrics['grad_norm']:.2f}", refresh=False)
-        bar.update()
-        ranges = widen(ranges, names, rewards.numpy())
-        for name, (low, high) in ranges.items() if step + 1 == CONSTANT else ():
-            if low == high:
-                say(f"warning: reward '{name}' was {low:g} for every response of {CONSTANT} steps: it teaches nothing")
-    bar.close()
-    return last
+        names = [[channel.name for channel in group.channels] for group in groups]
+        signal = rvpo.has_signal(rvpo.weighted(rewards, weights))  # (P, G)
+        metrics |= {"beta": beta, "lr": lr, "no_signal": 1 - signal.double().mean().item(),
+                    "skipped_prompts": 0 if config.kl else (~signal).all(-1).sum().item(),
+                    "channels": rvpo.channel_stats(rewards, beta, names, weights)}
+        metrics |= {"judge": report} if report else {}
+        seconds = dict(zip(PHASES, np.diff(times).tolist(), strict=True))
+        log.step(state.step + 1, groups, metrics, seconds | {"save": saving})
+        state.step, state.bad_steps = state.step + 1, state.bad_steps + 1 if metrics["bad_updates"] else 0
 
 
-def main() -> None:
-    args = parse_args(__doc__)
-    check_args(args)
-    resuming = args.resume not in (None, "auto")
-    make = contextlib.nullcontext(Path(args.resume)) if resuming else make_run(args.name, args.resume == "auto")
-    progress, found = beginning(), None
-    with make as run:
-        if resuming and files.finished(run):
+# The program
+
+def setup(config: TrainConfig, device: torch.device, task: Task, train: list[Example], held_out: list[Example]):
+    """Model and engine. Returns (learner, sampler, training prompts, held-out prompts, what writes the policy into a
+    directory). Raises InputError, as early as it can."""
+    path, tokenizer, stops, dtype, room = model.describe(config.model, config.max_tokens, trained=True)
+    train, held_out = model.encode(tokenizer, train, room), model.encode(tokenizer, held_out, room)
+    longest = max(len(prompt.ids) for prompt in train + held_out) + config.max_tokens
+    decoding = Decoding(tokenizer, stops, config.temperature, config.max_tokens)
+    mesh, half, recompute = policies.make_mesh(device), policies.compute_dtype(device), config.gradient_checkpointing
+    if recompute == "auto" and policies.must_recompute(path, device, max(longest, config.tokens_per_microbatch)):
+        recompute = "on"
+    with model.readable(config.model):
+        policy = policies.load(path, device, mesh, gradient_checkpointing=recompute == "on")
+        reference = policies.load(path, device, mesh, half).requires_grad_(False) if config.kl else None
+        if config.engine == "vllm":
+            at_a_time = min(32, max(config.prompts * config.group, config.eval_prompts))
+            engine = VLLMEngine(path, decoding, longest, config.gpu_memory, at_a_time)
+        else:
+            from local.hf import HFEngine
+
+            engine = HFEngine(model.load(path, device, half), decoding)
+    learner = Learner(policy, reference, make_optimizer(policy, config.lr), device)
+    write_policy = functools.partial(checkpoint.save_policy, policy, tokenizer, dtype)
+    return learner, Sampler(engine, task, config.seed), train, held_out, write_policy
+
+
+def main(config: TrainConfig) -> None:
+    device = join()
+    run = checkpoint.find_run(config.resume, config.name)
+    saved = checkpoint.read_config(run, {name: getattr(config, name) for name in config._given}) if run else {}
+    if run:
+        config = TrainConfig(**{name: value for name, value in saved.items() if name in TrainConfig.model_fields})
+    name = config.name or f"{Path(config.task).stem}-{config.agg}-{time.strftime('%m%d-%H%M%S')}"
+    with contextlib.nullcontext(run) if run else checkpoint.make_run(name, again=config.resume is not None) as run:
+        if checkpoint.finished(run):
             if RANK == 0:
-                print(f"{run} is finished, with all of its {args.steps} steps: nothing is left to do")
+                print(f"{run} is finished, with all of its {config.steps} steps: nothing is left to do")
             return
-        if resuming:
-            found = files.latest(run)
-            checkpoint.read(found)
-        device, dtype, policy, reference, tokenizer, engine, judge, train, held_out = setup(args)
-        optimizer = make_optimizer(policy, args.lr)
-        if found:
-            progress = checkpoint.load(found, policy, optimizer)
-        config = {**vars(args), "world_size": WORLD, "device": str(device), "versions": versions()}
-        try:
-            on_rank_0(lambda: files.truncate(run, progress["lengths"]))
-            on_rank_0(lambda: files.write_json(run / "config.json", config))
-        except OSError as error:
-            raise InputError(f"{run}: {error}") from error
-        stop.catch_signals()
-        try:
-            last = fit(args, run, device, policy, optimizer, reference, engine, judge, train, held_out, progress)
-            policies.save(policy, tokenizer, run / "checkpoint", dtype)
-        except (InputError, stop.Stop) as error:  # on all ranks
-            stopped = isinstance(error, stop.Stop)
-            how = give_up(args, run, policy, optimizer, progress, None if stopped else tokenizer, dtype)
-            if stopped and RANK == 0:
-                print(f"\n{error}; {how}", file=sys.stderr, flush=True)
-            if stopped or RANK:  # one sentence is enough
-                sys.exit(error.code if stopped else 1)
-            raise InputError(f"{error}; {how}") from error
+        state = checkpoint.read(checkpoint.latest(run)) if saved else checkpoint.State()
+        task = load_task(config.task_options())
+        train, held_out = task.prompts(config.steps * config.prompts, config.eval_prompts)
+        digest = checkpoint.check_data(train + held_out, saved)
+        task.try_out(train[0])  # a faulty reward is found now, and not after the model is loaded
+        learner, sampler, train, held_out, write_policy = setup(config, device, task, train, held_out)
+        if saved:
+            state = checkpoint.load(checkpoint.latest(run), learner.policy, learner.optimizer)
+        log = checkpoint.RunLog(run, config.steps, state.step)
+        log.begin(state, {**config.model_dump(), "data_sha256": digest, "device": str(device)})
+        checkpoints = checkpoint.Checkpoints(log, learner.policy, learner.optimizer, config.save_every, state)
+        catch_signals()
+        with checkpoints.saving_what_can_be(lambda: write_policy(run / "checkpoint")):
+            fit(config, learner, sampler, train, log, Evaluation(sampler, held_out, log), checkpoints)
+            write_policy(run / "checkpoint")
     if RANK == 0:
-        if (run / "state").exists():
-            files.retire(run / "state")
-        first = progress["first"]
-        print(f"\n{len(held_out)} held-out prompts    before           after     (standard error)")
-        for name in [name for name in first if name in last]:
-            print(f"{name:>20}  {first[name][0]:.3f} ({first[name][1]:.3f})  {last[name][0]:.3f} ({last[name][1]:.3f})")
-        print(f"\n{run}: metrics.jsonl, samples.jsonl, checkpoint/")
+        checkpoint.finish(run, len(held_out))
 
 
 if __name__ == "__main__":
     try:
-        main()
+        main(CONFIG)
     except InputError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {error}" if RANK == 0 else 1)  # it is raised on all ranks, and one sentence is enough

@@ -1,15 +1,20 @@
 """The generated prompts, and ToolRL's schema with every way in which a row can be wrong."""
 
+import functools
+import hashlib
 import json
+import math
 import random
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-import data
 import rewards
-from rewards import InputError
+from config import JudgeOptions, TaskOptions
+from ranks import InputError
+from tasks import rlla, rows, rubrics, tools
 
 PROMPT = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
 CALL = '<think> t </think>\n<tool_call>\n{"name": "f", "parameters": {"x": 1}}\n</tool_call>'
@@ -17,35 +22,41 @@ ROW = {"data_source": "rlla", "prompt": PROMPT, "reward_model": {"style": "rule"
 
 
 def test_train_and_test_prompts_never_meet():
-    texts = {split: {json.dumps(e.messages) for e in data.tools(3000, split)} for split in ("train", "test")}
+    texts = {split: {json.dumps(e.messages) for e in tools.examples(3000, split)} for split in ("train", "test")}
     assert not texts["train"] & texts["test"]
     assert min(map(len, texts.values())) > 2990
-    assert data.tools(5, "train") == data.tools(5, "train") != data.tools(5, "train", seed=1)
+    assert tools.examples(5, "train") == tools.examples(5, "train") != tools.examples(5, "train", seed=1)
+    assert tools.prompts(5, 3) == (tools.examples(5, "train"), tools.examples(3, "test")) and len(tools.prompts(0, None)[1]) == 200
+
+
+def test_the_prompts_are_those_of_earlier_runs():
+    made = [json.dumps([[e.messages, e.reference] for e in tools.examples(500, split)]) for split in ("train", "test")]
+    assert [hashlib.sha256(text.encode()).hexdigest()[:16] for text in made] == ["1177bc958f2fd479", "c8cae6ed85dd128a"]
 
 
 def test_several_hundred_thousand_prompts():
     """The birthday bound: 20,000 draws from 300,000 equally likely prompts would repeat some 660 times."""
     rng = random.Random(0)
-    drawn = {json.dumps(data.tools_example(rng).messages) for _ in range(20_000)}
+    drawn = {json.dumps(tools.example(rng).messages) for _ in range(20_000)}
     assert len(drawn) > 19_900
 
 
 def test_rlla_reads_every_format(tmp_path):
-    rows = [ROW, {**ROW, "reward_model": {"ground_truth": "<think> t\u2028 </think>\n<response> r </response>"}}]
-    (tmp_path / "a.json").write_text(json.dumps(rows))
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n")
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
-    parsed = [data.read("rlla", str(tmp_path / name)) for name in ("a.json", "a.jsonl", "a.parquet")]
+    made = [ROW, {**ROW, "reward_model": {"ground_truth": "<think> t\u2028 </think>\n<response> r </response>"}}]
+    (tmp_path / "a.json").write_text(json.dumps(made))
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in made) + "\n\n")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(made), tmp_path / "a.parquet")
+    parsed = [rows.read(str(tmp_path / name), rlla.from_row) for name in ("a.json", "a.jsonl", "a.parquet")]
     assert parsed[0] == parsed[1] == parsed[2]
-    assert parsed[0][0] == data.Example(PROMPT, CALL.removeprefix("<think> t </think>\n")) and len(parsed[0]) == 2
+    assert parsed[0][0] == rewards.Example(PROMPT, CALL.removeprefix("<think> t </think>\n")) and len(parsed[0]) == 2
 
 
 def test_a_thought_about_tags_is_no_tag(tmp_path):
     """As 17 of the 399 rows of the distilled data have it; ToolRL's own parser would take the thought for the call."""
     thought = CALL.replace(" t ", " I put the call between <tool_call> tags, and no <response>. ")
     (tmp_path / "a.json").write_text(json.dumps([{**ROW, "reward_model": {"ground_truth": thought}}]))
-    reference = data.read("rlla", str(tmp_path / "a.json"))[0].reference
-    assert rewards.score("rlla", [""], [CALL], [reference]).tolist() == [[1, 3]]
+    example, = rows.read(str(tmp_path / "a.json"), rlla.from_row)
+    assert rlla.task(TaskOptions("rlla", None, None, JudgeOptions())).start(example, [CALL])().tolist() == [[1, 3]]
 
 
 @pytest.mark.parametrize(("row", "message"), [
@@ -59,30 +70,39 @@ def test_a_thought_about_tags_is_no_tag(tmp_path):
 def test_a_bad_row_is_named(tmp_path, row, message):
     (tmp_path / "a.json").write_text(json.dumps([ROW, row]))
     with pytest.raises(InputError, match=f"row 1 .*{message}"):
-        data.read("rlla", str(tmp_path / "a.json"))
+        rows.read(str(tmp_path / "a.json"), rlla.from_row)
 
 
 @pytest.mark.parametrize("content", [b"not json", b"[", b"PAR1 truncated", b"\xff\xfe"])
 def test_an_unreadable_file_is_named(tmp_path, content):
     (tmp_path / "a.parquet").write_bytes(content)
     with pytest.raises(InputError, match=r"a.parquet(, line 1)? cannot be read"):
-        data.read("rlla", str(tmp_path / "a.parquet"))
+        rows.read(str(tmp_path / "a.parquet"), rlla.from_row)
     with pytest.raises(InputError, match="missing.json cannot be read"):
-        data.read("rlla", str(tmp_path / "missing.json"))
+        rows.read(str(tmp_path / "missing.json"), rlla.from_row)
+
+
+def load(task: str, train_data, test_data, n_train: int | None, n_test: int | None):
+    """What a task of files trains on and holds out."""
+    from_row = rlla.from_row if task == "rlla" else functools.partial(rubrics.from_row, by_title=task == "rubric")
+    public = {"rlla": rlla.PUBLIC, **rubrics.PUBLIC}.get(task)
+    return rows.prompts(TaskOptions(task, train_data and str(train_data), test_data and str(test_data), JudgeOptions()), public, from_row)(n_train, n_test)
 
 
 def test_held_out_rows(tmp_path):
-    rows = [{**ROW, "prompt": [{"role": "user", "content": str(i)}]} for i in range(10)]
-    (tmp_path / "a.json").write_text(json.dumps(rows))
-    train, held_out = data.load("rlla", str(tmp_path / "a.json"), None, 0, 3)
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{**ROW, "prompt": [{"role": "user", "content": str(i)}]} for i in range(10)]))
+    train, held_out = load("rlla", path, None, 1, 3)
     assert [e.messages[0]["content"] for e in train] == list("0123456") and len(held_out) == 3
-    train, held_out = data.load("rlla", str(tmp_path / "a.json"), str(tmp_path / "a.json"), 0, 4)
+    train, held_out = load("rlla", path, path, None, 4)
     assert len(train) == 10 and len(held_out) == 4
-    for n_eval in (10, 12):
+    assert [len(part) for part in load("rlla", None, path, 0, None)] == [0, 10]  # an evaluation
+    (tmp_path / "none.json").write_text("[]")
+    for n_test in (10, 12):
         with pytest.raises(InputError, match="no rows are left"):
-            data.load("rlla", str(tmp_path / "a.json"), None, 0, n_eval)
-    with pytest.raises(InputError, match="makes its own prompts"):
-        data.load("tools", str(tmp_path / "a.json"), None, 0, 10)
+            load("rlla", path, None, 1, n_test)
+    with pytest.raises(InputError, match="none.json has no rows to evaluate on"):
+        load("rlla", path, tmp_path / "none.json", 1, 3)
 
 
 # Rubrics
@@ -92,28 +112,53 @@ RUBRIC = [{"title": "A", "description": "Essential Criteria: says a", "weight": 
           {"title": "E", "description": "e", "weight": -1}, {"title": "F", "description": "f"}]
 
 
-def rubric(tmp_path, task="rar-medicine", rows=None, **options):
-    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, rows or [{"question": "q", "rubric": RUBRIC}])))
-    return data.read(task, str(tmp_path / "r.jsonl"), **options)
+def rubric(tmp_path, task="rar-medicine", lines=None):
+    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, lines or [{"question": "q", "rubric": RUBRIC}])))
+    return load(task, None, tmp_path / "r.jsonl", 0, None)[1]
 
 
-def test_rubric_categories_weights_and_pitfalls(tmp_path):
+@pytest.fixture
+def judged(monkeypatch):
+    """A task of rubrics whose judge says that everything is met, and remembers what it was asked."""
+    class Yes:
+        def start(self, messages, responses, items):
+            self.items = items
+            return lambda: np.array([[math.nan if "f" in item.split() else 1.0 for item in items]] * len(responses))
+
+    monkeypatch.setattr(rubrics.judge, "connect", lambda options: Yes())
+    return rubrics.task(TaskOptions("rar-medicine", None, None, JudgeOptions()))
+
+
+def test_rubric_categories_weights_and_pitfalls(tmp_path, judged):
     (example,) = rubric(tmp_path)
     assert example.messages == [{"role": "user", "content": "q"}] and example.reference == ""
-    assert [(c.text, c.label, c.weight, c.pitfall) for c in example.criteria] == [
-        ("says a", "essential", 1, False), ("b", "important", 1, False), ("c", "optional", 1, False),
-        ("Fails to d", "pitfall", 1, True), ("e", "pitfall", 1, True), ("f", "essential", 1, False)]
-    (example,) = rubric(tmp_path, weights="category")
-    assert [c.weight for c in example.criteria] == [1.0, 0.7, 0.3, 0.9, 0.9, 1.0]
-    (example,) = rubric(tmp_path, weights="row", pitfalls="literal")
-    assert [c.weight for c in example.criteria] == [5, 4, 1, 2, 1, 1] and not any(c.pitfall for c in example.criteria)
-    (example,) = rubric(tmp_path, pitfalls="drop")
-    assert [c.text for c in example.criteria] == ["says a", "b", "c", "f"]
+    assert [(c.text, c.category) for c in example.criteria] == [("says a", "essential"), ("b", "important"), ("c", "optional"), ("Fails to d", "pitfall"),
+                                                                ("e", "pitfall"), ("f", "essential")]
+    assert [channel.name for channel in judged.channels(example)] == ["essential", "important", "optional", "pitfall", "pitfall", "essential"]
+    for name, weights in [(None, [1] * 6), ("category", [1.0, 0.7, 0.3, 0.9, 0.9, 1.0]), ("row", [5, 4, 1, 2, 1, 1])]:
+        if name:
+            judged.weigh(name)
+        assert [channel.weight for channel in judged.channels(example)] == weights
+    with pytest.raises(InputError, match="--weights pitfall=2: .*one of uniform, category, row"):
+        judged.weigh("pitfall=2")
+
+
+def test_pitfalls_are_asked_about_and_inverted(tmp_path, judged):
+    (example,) = rubric(tmp_path)
+    rewards = judged.start(example, ["r1", "r2"])()
+    np.testing.assert_array_equal(rewards, [[1, 1, 1, 0, 0, math.nan]] * 2)
+    pitfall = rubrics.judge.PITFALL
+    assert judged.judge.items == ["says a", "b", "c", f"{pitfall}Fails to d", f"{pitfall}e", "f"]
+    scores, more = judged.result(example, "r1", rewards[0])
+    assert scores == {"joint": 0, "essential": 1, "important": 1, "optional": 1, "pitfall": 0}
+    assert more["response"] == "r1" and more["rewards"]["4 Fails to d"] == 0 and math.isnan(more["rewards"]["6 f"])
+    scores, _ = judged.result(example, "r1", np.full(6, math.nan))
+    assert all(math.isnan(score) for score in scores.values())
 
 
 def test_a_rubric_of_ones_own(tmp_path):
-    rows = [{"prompt": PROMPT, "rubric": [{"description": "d", "title": "T"}, {"description": "d2"}]}, {"prompt": "text", "rubric": [{"description": "x"}]}]
-    first, second = rubric(tmp_path, "rubric", rows)
+    lines = [{"prompt": PROMPT, "rubric": [{"description": "d", "title": "T"}, {"description": "d2"}]}, {"prompt": "text", "rubric": [{"description": "x"}]}]
+    first, second = rubric(tmp_path, "rubric", lines)
     assert first.messages == PROMPT and [c.label for c in first.criteria] == ["T", "essential"]
     assert second.messages == [{"role": "user", "content": "text"}]
 
@@ -127,7 +172,7 @@ def test_a_rubric_of_ones_own(tmp_path):
 ])
 def test_a_bad_rubric_is_named(tmp_path, row, message):
     with pytest.raises(InputError, match=f"row 1 .*{message}"):
-        rubric(tmp_path, rows=[{"question": "q", "rubric": RUBRIC}, row])
+        rubric(tmp_path, lines=[{"question": "q", "rubric": RUBRIC}, row])
 
 
 @pytest.mark.parametrize("title", ["", " ", "a\nb", "\ud800", 5, "joint"])
@@ -136,25 +181,21 @@ def test_a_bad_title_is_named(tmp_path, title):
         rubric(tmp_path, "rubric", [{"question": "q", "rubric": [{"description": "d", "title": title}]}])
 
 
-def test_only_pitfalls(tmp_path):
-    with pytest.raises(InputError, match="nothing but pitfalls"):
-        rubric(tmp_path, rows=[{"question": "q", "rubric": [{"description": "d", "weight": -1}]}], pitfalls="drop")
-
-
 def test_public_rubrics_come_from_the_hubs_parquet_files(tmp_path, monkeypatch):
     """As the hub lays them out on refs/convert/parquet; the hub itself is out of a test's reach."""
     import huggingface_hub
 
     for split, n in (("train", 3), ("test", 2)):
         (tmp_path / "default" / split).mkdir(parents=True)
-        rows = [{"question": f"{split} {i}", "rubric": RUBRIC[:2], "rubric_count": 2} for i in range(n)]
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "default" / split / "0000.parquet")
+        made = [{"question": f"{split} {i}", "rubric": RUBRIC[:2], "rubric_count": 2} for i in range(n)]
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(made), tmp_path / "default" / split / "0000.parquet")
     asked = []
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **options: asked.append((args, options)) or str(tmp_path))
-    train, held_out = data.load("rar-science", None, None, 0, 5)
+    train, held_out = load("rar-science", None, None, 1, 5)
     assert [e.messages[0]["content"] for e in train + held_out] == ["train 0", "train 1", "train 2", "test 0", "test 1"]
     assert asked[0][0] == ("anisha2102/RaR-Science",) and asked[0][1]["repo_type"] == "dataset"
     with pytest.raises(InputError, match="hf://anisha2102/RaR-Medicine/dev could not be downloaded .*no split 'dev'.*--data"):
-        data.read("rar-medicine", "hf://anisha2102/RaR-Medicine/dev")
-    with pytest.raises(InputError, match="--task rubric needs --data"):
-        data.load("rubric", None, None, 0, 5)
+        load("rar-medicine", "hf://anisha2102/RaR-Medicine/dev", None, 1, 5)
+    for n_train in (0, 1):
+        with pytest.raises(InputError, match="--task rubric needs --data"):
+            load("rubric", None, None, n_train, 5)

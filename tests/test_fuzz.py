@@ -1,5 +1,6 @@
 """Whatever a policy, a judge or a data file may say: no exception but InputError, values in their range, and no time lost."""
 
+import functools
 import json
 import random
 import time
@@ -10,10 +11,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-import data
-import judge
 import rewards
-from rewards import InputError
+from config import JudgeOptions, TaskOptions
+from ranks import InputError
+from tasks import judge, rlla, rows, rubrics, tools
 
 RESPONSES, LONG = 100_000, 250  # one in LONG has about a megabyte
 SECONDS = 0.05
@@ -69,8 +70,11 @@ def long(rng: random.Random) -> str:
                        '<tool_call>{"name": "a", "parameters": ' + many + "</tool_call>", '{"criterion_1": ' + many])
 
 
-def score(task: str, responses: list[str], reference: str) -> np.ndarray:
-    return rewards.score(task, ["p"] * len(responses), responses, [reference] * len(responses))
+TOOLS, RLLA = (module.task(TaskOptions("x", None, None, JudgeOptions())).channels(None) for module in (tools, rlla))
+
+
+def score(channels: list[rewards.Channel], said: str, reference: str) -> np.ndarray:
+    return rewards.score(channels, rewards.Example([{"role": "user", "content": "p"}], reference), [said])[0]
 
 
 def verdicts(message: str) -> dict[str, float]:
@@ -96,20 +100,19 @@ def test_rewards_of_anything():
         said, reference = long(rng) if number % LONG == 0 else response(rng), TRUE[number % 3]
 
         def both(said=said, reference=reference):
-            rewards.tools_channels.cache_clear()
-            tools = score("tools", [said], TRUE[0])[0]
-            return tools, score("rlla", [said], reference)[0], verdicts(said)
+            tools.values.cache_clear()
+            return score(TOOLS, said, TRUE[0]), score(RLLA, said, reference), verdicts(said)
 
-        tools, (form, correct), verdict = quickly(both, said)
+        values, (form, correct), verdict = quickly(both, said)
         prompt = judge.judge_prompt([], said, {"criterion_1": "c"}, False)
-        assert tools.min() >= 0 and tools.max() <= 1 and form in (0, 1) and -3 <= correct <= 3, ascii(said[:300])
+        assert values.min() >= 0 and values.max() <= 1 and form in (0, 1) and -3 <= correct <= 3, ascii(said[:300])
         assert set(verdict.values()) <= {0.0, 1.0} and "<" not in prompt.split("Response to grade:\n")[1]
         seen += 1
-        hits |= {("tools", *np.round(tools[:2])), ("correct", correct > -3), ("verdicts", len(verdict)), ("form", form)}
+        hits |= {("tools", *np.round(values[:2])), ("correct", correct > -3), ("verdicts", len(verdict)), ("form", form)}
     assert seen == RESPONSES and len(hits) >= 9, hits  # the generator reaches right answers, too
 
 
-def rows(rng: random.Random) -> list:
+def content(rng: random.Random) -> list:
     """Rows of a data file: right ones, and ones that are not."""
     def odd():
         return rng.choice([None, 1, 1e300, True, "", "x", [], {}, [1], {"role": "user"}, [{"role": "user", "content": "hi"}], [{"role": "user", "content": None}],
@@ -131,20 +134,20 @@ def broken(rng: random.Random, content: bytes) -> bytes:
 def test_data_files_of_anything(tmp_path):
     rng, read, refused = random.Random(0), 0, 0
     for number in range(1_500):
-        content, kind = rows(rng), rng.choice(["json", "jsonl", "csv", "parquet"])
+        made, kind = content(rng), rng.choice(["json", "jsonl", "csv", "parquet"])
         path = tmp_path / f"{number % 10}.{kind}"
         if kind == "parquet":
             try:
-                pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row for row in content if isinstance(row, dict)]), path)
+                pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row for row in made if isinstance(row, dict)]), path)
             except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, pyarrow.ArrowNotImplementedError, UnicodeError):
                 continue  # columns of several types
             path.write_bytes(broken(rng, path.read_bytes()))
         else:
-            lines = [json.dumps(row) if rng.random() < 0.95 else response(rng) for row in content]
+            lines = [json.dumps(row) if rng.random() < 0.95 else response(rng) for row in made]
             path.write_bytes(broken(rng, ("[" + ",".join(lines) + "]" if kind == "json" else "\n".join(lines)).encode(errors="surrogatepass")))
-        for task in ("rlla", "rubric", "rar-medicine"):
+        for from_row in (rlla.from_row, functools.partial(rubrics.from_row, by_title=True), functools.partial(rubrics.from_row, by_title=False)):
             try:
-                examples = data.read(task, str(path))
+                examples = rows.read(str(path), from_row)
             except InputError as error:
                 assert str(path) in str(error) and "\n" not in str(error)
                 refused += 1
@@ -163,5 +166,5 @@ def test_a_parquet_file_with_a_broken_row(tmp_path):
         path = tmp_path / f"{number}.parquet"
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist([good, good, {**good, **odd}, good]), path)
         with pytest.raises(InputError) as error:
-            data.read("rlla", str(path))
+            rows.read(str(path), rlla.from_row)
         assert str(error.value).startswith(f"{path}: {message}") and "\n" not in str(error.value)

@@ -1,5 +1,6 @@
 """ToolRL's rewards against figures obtained by running the public code, the channels of `tools`, and bad rewards."""
 
+import itertools
 import json
 import math
 
@@ -7,8 +8,10 @@ import numpy as np
 import pytest
 
 import rewards
-from data import tools
-from rewards import InputError, Reward
+from config import JudgeOptions, TaskOptions
+from ranks import InputError
+from rewards import Channel, Example, Task
+from tasks import rlla, tools
 
 F, G = {"name": "f", "parameters": {"x": 1, "y": "b"}}, {"name": "g", "parameters": {}}
 
@@ -38,11 +41,11 @@ def f(**parameters) -> dict:
     (answer(F, G) + "\n" + answer(F), 3), (answer(F, G, think=""), 3), (answer(F, G) + " trailing", 3),
 ])
 def test_toolrl_correctness(response, expected):
-    assert rewards.toolrl_correctness([""], [response], [answer(F, G)]) == [pytest.approx(expected)]
+    assert rlla.correctness([""], [response], [answer(F, G)]) == [pytest.approx(expected)]
 
 
 def test_toolrl_correctness_without_a_call_in_the_reference():
-    assert rewards.toolrl_correctness(["", ""], [answer(F), ""], ["<think> t </think>\n<response> r </response>"] * 2) == [0, 0]
+    assert rlla.correctness(["", ""], [answer(F), ""], ["<think> t </think>\n<response> r </response>"] * 2) == [0, 0]
 
 
 CALL, REPLY = answer(F), "<think> t </think>\n<response> r </response>"
@@ -59,15 +62,17 @@ BOTH = CALL + "\n<response> r </response>"
     (REPLY, REPLY + "\n<response> r </response>", 0),
 ])
 def test_toolrl_format(reference, response, expected):
-    assert rewards.toolrl_format([""], [response], [reference]) == [expected]
+    assert rlla.format_reward([""], [response], [reference]) == [expected]
 
 
 def test_format_takes_linear_time():
     soup = "<think>" * 50_000 + "</think>\n<tool_call>\n" + "</think>\n" * 50_000 + "</tool_call>"
-    assert rewards.toolrl_format([""], [soup], [CALL]) == [1] and rewards.tools_channels(soup, CALL)["format"] == 0
+    assert rlla.format_reward([""], [soup], [CALL]) == [1] and tools.values(soup, CALL)["format"] == 0
 
 
-NAMES = [reward.name for reward in rewards.TASKS["tools"]]
+CHANNELS = {name: module.task(TaskOptions(name, None, None, JudgeOptions())).channels(None) for name, module in (("tools", tools), ("rlla", rlla))}
+NAMES = [channel.name for channel in CHANNELS["tools"]]
+QUESTION = [{"role": "user", "content": "q"}]
 
 
 @pytest.mark.parametrize(("response", "changed"), [
@@ -84,37 +89,52 @@ NAMES = [reward.name for reward in rewards.TASKS["tools"]]
     (answer('{"name": "f", "parameters": [1]}'), {"tool": 0, "arg_names": 0, "arg_values": 0, "no_invented": 0}),
 ])
 def test_channels_of_tools(response, changed):
-    got = rewards.score("tools", [""], [response], [answer(F)])[0]
+    got = rewards.score(CHANNELS["tools"], Example(QUESTION, answer(F)), [response])[0]
     expected = {**dict.fromkeys(NAMES, 1.0), **changed}
     assert dict(zip(NAMES, got, strict=True)) == {name: pytest.approx(value) for name, value in expected.items()}
-    assert rewards.satisfied("tools", got) == all(value == 1 for value in expected.values())
+    assert rewards.satisfied(CHANNELS["tools"], got) == all(value == 1 for value in expected.values())
 
 
 def test_reference_answers_satisfy_every_channel():
-    for task in ("tools", "rlla"):
-        examples = tools(200, "test")
-        answers = [example.reference for example in examples]
-        assert rewards.satisfied(task, rewards.score(task, [""] * 200, answers, answers)).all()
+    for channels, example in itertools.product(CHANNELS.values(), tools.examples(200, "test")):
+        assert rewards.satisfied(channels, rewards.score(channels, example, [example.reference])).all()
 
 
 @pytest.mark.parametrize("values", [[1.0], [1.0, None], [1.0, "1"], [1.0, math.inf], [1.0, 10**400], [1.0, np.float32(math.inf)], [1.0, 1j], [[1.0], [1.0]], None, 1.0])
-def test_a_bad_reward_is_named(monkeypatch, values):
-    monkeypatch.setitem(rewards.TASKS, "tools", [Reward("mine", lambda prompts, responses, references: values)])
+def test_a_bad_reward_is_named(values):
     with pytest.raises(InputError, match="reward 'mine' returned"):
-        rewards.score("tools", ["", ""], ["", ""], ["", ""])
+        rewards.score([Channel("mine", lambda prompts, responses, references: values)], Example(QUESTION), ["", ""])
 
 
-def test_reward_names_are_their_own(monkeypatch):
-    constant = lambda p, r, ref: [0.0] * len(r)  # noqa: E731
-    for names in (["a", "a"], ["joint"]):
-        monkeypatch.setitem(rewards.TASKS, "tools", [Reward(name, constant) for name in names])
-        with pytest.raises(InputError, match="a name of its own"):
-            rewards.score("tools", [""], [""], [""])
+@pytest.mark.parametrize("names", [["a", "a"], ["joint"], []])
+def test_reward_names_are_their_own(names):
+    with pytest.raises(InputError, match="a name of its own"):
+        Task(None, [Channel(name) for name in names])
 
 
-def test_missing_rewards(monkeypatch):
-    one, two = Reward("one", lambda p, r, ref: [math.nan, 1.0, np.float32(1)]), Reward("two", lambda p, r, ref: [math.nan, True, math.nan])
-    monkeypatch.setitem(rewards.TASKS, "tools", [one, two])
-    values = rewards.score("tools", [""] * 3, [""] * 3, [""] * 3)
+def test_missing_rewards():
+    channels = [Channel("one", lambda p, r, ref: [math.nan, 1.0, np.float32(1)]), Channel("two", lambda p, r, ref: [math.nan, True, math.nan])]
+    values = rewards.score(channels, Example(QUESTION), [""] * 3)
     np.testing.assert_array_equal(values, [[math.nan, math.nan], [1, 1], [1, math.nan]])
-    assert np.array_equal(rewards.satisfied("tools", values), [np.nan, 1, 1], equal_nan=True)
+    assert np.array_equal(rewards.satisfied(channels, values), [np.nan, 1, 1], equal_nan=True)
+    assert np.array_equal(rewards.satisfied([channels[0]._replace(weight=0), channels[1]], values), [np.nan, 1, np.nan], equal_nan=True)
+
+
+def test_weights():
+    task = Task(None, [Channel("a"), Channel("b"), Channel("c", weight=3)])
+    task.weigh("b=0.5,a=0")
+    assert [channel.weight for channel in task.channels(None)] == [0, 0.5, 3]
+    for text, message in [("d=1", "one of a, b, c"), ("a", "NAME=NUMBER"), ("a=x", "NAME=NUMBER"), ("a=-1", "NAME=NUMBER"), ("a=nan", "NAME=NUMBER"),
+                          ("a=0,b=0,c=0", "nothing to learn from")]:
+        with pytest.raises(InputError, match=message):
+            task.weigh(text)
+
+
+@pytest.mark.parametrize(("code", "message"), [
+    ("", "has no function `task"), ("1 +", "cannot be imported: SyntaxError"), ("import nothing_of_that_name", "cannot be imported: ModuleNotFoundError"),
+    ("def task(options):\n    return 3", "returned int, no rewards.Task"),
+])
+def test_a_bad_task_file_is_named(tmp_path, code, message):
+    (tmp_path / "mine.py").write_text(code)
+    with pytest.raises(InputError, match=f"--task .*mine.py.*{message}"):
+        rewards.load_task(TaskOptions(str(tmp_path / "mine.py"), None, None, JudgeOptions()))

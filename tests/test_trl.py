@@ -1,15 +1,18 @@
-"""README's RVPOTrainer in TRL itself: two steps of the tiny model on two ranks."""
+"""The example's RVPOTrainer in TRL itself: two steps of the tiny model on two ranks."""
 
 import os
+import sys
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import on_ranks, readme_block
+from conftest import ROOT, on_ranks
 
-import model
 import rvpo
+from bench import models
+
+sys.path.insert(0, str(ROOT / "examples"))
 
 GROUP = 4
 SCORES = []  # what the reward functions saw and said: (step, prompt, tokens, rewards) of each completion
@@ -25,10 +28,10 @@ def even(completion_ids, **_) -> list[float]:
 
 def sometimes(prompts, completions, completion_ids, trainer_state, **_) -> list[float | None]:
     """Missing for some. It is the last of the functions, so it notes down what all of them say of a completion."""
-    own = [None if ids[0] % 3 == 0 else float(ids[-1] % 5) for ids in completion_ids]
-    for row in zip(prompts, completion_ids, vowels(completions), even(completion_ids), own, strict=True):
+    values = [None if ids[0] % 3 == 0 else float(ids[-1] % 5) for ids in completion_ids]
+    for row in zip(prompts, completion_ids, vowels(completions), even(completion_ids), values, strict=True):
         SCORES.append((trainer_state.global_step, row[0], tuple(row[1]), row[2:]))
-    return own
+    return values
 
 
 def train(out: Path, rows: int, accumulate: int, **settings) -> None:
@@ -36,12 +39,11 @@ def train(out: Path, rows: int, accumulate: int, **settings) -> None:
     from datasets import Dataset
     from transformers import AutoTokenizer
     from trl import GRPOConfig
+    from trl_rvpo import RVPOTrainer
 
-    shown = {}
-    exec(readme_block("class RVPOTrainer"), shown)  # noqa: S102 - the block is our own, and it is what is tested
     used = []
 
-    class Noting(shown["RVPOTrainer"]):
+    class Noting(RVPOTrainer):
         def _compute_loss(self, model, inputs):
             assert inputs["advantages"].dtype == torch.float32
             for prompt, prompt_mask, ids, mask, advantage in zip(
@@ -50,7 +52,7 @@ def train(out: Path, rows: int, accumulate: int, **settings) -> None:
                 used.append((self.state.global_step, text, tuple(ids[mask.bool()].tolist()), advantage.item()))
             return super()._compute_loss(model, inputs)
 
-    path = model.resolve("tiny")
+    path = models.tiny()
     config = GRPOConfig(
         output_dir=str(out.with_suffix("")), max_steps=2, per_device_train_batch_size=rows, gradient_accumulation_steps=accumulate,
         num_generations=GROUP, max_completion_length=8, learning_rate=1e-3, bf16=False, use_cpu=True,

@@ -1,4 +1,4 @@
-"""README's estimator in verl itself: its registry, its DataProto, its compute_advantage. No cluster, no training."""
+"""The example's estimator in verl itself: its registry, its DataProto, its compute_advantage. No cluster, no training."""
 
 import math
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, readme_block
+from conftest import ROOT
 
 import rvpo
 
@@ -51,10 +51,9 @@ def run(out: Path) -> None:
 def results(tmp_path_factory) -> dict:
     """A process of its own: only there are verl's packages on the path."""
     path = tmp_path_factory.mktemp("verl")
-    (path / "rvpo_verl.py").write_text(readme_block("register_adv_est"))
-    seen = os.pathsep.join(map(str, (path, ROOT, Path(sys.prefix) / "verl")))
+    seen = os.pathsep.join(map(str, (ROOT / "examples", ROOT, Path(sys.prefix) / "verl")))
     subprocess.run([sys.executable, __file__, str(path / "out.pt")], check=True, timeout=300,
-                   env=os.environ | {"PYTHONPATH": seen, "VERL_USE_EXTERNAL_MODULES": "rvpo_verl", "OMP_NUM_THREADS": "1"})
+                   env=os.environ | {"PYTHONPATH": seen, "VERL_USE_EXTERNAL_MODULES": "verl_rvpo", "OMP_NUM_THREADS": "1"})
     return torch.load(path / "out.pt")
 
 

@@ -1,16 +1,18 @@
 """One training step, by phase, of this code and of TRL's GRPOTrainer: same model, prompts, lengths, precision, threads.
 
     pip install --no-deps -r requirements-bench.txt   # on a GPU machine; make does it on a CPU
-    python bench.py                       # the case of this machine: SmolLM2 on a CPU, Qwen2.5-1.5B's shape on a GPU
-    python bench.py --prompt-tokens 1000  # another one
-    python bench.py --growth              # our own step with 1, 2, 4 and 8 times the tokens, and on 2 ranks
+    python bench/step.py                       # the case of this machine: SmolLM2 on a CPU, a 1.5B Qwen2.5 on a GPU
+    python bench/step.py --prompt-tokens 1000  # another one
+    python bench/step.py --growth              # our own step with 1, 2, 4 and 8 times the tokens, and on 2 ranks
 
-Each of the two is a process of its own. Their steps alternate, after one for warming up, so that whatever else the
-machine does hits both. One JSON line a case: medians in seconds, ratios TRL / ours, peak memory. Every response has
+Each of the two is a process of its own, and the second starts when the first has loaded: vLLM takes memory that another
+process claims meanwhile for its own. Their steps alternate, after one for warming up, so that whatever else the machine
+does hits both. One JSON line a case: medians in seconds, ratios TRL / ours, peak memory. Every response has
 exactly --response-tokens tokens.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import resource
@@ -23,7 +25,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # a script sees its own folder only
+
+from ranks import RANK
+
 SHARE = 0.15  # of the GPU, for each vLLM
+PHASES = "sample", "score", "advantage", "update", "sync"
 CUDA_TFLOPS = {"H100": 989, "H200": 989, "A100": 312}  # dense bfloat16, by the vendor's data sheets
 
 
@@ -59,28 +66,6 @@ def letters(completions, **_) -> list[float]:
     return [len(set(text)) / 100 for text in completions]
 
 
-def make_model(name: str) -> Path:
-    """A directory with the weights. The random ones have the tokenizer of `tiny`, and words that it does not know."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    import memory
-    import model
-
-    if not name.startswith("random-"):
-        return model.resolve(name)
-    out = Path(tempfile.gettempdir()) / f"rvpo-{name}"
-    if not out.exists():
-        torch.manual_seed(0)
-        config = memory.qwen(name.removeprefix("random-"))
-        config.eos_token_id, config.pad_token_id = 2, 0
-        part = out.with_suffix(".part")
-        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(part)
-        model.load_tokenizer(model.resolve("tiny")).save_pretrained(part)
-        part.rename(out)
-    return out
-
-
 def make_prompts(tokenizer, n: int, length: int) -> list[str]:
     """Texts of exactly so many tokens."""
     words = [word for word in (" the", " tool", " of", " and", " call", " name", " city", " user", "a", "b", "c", "d")
@@ -98,54 +83,57 @@ def turn(report: dict) -> None:
 
     report["peak_gb"] = (torch.cuda.max_memory_allocated() if torch.cuda.is_available()
                          else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e9
-    if int(os.environ.get("RANK", "0")) == 0:
+    if RANK == 0:
         print("REPORT " + json.dumps(report), flush=True)
         sys.stdin.readline()
 
 
 def ours(args: argparse.Namespace) -> None:
-    """train.fit itself; its line of metrics is the report."""
+    """train.fit itself."""
     import model
     import policy
-    import rewards
-    import rollout
     import train
-    from data import Example
+    from bench import models
+    from checkpoint import Log, NoCheckpoints
+    from config import TrainConfig
+    from ranks import join
+    from rewards import Channel, Example, Task
+    from rollout import Decoding, Sampler, VLLMEngine
 
-    path = make_model(args.model)
-    path, tokenizer, stops, _, _ = model.describe(str(path), args.response_tokens)
+    class Turns(Log):
+        """A step's record is the report; nothing is written."""
+
+        def metrics(self, record: dict) -> None:
+            turn({phase: record["seconds"][phase] for phase in PHASES} | {
+                "gap": record["sampler_gap"], "tokens": record["length_mean"] * args.prompts * args.group})
+
+        def samples(self, records: list[dict]) -> None:
+            pass
+
+        def say(self, line: str) -> None:
+            pass
+
+    path, tokenizer, stops, _, _ = model.describe(str(models.resolve(args.model)), args.response_tokens)
     texts = make_prompts(tokenizer, args.prompts, args.prompt_tokens)
-    prompts = [(tokenizer(text).input_ids, Example([{"role": "user", "content": text}], "", [])) for text in texts]
-    rewards.TASKS["tools"] = [rewards.Reward("vowels", lambda p, responses, r: vowels(responses)),
-                              rewards.Reward("letters", lambda p, responses, r: letters(responses))]
-    longest = args.prompt_tokens + args.response_tokens
-    run = train.parse_args("", [
-        "--model", str(path), "--prompts", str(args.prompts), "--group", str(args.group), "--steps",
-        str(args.steps + 1), "--engine", args.engine, "--eval-prompts", "0", "--lr", "1e-6", "--save-every", "0",
-        "--tokens-per-microbatch", "6000" if args.gpu else "16384"])  # the two share a GPU
-    train.check_args(run)
-    device = rollout.join_ranks()
+    prompts = [model.Prompt(tokenizer(text).input_ids, Example([{"role": "user", "content": text}])) for text in texts]
+    config = TrainConfig(prompts=args.prompts, group=args.group, steps=args.steps + 1, lr=1e-6,
+                         tokens_per_microbatch=6000 if args.gpu else 16384)  # the two share a GPU
+    device = join()
     trained = policy.load(path, device, policy.make_mesh(device))
+    decoding = Decoding(tokenizer, stops, 1.0, args.response_tokens)
     if args.engine == "vllm":
-        engine = rollout.VLLMEngine(path, tokenizer, stops, longest, 1.0, args.response_tokens, 0,
-                                    SHARE, at_a_time=min(32, args.prompts * args.group))
+        engine = VLLMEngine(path, decoding, args.prompt_tokens + args.response_tokens, SHARE,
+                            at_a_time=min(32, args.prompts * args.group))
         engine.sampling |= {"ignore_eos": True, "stop_token_ids": []}
     else:
-        engine = rollout.HFEngine(model.load(path, device, policy.compute_dtype(device)), tokenizer, stops, 1.0,
-                                  args.response_tokens)
+        from local.hf import HFEngine
+
+        engine = HFEngine(model.load(path, device, policy.compute_dtype(device)), decoding)
         engine.config.min_new_tokens = args.response_tokens
-
-    def write(file: Path, *records: dict) -> None:
-        for record in records:
-            if "seconds" in record:
-                seconds = record["seconds"]
-                turn({"sample": seconds["sample"], "score": seconds["score"], "advantage": seconds["advantage"],
-                      "update": seconds["update"], "sync": seconds["sync"], "gap": record["sampler_gap"],
-                      "tokens": record["length_mean"] * args.prompts * args.group})
-
-    train.write = write
-    train.fit(run, Path(), device, trained, train.make_optimizer(trained, run.lr), None, engine, None, prompts, [],
-              train.beginning())
+    task = Task(None, [Channel("vowels", lambda _, responses, references: vowels(responses)),
+                       Channel("letters", lambda _, responses, references: letters(responses))])
+    learner = train.Learner(trained, None, train.make_optimizer(trained, config.lr), device)
+    train.fit(config, learner, Sampler(engine, task, 0), prompts, Turns(), lambda step: None, NoCheckpoints())
 
 
 def trl(args: argparse.Namespace) -> None:
@@ -156,7 +144,9 @@ def trl(args: argparse.Namespace) -> None:
     from transformers import AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    path = make_model(args.model)
+    from bench import models
+
+    path = models.resolve(args.model)
     tokenizer = AutoTokenizer.from_pretrained(path)
     texts = make_prompts(tokenizer, args.prompts, args.prompt_tokens)
     rows = args.trl_batch or args.group
@@ -172,7 +162,7 @@ def trl(args: argparse.Namespace) -> None:
         model_init_kwargs={"dtype": torch.float32})
     seconds: dict[str, float] = {}
 
-    class Turns(TrainerCallback):
+    class Phases(TrainerCallback):
         def on_step_begin(self, *args, **kwargs):
             seconds.clear()
             seconds["begin"] = self.now()
@@ -191,15 +181,15 @@ def trl(args: argparse.Namespace) -> None:
             return time.perf_counter()
 
     trainer = GRPOTrainer(str(path), [vowels, letters], config, Dataset.from_dict({"prompt": texts}),
-                          processing_class=tokenizer, callbacks=[Turns()])
+                          processing_class=tokenizer, callbacks=[Phases()])
 
     def timed(holder, method: str, name: str) -> None:
         inner = getattr(holder, method)
 
         def call(*values, **keys):
-            begin = Turns.now()
+            begin = Phases.now()
             out = inner(*values, **keys)
-            seconds[name] = seconds.get(name, 0.0) + Turns.now() - begin
+            seconds[name] = seconds.get(name, 0.0) + Phases.now() - begin
             return out
 
         setattr(holder, method, call)
@@ -214,6 +204,8 @@ def trl(args: argparse.Namespace) -> None:
 # The parent
 
 class Worker:
+    """A process that reports each of its steps, and waits for its turn after it."""
+
     def __init__(self, name: str, ranks: int = 1, **changed):
         argv = [x for key, value in changed.items() for x in (f"--{key.replace('_', '-')}", str(value))
                 if value is not True and value is not False]
@@ -236,15 +228,17 @@ class Worker:
         self.process.stdin.write("\n")
         self.process.stdin.flush()
 
-    def end(self) -> None:
-        self.process.kill()
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.process.terminate()  # torchrun hands it on to its ranks
         self.process.wait()
 
 
 def medians(reports: list[dict]) -> dict[str, float]:
     out = {key: statistics.median(report[key] for report in reports) for key in reports[0]}
-    out["step"] = statistics.median(sum(r[x] for x in ("sample", "score", "advantage", "update", "sync"))
-                                    for r in reports)
+    out["step"] = statistics.median(sum(report[phase] for phase in PHASES) for report in reports)
     out["tokens_per_second"] = out.pop("tokens") / out["step"]
     return out
 
@@ -255,15 +249,19 @@ def utilization(args: argparse.Namespace, seconds: float) -> dict[str, float]:
     import torch
     from transformers import AutoConfig
 
-    import balance
-    import memory
+    import train
+    from bench import memory, models
+    from model import Prompt
+    from rollout import Group, Response
 
     peak = next((x for name, x in CUDA_TFLOPS.items() if name in torch.cuda.get_device_name()), None)
     if peak is None:
         return {}
-    config = AutoConfig.from_pretrained(make_model(args.model))
+    config = AutoConfig.from_pretrained(models.resolve(args.model))
     _, layer = memory.count(config)
-    _, work = balance.size((args.prompt_tokens, [args.response_tokens] * args.group), balance.attention_cost(config))
+    response = Response([0] * args.response_tokens, [], [], "", "")
+    group = Group(Prompt([0] * args.prompt_tokens, None), [], [response] * args.group, None)
+    _, work = train.work(group, train.attention_cost(config))
     head = config.vocab_size * config.hidden_size * args.group * args.response_tokens
     flops = 6 * args.prompts * (layer * config.num_hidden_layers * work + head)
     return {"mfu": flops / seconds / (peak * 1e12)}
@@ -282,22 +280,24 @@ def case(args: argparse.Namespace) -> dict:
 
 
 def compare(args: argparse.Namespace) -> dict:
-    make_model(args.model)  # once, not by both
+    from bench import models
+
+    models.resolve(args.model)  # once, not by both
     shared = case(args) | {"steps": args.steps}
-    workers = {"ours": Worker("ours", **shared, engine=args.engine),
-               "trl": Worker("trl", **shared, trl_sampler=args.trl_sampler, trl_batch=args.trl_batch,
-                             trl_checkpointing=args.trl_checkpointing)}
-    reports = {name: [] for name in workers}
-    for worker in workers.values():
-        worker.step()  # loading and warming up
-    for _ in range(args.steps):
-        for name, worker in workers.items():
-            worker.go()
-            reports[name].append(worker.step())
-            print(name, {key: round(x, 3) for key, x in reports[name][-1].items()}, file=sys.stderr, flush=True)
-    for worker in workers.values():
-        worker.end()
-    result = {name: medians(own) for name, own in reports.items()}
+    options = {"ours": {"engine": args.engine},
+               "trl": {x: getattr(args, x) for x in ("trl_sampler", "trl_batch", "trl_checkpointing")}}
+    with contextlib.ExitStack() as stack:
+        workers = {}
+        for name, more in options.items():
+            workers[name] = stack.enter_context(Worker(name, **shared, **more))
+            workers[name].step()  # loading and warming up; only then the next one
+        reports = {name: [] for name in workers}
+        for _ in range(args.steps):
+            for name, worker in workers.items():
+                worker.go()
+                reports[name].append(worker.step())
+                print(name, {key: round(x, 3) for key, x in reports[name][-1].items()}, file=sys.stderr, flush=True)
+    result = {name: medians(steps) for name, steps in reports.items()}
     a, b = result["ours"], result["trl"]
     if args.gpu:
         a |= utilization(args, a["update"])
@@ -309,16 +309,23 @@ def compare(args: argparse.Namespace) -> dict:
 
 
 def growth(args: argparse.Namespace) -> Iterator[dict]:
-    """Our step with 1, 2, 4, 8 times the prompts, and with 2 ranks beside 1; one after the other, for memory's sake."""
-    make_model(args.model)
-    for changed in [{"prompts": args.prompts * n} for n in (1, 2, 4, 8)] + [{"prompts": args.prompts * 4, "ranks": 2}]:
-        worker = Worker("ours", **{**case(args), "steps": args.steps, "engine": args.engine, **changed})
-        worker.step()
-        reports = []
-        for _ in range(args.steps):
-            worker.go()
-            reports.append(worker.step())
-        worker.end()
+    """Our step with 1, 2, 4, 8 times the prompts, and with 2 ranks beside 1, unless they would have to share a GPU; one
+    after the other, for memory's sake."""
+    import torch
+
+    from bench import models
+
+    models.resolve(args.model)
+    cases = [{"prompts": args.prompts * n} for n in (1, 2, 4, 8)]
+    if not args.gpu or torch.cuda.device_count() > 1:
+        cases.append({"prompts": args.prompts * 4, "ranks": 2})
+    for changed in cases:
+        with Worker("ours", **{**case(args), "steps": args.steps, "engine": args.engine, **changed}) as worker:
+            worker.step()
+            reports = []
+            for _ in range(args.steps):
+                worker.go()
+                reports.append(worker.step())
         yield {**case(args), **changed, "machine": machine(args), **medians(reports)}
 
 

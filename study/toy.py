@@ -1,5 +1,5 @@
 """The study's small world: a language of 37 words, tasks on it, and a policy of 77,000 parameters, trained in seconds.
-Only what is small is here: the loop, the advantages, the loss and the update are train.py's, rvpo.py's and update.py's.
+Only what is small is here: the loop, the update, the advantages and the loss are train.py's and rvpo.py's.
 
 A prompt names a tool and three arguments with their values, "tool3 name5 7 name2 0 name9 4"; the answer is a call
 with them, "call tool3 name5 7 name2 0 name9 4 end", to which the politeness, detail and citation that some tasks
@@ -18,9 +18,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AutoModelForCausalLM, Qwen2Config
 
 import policy as policies
-from data import Example
-from rewards import Reward
-from rollout import HFEngine, Response
+from local.hf import HFEngine
+from model import Prompt
+from rewards import Channel, Example
+from rollout import Response
 
 EXTRAS = "please", "detail", "cite"
 WORDS = ["<stop>", "<prompt>", "<answer>", "call", "end", *EXTRAS, "forbidden", *(f"tool{i}" for i in range(8)),
@@ -30,14 +31,14 @@ LONGEST = 20  # words of an answer
 CPU = torch.device("cpu")
 
 
-def make_prompts(n: int, seed: str) -> list[tuple[list[int], Example]]:
-    """(token ids, Example) of n prompts. The reference is the shortest right answer."""
+def make_prompts(n: int, seed: str) -> list[Prompt]:
+    """n prompts. The reference is the shortest right answer."""
     rng, out = random.Random(seed), []
     for _ in range(n):
         arguments = " ".join(f"name{name} {rng.randrange(10)}" for name in rng.sample(range(10), 3))
         prompt = f"tool{rng.randrange(8)} {arguments}"
         ids = [ID["<prompt>"], *(ID[word] for word in prompt.split()), ID["<answer>"]]
-        out.append((ids, Example([{"role": "user", "content": prompt}], f"call {prompt} end")))
+        out.append(Prompt(ids, Example([{"role": "user", "content": prompt}], f"call {prompt} end")))
     return out
 
 
@@ -83,8 +84,8 @@ def channels(prompt: str, response: str) -> dict[str, float]:
     }
 
 
-def reward(name: str, full: float = 1.0, scale: float = 1.0, wrong: float = 0.0) -> Reward:
-    """A channel, multiplied by `scale`, and turned into 1 - it at random in a share `wrong` of its values."""
+def reward(name: str, full: float = 1.0, scale: float = 1.0, wrong: float = 0.0) -> Channel:
+    """A channel, multiplied by `scale`, and in a share `wrong` of its values, at random, 1 minus the value."""
     rng = random.Random(0)
 
     def fn(prompts: list[str], responses: list[str], references: list[str]) -> list[float]:
@@ -92,7 +93,7 @@ def reward(name: str, full: float = 1.0, scale: float = 1.0, wrong: float = 0.0)
         noise = wrong * (len(responses) > 1)  # none in evaluations, which have one response a prompt
         return [scale * (1 - value if rng.random() < noise else value) for value in values]
 
-    return Reward(name, fn, full * scale, (0.0, scale))
+    return Channel(name, fn, full * scale, (0.0, scale))
 
 
 CALL = "format", "tool", "names", "values", "safe"
@@ -106,7 +107,7 @@ FAULTS = {
               "no end": 0.1, "no value": 0.1},
 }
 # {task: (channels, demonstrations)}
-SUITE: dict[str, tuple[list[Reward], str]] = {
+SUITE: dict[str, tuple[list[Channel], str]] = {
     # Three extras, each paid up to three times, pull against a length limit that the demonstrations keep.
     "conflict": ([*map(reward, CALL), *VERBOSE], "verbose"),
     # Everything can be had together; right values are rare at the start.
@@ -122,27 +123,27 @@ SUITE: dict[str, tuple[list[Reward], str]] = {
 }
 
 
-def random_task(seed: str) -> tuple[list[Reward], str]:
+def random_task(seed: str) -> tuple[list[Channel], str]:
     """2 to 9 channels of which an answer can satisfy all, and demonstrations."""
     rng = random.Random(seed)
     while True:
-        some = rng.sample([*map(reward, CALL), *(reward(f"length{n}") for n in (10, 12, 14)), *VERBOSE[1:],
-                           reward("no other names"), reward("no other values"), reward("brief", 0.2)],
-                          rng.randint(2, 9))
-        prompt, extras = "tool0 name0 0 name1 1 name2 2", [c.name for c in some if c.name in EXTRAS]
+        chosen = rng.sample([*map(reward, CALL), *(reward(f"length{n}") for n in (10, 12, 14)), *VERBOSE[1:],
+                             reward("no other names"), reward("no other values"), reward("brief", 0.2)],
+                            rng.randint(2, 9))
+        prompt, extras = "tool0 name0 0 name1 1 name2 2", [c.name for c in chosen if c.name in EXTRAS]
         best = channels(prompt, " ".join(["call", prompt, *extras, "end"]))
-        if all(best[c.name] >= c.full for c in some):
-            return some, rng.choice([*FAULTS])
+        if all(best[c.name] >= c.full for c in chosen):
+            return chosen, rng.choice([*FAULTS])
 
 
 def attend(module, query, key, value, attention_mask, scaling: float, sequences: policies.Sequences, **kwargs):
-    """policy._prompt_once for hundreds of sequences of a dozen tokens: one padded call is
-    faster."""
+    """policy._prompt_once for hundreds of sequences of a dozen tokens: one padded call is faster."""
     n, seen = torch.tensor(sequences.queries), torch.tensor(sequences.keys)
     rows, columns = torch.arange(max(sequences.queries)), torch.arange(max(sequences.keys))
-    at = (n.cumsum(0) - n)[:, None] + rows.clamp(max=n[:, None] - 1)  # (sequences, longest), padded with the last
-    keys_at = sequences.at[(seen.cumsum(0) - seen)[:, None] + columns.clamp(max=seen[:, None] - 1)]
-    query, key, value = query[0][:, at], key[0][:, keys_at], value[0][:, keys_at]  # (heads, sequences, longest, D)
+    # Where in the row queries and keys are: (sequences, longest), padded with the last of each.
+    queries = (n.cumsum(0) - n)[:, None] + rows.clamp(max=n[:, None] - 1)
+    keys = sequences.at[(seen.cumsum(0) - seen)[:, None] + columns.clamp(max=seen[:, None] - 1)]
+    query, key, value = query[0][:, queries], key[0][:, keys], value[0][:, keys]  # (heads, sequences, longest, D)
     key, value = (x.repeat_interleave(len(query) // len(x), 0) for x in (key, value))
     mask = columns <= rows[:, None] + (seen - n)[:, None, None]  # causal, aligned at the end of each
     out = scaled_dot_product_attention(query, key, value, mask, scale=scaling)
@@ -153,7 +154,7 @@ AttentionInterface.register("toy", attend)
 
 
 class Engine(HFEngine):
-    """rollout.HFEngine for prompts of one length: all of a step at a time, from the same uniform numbers for the same
+    """local.hf.HFEngine for prompts of one length: all of a step at a time, from the same uniform numbers for the same
     seed whatever the policy is, so that runs that differ in one thing differ by that alone."""
 
     def __init__(self, lm):
@@ -166,13 +167,13 @@ class Engine(HFEngine):
                              for seed in seeds])
         out = self.model(input_ids=torch.tensor(prompts).repeat_interleave(group, 0), use_cache=True)
         tokens, logps, done = [], [], torch.zeros(len(uniform), dtype=torch.bool)
-        for at in range(LONGEST):
+        for t in range(LONGEST):
             logp = out.logits[:, -1].log_softmax(-1)
-            token = (logp.exp().cumsum(-1) < uniform[:, at, None]).sum(-1).clamp(max=len(WORDS) - 1)
+            token = (logp.exp().cumsum(-1) < uniform[:, t, None]).sum(-1).clamp(max=len(WORDS) - 1)
             tokens.append(token)
             logps.append(logp.gather(-1, token[:, None])[:, 0])
             done |= token == 0
-            if done.all() or at == LONGEST - 1:
+            if done.all() or t == LONGEST - 1:
                 break
             out = self.model(input_ids=token[:, None], past_key_values=out.past_key_values, use_cache=True)
         responses = []
@@ -194,7 +195,8 @@ def make_policy(seed: int) -> policies.Policy:
     return policies.Policy(lm.eval(), Path())
 
 
-def sampler(policy: policies.Policy) -> Engine:
+def engine(policy: policies.Policy) -> Engine:
+    """For a policy of these shapes; `push` gives it the weights."""
     config = copy.deepcopy(policy.lm.config)
     return Engine(AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval())
 

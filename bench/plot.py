@@ -1,6 +1,6 @@
 """From the metrics.jsonl of one or more runs to one PNG: every channel, the joint rate, gradient norm, advantage std.
 
-    python plot.py runs/NAME [runs/OTHER ...] [--out FILE.png]
+    python bench/plot.py runs/NAME [runs/OTHER ...] [--out FILE.png]
 
 Lines: the sampled batches of training. Points with bars: held-out prompts, mean and standard error.
 """
@@ -45,8 +45,8 @@ def plot(runs: list[Path], out: Path) -> None:
             axis.plot([line["step"] for line in steps], values, color=f"C{color}", linewidth=1.2, label=name)
             points = [(line["step"], *line["eval"][panel]) for line in evals if panel in line["eval"]]
             if points:
-                at, mean, error = zip(*points, strict=True)
-                axis.errorbar(at, mean, [e or 0 for e in error], color=f"C{color}", fmt="o", markersize=4, capsize=3)
+                step, mean, error = zip(*points, strict=True)
+                axis.errorbar(step, mean, [e or 0 for e in error], color=f"C{color}", fmt="o", markersize=4, capsize=3)
         low, high = axis.get_ylim()
         if panel in [*channels, "joint"] and low > -0.2 and high < 1.2:
             axis.set_ylim(-0.03, 1.03)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-
 import toy
+
 from eval import holm
 
 matplotlib.use("Agg")
@@ -62,14 +62,14 @@ def compare(panel: dict[str, list], done: dict, rates: dict, task: str) -> str:
     p = {m: sign_flip(np.subtract(finals["rvpo"], finals[m])) for m in panel if m != "rvpo"}
     corrected = dict(zip(p, holm([*p.values()]), strict=True))
     for m, runs in panel.items():
-        own = [done[run] for run in runs]
-        ends = {name: np.mean([shares(out)[name] for out in own]) for name in own[0]["full"]}
+        outs = [done[run] for run in runs]
+        ends = {name: np.mean([shares(out)[name] for out in outs]) for name in outs[0]["full"]}
         worst = min(ends, key=ends.get)
-        curves = np.array([out["eval"]["joint"] for out in own])
+        curves = np.array([out["eval"]["joint"] for out in outs])
         rows.append([
             m, f"{rates[task, m]:g}", spread(finals[m]), f"{curves[:, (curves.shape[1] - 1) // 3].mean():.3f}",
-            f"{worst} {ends[worst]:.2f}", f"{np.mean([[last(out, name) for name in ends] for out in own]):.3f}",
-            f"{sum(x >= 0.5 for x in finals[m])} of {len(own)}",
+            f"{worst} {ends[worst]:.2f}", f"{np.mean([[last(out, name) for name in ends] for out in outs]):.3f}",
+            f"{sum(x >= 0.5 for x in finals[m])} of {len(outs)}",
             f"{np.mean(curves.max(1) - finals[m]):.3f}",
             *([f"{np.mean(finals['rvpo']) - np.mean(finals[m]):+.3f}", f"{p[m]:.4f}", f"{corrected[m]:.3f}"]
               if m in p else ["", "", ""])])
@@ -103,7 +103,7 @@ def report(done: dict, panels: dict[str, Panel], rates: dict, every: int) -> str
     rows = []
     for m in conflict:
         binding = {name: mean(m, "binding", name) for name in done[conflict[m][0]]["full"]}
-        ends = [max((shares[at], name) for name, shares in binding.items()) for at in (0, -1)]
+        ends = [max((shares[i], name) for name, shares in binding.items()) for i in (0, -1)]
         rows.append([m, *(f"{mean(m, x)[0]:.2f} → {mean(m, x)[-1]:.2f}" for x in ("grad_norm", "advantage_std")),
                      " → ".join(f"{name} {share:.2f}" for share, name in ends),
                      *("none" if math.isnan(x) else f"{x:+.2f}" for x in mean(m, "credit"))])

@@ -1,35 +1,45 @@
 """Does the soft minimum do what it is for, and when not? Every aggregation on three small tasks, all else equal.
 
-    python study.py --out runs/study                     # 17 minutes on two cores
-    python study.py --out runs/study-20 --first-seed 20  # other held-out seeds
+    python study/study.py --out runs/study                     # 17 minutes on two cores
+    python study/study.py --out runs/study-20 --first-seed 20  # other held-out seeds
 
 Writes study.json (every run's settings and curves), study.md (the tables) and study.png into --out. A run is train.fit
-itself, with the tasks, the policy and the sampler of toy.py: same warm start, prompts, request seeds and steps for
+itself, with the tasks, the policy and the engine of toy.py: same warm start, prompts, request seeds and steps for
 every aggregation. The learning rate is chosen for each aggregation and task on tuning seeds, then eight others count.
 """
 
 import argparse
-import contextlib
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # before torch is imported: --help must not wait for it
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/study"), help="a new directory (default %(default)s)")
+    parser.add_argument("--first-seed", type=int, default=0, help="first held-out seed (default %(default)s)")
+    parser.add_argument("--search", action="store_true", help="instead: random tasks, one seed, into search.md")
+    OPTIONS = parser.parse_args()
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the code that is studied; a script sees its own folder only
+
 import functools
-import io
 import itertools
 import json
 import math
-import sys
 from collections.abc import Callable, Iterable
 from multiprocessing import get_context
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import toy
+from report import Panel, figure, last, report, shares, table
 from tqdm import tqdm
 
-import rewards as scoring
 import rvpo
-import toy
 import train
-from report import Panel, figure, last, report, shares, table
+from checkpoint import Log, NoCheckpoints
+from config import TrainConfig
+from rewards import Channel, Task, unit
+from rollout import Sampler
 
 METHODS = {"rvpo": "2", "rvpo 0.5:2": "0.5:2", "gdpo": "0", "grpo": "0", "explicit": "1", "hardmin": "0",
            "softmin": "1"}  # name: beta; the aggregation is the first word. explicit 1 is rvpo 2 to second order
@@ -38,12 +48,6 @@ RATES = 1e-4, 3e-4, 1e-3, 3e-3
 TUNING, HELD_OUT, FEW = (1000, 1001), 8, 3  # seeds to choose by, to report, and to report in the smaller comparisons
 STEPS, EVERY = 120, 20
 SEARCH = 24  # random tasks
-# Forms that are compared here only. Each: as those in rvpo.AGGREGATIONS.
-FORMS = {
-    "minmax": lambda r, beta, w: rvpo.grpo_advantage(scoring.unit("toy", r), beta, w),  # grpo on one scale
-    "rawsoftmin": rvpo.softmin_advantage,  # softmin on the rewards as they are
-    "centred": lambda r, beta, w: (s := rvpo.rvpo_advantage(r, beta, w)) - s.mean(-1, keepdim=True),
-}
 TUNED = {"rvpo 0.5:2": "rvpo", "centred": "rvpo", "minmax": "grpo", "rawsoftmin": "softmin"}  # take the other's rate
 BETAS = METHODS | {"minmax": "0", "rawsoftmin": "1", "centred": "2"}
 
@@ -61,6 +65,32 @@ class Run(NamedTuple):
 
 
 STARTS: dict[tuple[int, str], dict] = {}  # (seed, demonstrations) -> weights, before the processes that train fork
+
+
+def forms(channels: list[Channel]) -> dict[str, Callable]:
+    """Aggregations that are compared here only, see rvpo.AGGREGATIONS."""
+    return {
+        # grpo on one scale
+        "minmax": lambda r, beta, w: rvpo.grpo_advantage(torch.from_numpy(unit(channels, r.numpy())), beta, w),
+        "rawsoftmin": rvpo.softmin_advantage,  # softmin on the rewards as they are
+        "centred": lambda r, beta, w: (s := rvpo.rvpo_advantage(r, beta, w)) - s.mean(-1, keepdim=True),
+    }
+
+
+class Records(Log):
+    """What train.fit logs, kept in memory."""
+
+    def __init__(self):
+        self.records, self.rollouts = [], []
+
+    def metrics(self, record: dict) -> None:
+        self.records.append(record)
+
+    def samples(self, records: list[dict]) -> None:
+        self.rollouts += records
+
+    def say(self, line: str) -> None:
+        """Hundreds of runs, several at a time: only their results are shown."""
 
 
 def warm_start(key: tuple[int, str]) -> tuple[tuple[int, str], dict]:
@@ -93,26 +123,21 @@ def taylor(z: torch.Tensor, beta: float) -> list[float]:
 def result(run: Run) -> dict:
     """Trains. Returns the evaluations {channel: curve}, and what was logged on the way, as means over EVERY steps."""
     channels, demonstrations = toy.SUITE[run.task]
-    scoring.TASKS["toy"] = channels = [
-        toy.reward(c.name, c.full, run.scale, run.wrong) if c.name == run.channel else c for c in channels]
-    rvpo.AGGREGATIONS |= FORMS
+    channels = [toy.reward(c.name, c.full, run.scale, run.wrong) if c.name == run.channel else c for c in channels]
+    rvpo.AGGREGATIONS |= forms(channels)
     policy = toy.make_policy(0)
     policy.load_state_dict(STARTS[run.seed, demonstrations])
-    args = argparse.Namespace(
-        task="toy", agg=run.method.split()[0], beta=run.beta or BETAS[run.method], lr=run.lr, seed=run.seed,
-        steps=STEPS, prompts=64 // run.group, group=run.group, updates=1, warmup=5, eval_every=EVERY, kl=0.0,
-        temperature=1.0, is_cap=2.0, clip_low=0.2, clip_high=0.2, grad_clip=1.0, tokens_per_microbatch=16384,
-        save_every="0", max_bad_steps=5)
-    lines, samples = [], []
-    train.write = lambda file, *more: (lines if file.name == "metrics.jsonl" else samples).extend(more)
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # fit's own progress
-        train.fit(args, Path(), toy.CPU, policy, train.make_optimizer(policy, args.lr), None, toy.sampler(policy), None,
-                  toy.make_prompts(STEPS * args.prompts, f"train {run.seed}"), toy.make_prompts(200, "held out"),
-                  train.beginning())
-    evals, steps = [x["eval"] for x in lines if "eval" in x], [x for x in lines if "channels" in x]
-    rewards = torch.tensor([[*s["rewards"].values()] for s in samples], dtype=torch.float64)
+    config = TrainConfig.model_construct(  # unchecked: it need not know `forms`
+        agg=run.method.split()[0], beta=run.beta or BETAS[run.method], lr=run.lr, seed=run.seed, steps=STEPS,
+        prompts=64 // run.group, group=run.group, warmup=5, eval_every=EVERY)
+    log, sampler = Records(), Sampler(toy.engine(policy), Task(None, channels), run.seed)  # fit is handed the prompts
+    train.fit(config, train.Learner(policy, None, train.make_optimizer(policy, run.lr), toy.CPU), sampler,
+              toy.make_prompts(STEPS * config.prompts, f"train {run.seed}"), log,
+              train.Evaluation(sampler, toy.make_prompts(200, "held out"), log), NoCheckpoints())
+    evals, steps = [x["eval"] for x in log.records if "eval" in x], [x for x in log.records if "channels" in x]
+    rewards = torch.tensor([[*s["rewards"].values()] for s in log.rollouts], dtype=torch.float64)
     rewards = rewards.view(-1, run.group, len(channels))  # (prompts of all steps, G, K)
-    advantages = torch.tensor([s["advantage"] for s in samples], dtype=torch.float64).view(-1, run.group)
+    advantages = torch.tensor([s["advantage"] for s in log.rollouts], dtype=torch.float64).view(-1, run.group)
     z = rvpo.zscore(rewards)[rvpo.has_signal(rewards).any(-1)].flatten(0, 1)
 
     def curve(value: Callable[[dict], float]) -> list[float]:
@@ -196,22 +221,18 @@ def search(seed: int) -> str:
         "| rvpo against | better by .1 | within .1 | worse by .1 |", ([m, *map(str, wins[m])] for m in wins))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/study"), help="a new directory (default %(default)s)")
-    parser.add_argument("--first-seed", type=int, default=0, help=f"of {HELD_OUT} held-out seeds (default %(default)s)")
-    parser.add_argument("--search", action="store_true", help=f"instead: {SEARCH} random tasks, into search.md")
-    args = parser.parse_args()
-    seeds = range(args.first_seed, args.first_seed + HELD_OUT)
-    if args.out.exists() or {*seeds} & {*TUNING}:
-        sys.exit(f"error: --out {args.out} must not exist yet, and the seeds must be others than {TUNING}")
-    args.out.mkdir(parents=True)
+def main(out: Path, first_seed: int, searching: bool) -> None:
+    """See OPTIONS."""
+    seeds = range(first_seed, first_seed + HELD_OUT)
+    if out.exists() or {*seeds} & {*TUNING}:
+        sys.exit(f"error: --out {out} must not exist yet, and the seeds must be others than {TUNING}")
+    out.mkdir(parents=True)
     torch.set_num_threads(1)  # before the processes fork, one a core
-    needed = seeds[:1] if args.search else [*TUNING, *seeds]
+    needed = seeds[:1] if searching else [*TUNING, *seeds]
     with get_context("fork").Pool() as pool:
         STARTS.update(pool.imap(warm_start, itertools.product(needed, toy.FAULTS)))
-    if args.search:
-        (args.out / "search.md").write_text(search(seeds[0]))
+    if searching:
+        (out / "search.md").write_text(search(seeds[0]))
         return
     done: dict[Run, dict] = {}
     execute((Run(task, m, seed, lr) for task in TASKS for m in METHODS.keys() - TUNED.keys() for seed in TUNING
@@ -220,12 +241,12 @@ def main() -> None:
     panels = comparisons(rates, seeds)
     execute((run for panel in panels.values() for cells in panel.values() for runs in cells.values() for run in runs),
             done)
-    with (args.out / "study.json").open("w") as file:
-        json.dump([{**run._asdict(), **out} for run, out in done.items()], file)
-    (args.out / "study.md").write_text(report(done, panels, rates, EVERY))
-    figure(done, panels, EVERY, args.out / "study.png")
-    print(f"{args.out}: study.json, study.md, study.png")
+    with (out / "study.json").open("w") as file:
+        json.dump([{**run._asdict(), **outcome} for run, outcome in done.items()], file)
+    (out / "study.md").write_text(report(done, panels, rates, EVERY))
+    figure(done, panels, EVERY, out / "study.png")
+    print(f"{out}: study.json, study.md, study.png")
 
 
 if __name__ == "__main__":
-    main()
+    main(OPTIONS.out, OPTIONS.first_seed, OPTIONS.search)

@@ -1,0 +1,1 @@
+from local.models import *  # noqa

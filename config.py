@@ -1,0 +1,152 @@
+"""The options of train.py, and those that it shares with eval.py, a line each: name, type, default, bounds, help.
+
+Nothing here takes long to import, so that --help and a wrong option are answered at once.
+"""
+
+import argparse
+import math
+import re
+from typing import Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+
+import rewards
+from ranks import InputError
+
+
+class JudgeOptions(BaseModel):
+    """The judge of rubrics and HealthBench. Its key is in the environment variable JUDGE_API_KEY."""
+
+    judge_url: str | None = Field(None, description="OpenAI-compatible endpoint, such as http://localhost:8000/v1")
+    judge_model: str | None = Field(None, description="the judge's name there")
+    judge_mode: Literal["each", "all"] = Field("each", description="each: a request a criterion; all: one a response")
+    judge_cache: str | None = Field(None, description="file in which verdicts are kept and looked up")
+    judge_concurrency: int = Field(64, ge=1, description="most requests at a time, over all ranks")
+    judge_timeout: float = Field(120.0, ge=0.1, le=1e5, description="seconds for a request, its retries included")
+    judge_max_missing: float = Field(0.2, ge=0, le=1, description="stop if a larger share of verdicts is missing")
+
+
+class TaskOptions(NamedTuple):
+    """What a task may ask of the command line: the function `task` of its file is given this."""
+
+    task: str
+    train_data: str | None
+    test_data: str | None
+    judge: JudgeOptions
+    weights: str | None = None
+    subset: str = "full"
+    repeats: int = 4
+    seed: int = 0
+
+
+class Shared(JudgeOptions):
+    """What both programs have."""
+
+    model_config = ConfigDict(extra="forbid")
+    _given: set[str] = PrivateAttr(default_factory=set)  # the options that the command line had
+
+    model: str = Field("smollm2", description="smollm2, a hub id, or a directory (a run's, too)")
+    task: str = Field("tools", description=f"{', '.join(rewards.tasks.FILES)}, or a file of your own, such as mine.py")
+    data: str | None = Field(None, description="parquet, JSON, JSONL or CSV in the task's schema; default: public data")
+    engine: Literal["vllm", "hf"] = Field("vllm", description="hf: sample with transformers' generate, slower")
+    gpu_memory: float = Field(0.4, ge=0.01, le=1, description="share of a GPU's memory that vLLM may take")
+    seed: int = Field(0, ge=0, description="of all that is drawn at random")
+    name: str | None = Field(None, pattern=r"^\w[\w.-]{0,99}$", description="results go to runs/NAME")
+
+    def check(self) -> None:
+        """Raises InputError for what no option shows by itself."""
+
+    def judge_options(self) -> JudgeOptions:
+        return JudgeOptions(**{name: getattr(self, name) for name in JudgeOptions.model_fields})
+
+
+class TrainConfig(Shared):
+    """The options of train.py."""
+
+    eval_data: str | None = Field(None, description="held-out prompts; default with --data: its last rows")
+    weights: str | None = Field(None, description="of channels, NAME=NUMBER,...; 0: logged only. Of rubrics: uniform, "
+                                                  "category or row")
+    agg: Literal["rvpo", "gdpo", "grpo", "explicit", "hardmin", "softmin"] = Field("rvpo", description="aggregation")
+    beta: str = Field("0.5:2", description="soft-min sharpness: a number, or START:END, linear over the run")
+    group: int = Field(8, ge=2, le=10_000, description="G, rollouts a prompt")
+    prompts: int = Field(128, ge=1, description="P, prompts a step, over all ranks")
+    updates: int = Field(1, ge=1, description="optimizer steps a batch, each on prompts of its own; 1 is on-policy")
+    kl: float = Field(0.0, ge=0, le=1e6, description="coefficient of the KL penalty to the initial policy")
+    temperature: float = Field(1.0, ge=0.01, le=100, description="of sampling and of the trained distribution")
+    max_tokens: int = Field(1024, ge=1, description="longest response")
+    steps: int = Field(100, ge=1, description="batches to sample and train on")
+    lr: float = Field(1e-6, ge=0, le=100, description="AdamW's learning rate, constant after the warm-up")
+    warmup: int = Field(5, ge=0, description="steps of linear warm-up")
+    tokens_per_microbatch: int = Field(16384, ge=1, description="most tokens in one forward: memory, not the gradient")
+    gradient_checkpointing: Literal["auto", "on", "off"] = Field("auto", description="auto: only if a GPU needs it")
+    eval_every: int = Field(0, ge=0, description="steps between evaluations; 0: before and after the run only")
+    eval_prompts: int = Field(128, ge=0, description="held-out prompts, one sample each")
+    save_every: str = Field("auto", pattern=r"^(auto|\d+)$", description="steps between checkpoints; auto: as often as "
+                                                                         "takes 1% of the time; 0: only when stopped")
+    resume: str | None = Field(None, description="runs/NAME: go on, with its options; auto: if --name has a checkpoint")
+
+    def check(self) -> None:
+        if self.updates > self.prompts:
+            raise InputError(f"--updates {self.updates}: at most --prompts ({self.prompts}), for each needs some")
+        if math.inf in parse_beta(self.beta) and self.agg == "explicit":
+            raise InputError("--beta inf: the explicit penalty, mean - beta * variance, needs a finite beta")
+
+    def task_options(self) -> TaskOptions:
+        return TaskOptions(self.task, self.data, self.eval_data, self.judge_options(), self.weights)
+
+
+# What fits 135M parameters on two cores is no setting for 7B on GPUs: train.py's defaults for --model smollm2.
+SMOLLM2 = {"prompts": 4, "steps": 14, "max_tokens": 64, "lr": 2e-5, "warmup": 2, "eval_prompts": 64}
+
+
+def parse_beta(text: str) -> tuple[float, float]:
+    """'2' -> (2, 2); '0.5:2' -> (0.5, 2). Raises InputError on anything that is no schedule."""
+    try:
+        parts = [float(part) for part in text.split(":")]
+        start, end = parts * 2 if len(parts) == 1 else parts
+        if not (start >= 0 and end >= 0) or (math.inf in (start, end) and start != end):
+            raise ValueError
+    except ValueError:
+        raise InputError(f"--beta: beta '{text}' is neither a number >= 0 nor START:END, such as 2 or 0.5:2") from None
+    return start, end
+
+
+def option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def parse(kind: type[Shared], description: str, argv: list[str] | None = None) -> Shared:
+    """The command line as a TrainConfig, or what eval.py has. Raises InputError for the first thing that is wrong."""
+    def fail(message: str) -> None:
+        raise InputError(f"{message}; see --help")
+
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.error = fail
+    presets = SMOLLM2 if kind is TrainConfig else {}
+    first = sorted(kind.model_fields, key=lambda name: name in JudgeOptions.model_fields)  # the judge's come last
+    for name in first:
+        field = kind.model_fields[name]
+        default = "" if field.default is None else f" (default {field.default}"
+        default += f"; of smollm2: {presets[name]})" if name in presets else ")" * bool(default)
+        parser.add_argument(option(name), metavar="", default=argparse.SUPPRESS,
+                            help=(field.description + default).replace("%", "%%"))  # argparse formats it with %
+    given = vars(parser.parse_args(argv))
+    for name, value in given.items():
+        if not value.strip():
+            raise InputError(f"{option(name)} is empty: give it a value, or leave it out")
+        if re.match(r"\w+://[^/\s]*@", value):
+            raise InputError(f"{option(name)} holds a password, which would be written to runs/: a judge's key goes "
+                             "into the environment variable JUDGE_API_KEY")
+    try:
+        config = kind(**{**(presets if given.get("model", "smollm2") == "smollm2" else {}), **given})
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        raise InputError(f"{option(wrong['loc'][0])} {wrong['input']}: {wrong['msg'].removeprefix('Input ')}") from None
+    config.check()
+    reads = getattr(rewards.task_module(config.task), "OPTIONS", None)  # a user's file need not say
+    for name in ("data", "eval_data", "subset", "repeats", *JudgeOptions.model_fields):
+        if name in given and reads is not None and name not in reads:
+            raise InputError(f"{option(name)} {given[name]}: the task {config.task} does not use it; leave it out")
+    config._given = {*given}
+    return config

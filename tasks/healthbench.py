@@ -1,0 +1,94 @@
+"""HealthBench (github openai/simple-evals; arXiv 2505.08775): medical conversations, each with criteria for a judge.
+The wording of the prompt to the judge is our own."""
+
+import json
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from config import JudgeOptions
+from ranks import InputError
+from rewards import Channel, Example, Task
+from tasks import judge, rows
+
+OPTIONS = "data", "subset", *JudgeOptions.model_fields
+_BLOB = "https://openaipublic.blob.core.windows.net/simple-evals/healthbench/"
+SUBSETS = {"full": _BLOB + "2025-05-07-06-14-12_oss_eval.jsonl", "hard": _BLOB + "hard_2025-05-08-21-00-10.jsonl",
+           "consensus": _BLOB + "consensus_2025-05-09-20-00-46.jsonl"}
+
+
+class Item(NamedTuple):
+    """A criterion. text: what the judge decides. tags: of which each "axis:..." is a score of its own."""
+
+    text: str
+    points: float  # negative: meeting it is bad
+    tags: tuple[str, ...]
+
+
+def score(points: list[float], met: np.ndarray) -> float:
+    """Points of the items that are met, over the sum of the positive points; not clipped. NaN if there are none, or if
+    a verdict is missing."""
+    points = np.array(points)
+    possible = points[points > 0].sum()
+    return float((points * met).sum() / possible) if possible > 0 else float("nan")
+
+
+def from_row(row: dict, where: str) -> Example:
+    messages, rubrics, themes = rows.chat(row.get("prompt"), where), row.get("rubrics"), row.get("example_tags") or []
+    if not isinstance(rubrics, list) or not all(
+            isinstance(r, dict) and isinstance(r.get("criterion"), str) and type(r.get("points")) in (int, float)
+            and abs(r["points"]) <= 1e6 for r in rubrics) or not any(r["points"] > 0 for r in rubrics):
+        raise InputError(f'{where} has no rubrics: a list of {{"criterion": text, "points": number, "tags": [...]}}, '
+                         "one of them with positive points")
+    for tags in [themes, *(r.get("tags") or [] for r in rubrics)]:
+        if not isinstance(tags, list) or not all(isinstance(tag, str) and tag.isprintable() for tag in tags):
+            raise InputError(f"{where} has tags that are no list of texts: {str(tags)[:40]!r}")
+    items = (Item(f"[{r['points']:g}] {r['criterion']}", r["points"], tuple(r.get("tags") or [])) for r in rubrics)
+    return Example(messages, json.dumps([tag for tag in themes if tag.startswith("theme:")]), tuple(items),
+                   str(row.get("prompt_id") or where))
+
+
+class HealthBench(Task):
+    """The K channels of a prompt are its criteria, met or not. The reference of an example holds its themes."""
+
+    temperature, max_tokens, clip = 0.5, 2048, True
+
+    def __init__(self, options):
+        if options.subset not in SUBSETS:
+            raise InputError(f"--subset {options.subset}: choose one of {', '.join(SUBSETS)}")
+        self.path = options.test_data or SUBSETS[options.subset]
+        self.prompts = rows.only_evaluated(options.task, self.load)
+        self.judge, self.max_missing = judge.connect(options.judge, explain=True), options.judge.judge_max_missing
+
+    def load(self, n: int | None) -> list[Example]:
+        examples = rows.read(self.path, from_row)[:n]
+        rows.check_ids([example.id for example in examples], self.path)
+        return examples
+
+    def channels(self, example: Example) -> list[Channel]:
+        return [Channel(item.text) for item in example.criteria]
+
+    def start(self, example: Example, responses: list[str]) -> Callable[[], np.ndarray]:
+        return self.judge.start(example.messages, responses, [item.text for item in example.criteria])
+
+    def result(self, example: Example, response: str, rewards: np.ndarray) -> tuple[dict[str, float], dict]:
+        """The score over all criteria, again under the name of each theme, and over the criteria of each axis."""
+        points = [item.points for item in example.criteria]
+        overall = score(points, rewards)
+        scores = {"overall": overall} | dict.fromkeys(json.loads(example.reference), overall)
+        for axis in sorted({tag for item in example.criteria for tag in item.tags if tag.startswith("axis:")}):
+            of_axis = [i for i, item in enumerate(example.criteria) if axis in item.tags]
+            scores[axis] = score([points[i] for i in of_axis], rewards[of_axis])
+        return scores, {"response": response, "met": rewards.tolist()}
+
+    def report(self, rewards: list[np.ndarray]) -> dict:
+        """rows_missing: the share of rows that lack a verdict, and so have no score."""
+        return judge.total_counts(self.judge, rewards) | {"rows_missing": np.mean([np.isnan(x).any() for x in rewards])}
+
+    def check(self, report: dict) -> None:
+        judge.check_missing(report, report["rows_missing"], "the rows have a verdict", self.max_missing)
+
+
+def task(options) -> Task:
+    return HealthBench(options)

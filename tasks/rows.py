@@ -1,0 +1,122 @@
+"""Rows of data files: reading them, checking their chats, and which of them train and which are held out."""
+
+import csv
+import http.client
+import io
+import json
+import urllib.request
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ranks import InputError
+from rewards import Example
+
+
+def _hub_split(path: str) -> list[str]:
+    """hf://OWNER/NAME/SPLIT -> parquet files, from the branch into which the hub converts every data set."""
+    from huggingface_hub import snapshot_download
+
+    owner, name, split = path.removeprefix("hf://").split("/")
+    pattern = f"*/{split}/*.parquet"
+    folder = Path(snapshot_download(f"{owner}/{name}", repo_type="dataset", revision="refs/convert/parquet",
+                                    allow_patterns=pattern))
+    files = sorted(map(str, folder.glob(pattern)))
+    if not files:
+        raise OSError(f"the data set has no split '{split}'")
+    return files
+
+
+def read_rows(path: str) -> list[dict]:
+    """The rows of a .parquet, .jsonl, .json (a list of objects) or .csv file. An URL, or a data set of the hub
+    (hf://OWNER/NAME/SPLIT), is downloaded. Raises InputError."""
+    import httpx
+    import pyarrow.parquet
+
+    where = path
+    try:
+        if path.startswith("hf://"):
+            return pyarrow.parquet.read_table(_hub_split(path)).to_pylist()
+        if path.startswith(("http://", "https://")):
+            with urllib.request.urlopen(path, timeout=60) as reply:
+                content = reply.read()
+        else:
+            content = Path(path).read_bytes()
+        if content[:4] == b"PAR1":
+            return pyarrow.parquet.read_table(io.BytesIO(content)).to_pylist()
+        text, rows = content.decode("utf-8-sig"), []
+        if path.lower().endswith(".csv"):
+            rows = list(csv.DictReader(io.StringIO(text), strict=True))
+        elif text.lstrip().startswith("["):
+            rows = json.loads(text)
+        else:
+            for number, line in enumerate(text.split("\n"), start=1):
+                where = f"{path}, line {number}"
+                if line.strip():
+                    rows.append(json.loads(line))
+    except (OSError, ValueError, RecursionError, csv.Error, http.client.HTTPException, httpx.HTTPError,
+            pyarrow.ArrowException) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if "://" in where:
+            raise InputError(f"{where} could not be downloaded ({reason}): name a local copy with --data") from error
+        raise InputError(f"{where} cannot be read as parquet, JSON (a list), JSONL or CSV: {reason}") from error
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise InputError(f"{path}: row {i} is no object")
+    return rows
+
+
+def chat(messages: object, where: str) -> list[dict[str, str]]:
+    """A row's chat, checked. where: for the message of the InputError."""
+    listed = messages if isinstance(messages, list) and all(isinstance(message, dict) for message in messages) else []
+    if not listed or not all(isinstance(m.get(key), str) for m in listed for key in ("role", "content")):
+        raise InputError(f'{where} has no prompt: it must be a list of {{"role": ..., "content": ...}}')
+    return [{"role": m["role"], "content": m["content"]} for m in listed]
+
+
+def read(path: str, from_row: Callable[[dict, str], Example]) -> list[Example]:
+    """The prompts in a file, URL or hub path. from_row: (row, where) -> Example; where names the row, counted from 0,
+    for its InputErrors."""
+    return [from_row(row, f"{path}: row {i}") for i, row in enumerate(read_rows(path))]
+
+
+def prompts(options, public: str | None, from_row: Callable[[dict, str], Example]) -> Callable:
+    """A Task's `prompts`, from the files that config.TaskOptions name, or else the public data (a path with {split},
+    train or test). Of training data alone the last n_test rows are held out. All others train, whatever n_train is, for
+    the steps draw from all of them; 0: they are not read."""
+    def load(n_train: int | None, n_test: int | None) -> tuple[list[Example], list[Example]]:
+        if not public and not options.train_data and (n_train != 0 or not options.test_data):
+            raise InputError(f"--task {options.task} needs --data FILE, see README.md for its schema")
+        train_path = options.train_data or (public and public.format(split="train"))
+        if options.train_data and not options.test_data:
+            rows = read(train_path, from_row)
+            cut = max(0, len(rows) - n_test)
+            train, held_out = rows[:cut], rows[cut:]
+        else:
+            test_path = options.test_data or public.format(split="test")
+            held_out = read(test_path, from_row)[:n_test]
+            if not held_out and n_test != 0:
+                raise InputError(f"{test_path} has no rows to evaluate on")
+            train = read(train_path, from_row) if n_train != 0 else []
+        if not train and n_train != 0:
+            raise InputError(f"{train_path}: no rows are left for training after {len(held_out)} were held out; give "
+                             "more rows, or lower --eval-prompts")
+        return train, held_out
+
+    return load
+
+
+def only_evaluated(task: str, load: Callable[[int | None], list[Example]]) -> Callable:
+    """A benchmark's `prompts`. load: (n_test) -> examples."""
+    def held_out(n_train: int | None, n_test: int | None) -> tuple[list[Example], list[Example]]:
+        if n_train != 0:
+            raise InputError(f"--task {task}: a benchmark is not for training; use eval.py --task {task}, and train on "
+                             "another task")
+        return [], load(n_test)
+
+    return held_out
+
+
+def check_ids(ids: Sequence[str], path: str) -> None:
+    """Raises InputError unless each row has an id of its own."""
+    if len({*ids}) < len(ids):
+        raise InputError(f"{path}: two rows have the same id, and results go by it")

@@ -1,0 +1,110 @@
+"""Rubrics: criteria for each prompt, which a judge decides, each a channel of its own. RaR-Medicine and RaR-Science
+(Rubrics as Rewards, arXiv 2507.17746), and files in their schema."""
+
+import functools
+import math
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from config import JudgeOptions
+from ranks import InputError
+from rewards import Channel, Example, Task
+from tasks import judge, rows
+
+OPTIONS = "data", "eval_data", *JudgeOptions.model_fields
+PUBLIC = {  # 17,926 + 2,242 and 18,333 + 2,292 rows
+    "rar-medicine": "hf://anisha2102/RaR-Medicine/{split}",
+    "rar-science": "hf://anisha2102/RaR-Science/{split}",
+}
+# RaR's categories: the weights of its explicit aggregation, and the smallest row weight, for rows that lack the prefix.
+CATEGORIES = {"essential": (1.0, 5), "important": (0.7, 3), "optional": (0.3, 0), "pitfall": (0.9, -math.inf)}
+WEIGHTS = "uniform", "category", "row"
+
+
+class Criterion(NamedTuple):
+    text: str  # the item that the judge decides; of a pitfall the mistake, so that meeting it is bad
+    label: str  # criteria with the same label are one line in the logs
+    category: str  # of CATEGORIES
+    weight: float = 1.0  # the row's, without its sign
+
+
+def criterion(item: object, where: str, by_title: bool) -> Criterion:
+    """One item of a rubric: {description, weight?, title?}. by_title: the title is its label. Raises InputError."""
+    text, weight = (item.get("description"), item.get("weight")) if isinstance(item, dict) else (None, None)
+    prefix = re.match(r"\s*(essential|important|optional|pitfall) criteria:\s*", str(text), re.IGNORECASE)
+    if not isinstance(text, str) or not text[prefix.end() if prefix else 0:].strip():
+        raise InputError(f'{where} has an item of its rubric without a text "description"')
+    if weight is not None and not (type(weight) in (int, float) and 1e-6 <= abs(weight) <= 1e6):
+        raise InputError(f"{where} has an item with weight {str(weight)[:40]!r}: it must be a number up to 1e6, other "
+                         "than 0, negative for a pitfall")
+    by_weight = next(name for name, (_, low) in CATEGORIES.items() if (weight or 5) >= low)
+    category = prefix[1].lower() if prefix and by_weight != "pitfall" else by_weight
+    label = item["title"] if by_title and item.get("title") is not None else category
+    if not isinstance(label, str) or not label.strip() or not label.isprintable() or label == "joint":
+        raise InputError(f"{where} has an item with title {label!r}: it must be one line of text, and not 'joint', the "
+                         "logs' name for all together")
+    return Criterion(text[prefix.end() if prefix else 0:].strip(), label, category, abs(weight or 1.0))
+
+
+def from_row(row: dict, where: str, by_title: bool) -> Example:
+    """One row in RaR's schema: question (or prompt: a text or a chat), rubric [{description, weight, title}]."""
+    prompt = row.get("prompt", row.get("question"))
+    messages = rows.chat([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt, where)
+    items = row.get("rubric")
+    if not isinstance(items, list) or not items:
+        raise InputError(f'{where} has no rubric: it must be a list of {{"description": ..., "weight": ...}}')
+    return Example(messages, criteria=tuple(criterion(item, where, by_title) for item in items))
+
+
+class Rubrics(Task):
+    """The K channels of a prompt are its criteria, in their order: 1 for one met or a pitfall avoided, 0 otherwise."""
+
+    weights = "uniform"  # or each category's, or each row's
+
+    def __init__(self, options):
+        by_title = options.task not in PUBLIC  # RaR's titles are others in every row
+        self.prompts = rows.prompts(options, PUBLIC.get(options.task), functools.partial(from_row, by_title=by_title))
+        self.judge, self.max_missing = judge.connect(options.judge), options.judge.judge_max_missing
+
+    def weigh(self, text: str) -> None:
+        if text not in WEIGHTS:
+            raise InputError(f"--weights {text}: of rubrics, choose one of {', '.join(WEIGHTS)}")
+        self.weights = text
+
+    def channels(self, example: Example) -> list[Channel]:
+        def weight(c: Criterion) -> float:
+            return {"uniform": 1.0, "category": CATEGORIES[c.category][0], "row": c.weight}[self.weights]
+
+        return [Channel(c.label, weight=weight(c)) for c in example.criteria]
+
+    def start(self, example: Example, responses: list[str]) -> Callable[[], np.ndarray]:
+        pitfall = np.array([c.category == "pitfall" for c in example.criteria])
+        items = [judge.PITFALL + c.text if c.category == "pitfall" else c.text for c in example.criteria]
+        verdicts = self.judge.start(example.messages, responses, items)
+
+        def rewards() -> np.ndarray:
+            met = verdicts()
+            return np.where(pitfall, 1 - met, met)
+
+        return rewards
+
+    def try_out(self, example: Example) -> None:
+        """Nothing: `judge.connect` has asked the judge a question."""
+
+    def result(self, example: Example, response: str, rewards: np.ndarray) -> tuple[dict[str, float], dict]:
+        scores, _ = super().result(example, response, rewards)
+        texts = [f"{k} {c.text}" for k, c in enumerate(example.criteria, start=1)]
+        return scores, {"response": response, "rewards": dict(zip(texts, rewards.tolist(), strict=True))}
+
+    def report(self, rewards: list[np.ndarray]) -> dict:
+        return judge.total_counts(self.judge, rewards)
+
+    def check(self, report: dict) -> None:
+        judge.check_missing(report, report["missing"], "the judge's verdicts are", self.max_missing)
+
+
+def task(options) -> Task:
+    return Rubrics(options)

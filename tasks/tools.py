@@ -1,0 +1,133 @@
+"""The task `tools`: generated prompts that ask for one tool call in ToolRL's format, <think>..</think>, then a
+<tool_call> block of JSON lines, and seven channels between 0 and 1. No download."""
+
+import functools
+import hashlib
+import json
+import random
+import re
+
+from rewards import Channel, Example, Task
+
+OPTIONS = ()  # it reads none of those that only some tasks have
+
+VALUES = {
+    "city": "Paris Oslo Cairo Lima Tokyo Delhi Rome Berlin Madrid Dublin Vienna Prague Sydney Toronto Boston".split(),
+    "name": "Anna Ben Carla David Emma Felix Grace Henry Iris Jack Kate Leo Mia Noah Olga Paul".split(),
+    "food": "pizza sushi pasta tacos curry salad soup noodles burgers steak".split(),
+    "day": "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split(),
+    "song": ["Yesterday", "Imagine", "Thriller", "Hello", "Hey Jude", "Let It Be", "Purple Rain", "Africa"],
+    "word": "hello house water friend winter garden bread music light river".split(),
+    "language": "French Spanish German Italian Dutch Polish Greek Swedish".split(),
+    "days": range(2, 15), "minutes": range(5, 60), "people": range(2, 13), "amount": range(10, 500),
+}
+TOOLS = {  # name: (description, request)
+    "get_weather": ("weather forecast", "What is the weather in {city} for the next {days} days?"),
+    "book_table": ("book a restaurant table", "Book a table for {people} people on {day}."),
+    "find_hotel": ("search hotels", "Find a hotel in {city} for {people} people."),
+    "order_food": ("order food", "Order {food} for {people} people."),
+    "set_timer": ("start a timer", "Set a timer for {minutes} minutes."),
+    "play_song": ("play music", "Play the song {song}."),
+    "translate": ("translate a word", "Translate the word {word} to {language}."),
+    "send_money": ("transfer money", "Send {amount} dollars to {name}."),
+    "call_contact": ("phone someone", "Call {name} in {minutes} minutes."),
+    "find_flight": ("search flights", "Find a flight to {city} on {day}."),
+}
+
+
+def _request(rng: random.Random, tool: str) -> tuple[str, str]:
+    """A user's request for the tool, and the answer to it."""
+    template = TOOLS[tool][1]
+    parameters = {key: rng.choice(values) for key, values in VALUES.items() if "{" + key + "}" in template}
+    call = json.dumps({"name": tool, "parameters": parameters})
+    return template.format(**parameters), f"<think> I will use {tool}. </think>\n<tool_call>\n{call}\n</tool_call>"
+
+
+def example(rng: random.Random) -> Example:
+    """Three tools in the system prompt, two worked requests, one to answer. Without the worked ones a 135M model never
+    hits the format, and rewards that never vary teach nothing."""
+    names, lines = rng.sample(sorted(TOOLS), 3), ["Answer every request with one tool call. Tools:"]
+    for name in names:
+        description, template = TOOLS[name]
+        lines.append(f"{name}({', '.join(key for key in VALUES if '{' + key + '}' in template)}): {description}")
+    messages = [{"role": "system", "content": "\n".join(lines)}]
+    for name in rng.sample(names, 2):
+        request, answer = _request(rng, name)
+        messages += [{"role": "user", "content": request}, {"role": "assistant", "content": answer}]
+    request, answer = _request(rng, rng.choice(names))
+    return Example([*messages, {"role": "user", "content": request}], answer)
+
+
+def examples(n: int, split: str, seed: int = 0) -> list[Example]:
+    """n of 'train' or 'test'. A prompt's own hash decides its split, so that the two never meet."""
+    rng, out = random.Random(f"{split}/{seed}"), []
+    while len(out) < n:
+        drawn = example(rng)
+        digest = hashlib.sha256(json.dumps(drawn.messages).encode()).digest()
+        if (digest[0] < 26) == (split == "test"):  # a tenth is test
+            out.append(drawn)
+    return out
+
+
+def tool_calls(text: str) -> list[dict]:
+    """The first <tool_call> block, one JSON object with a "name" a line. Raises ValueError for anything else."""
+    if "<tool_call>" not in text or "</tool_call>" not in text:
+        raise ValueError("no <tool_call> block")
+    block = text.split("<tool_call>")[1].split("</tool_call>")[0].strip()
+    if len(block) > 100_000:  # a megabyte would take a tenth of a second to parse
+        raise ValueError("a <tool_call> block of more than 100,000 characters")
+    try:
+        calls = [json.loads(line) for line in block.split("\n")]
+    except RecursionError as error:
+        raise ValueError("JSON nested too deep") from error
+    if not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+        raise ValueError('a line of the <tool_call> block is no JSON object with a "name"')
+    return calls
+
+
+BLOCKS = re.compile(r"<think>.*?</think>\n<tool_call>\n.*?\n</tool_call>", re.DOTALL)
+TAGS = "<think>", "</think>", "<tool_call>", "</tool_call>"
+BRIEF = 200  # characters: enough for a short thought and any call of the task
+
+
+def _call(text: str) -> tuple[str | None, dict]:
+    """Name and parameters of the first call; (None, {}) if there is none that can be parsed."""
+    try:
+        call = tool_calls(text)[0]
+    except ValueError:
+        call = {}
+    return (call["name"], call["parameters"]) if isinstance(call.get("parameters"), dict) else (None, {})
+
+
+@functools.lru_cache(256)  # every channel of a response asks for all
+def values(response: str, reference: str) -> dict[str, float]:
+    """The value of every channel. A response without a call has 0 in the four that are about the call."""
+    (name, parameters), (true_name, true) = _call(response), _call(reference)
+    blocks = BLOCKS.search(response) if all(response.count(tag) == 1 for tag in TAGS) else None
+    right = [key for key in true if key in parameters and parameters[key] == true[key]
+             and type(parameters[key]) is type(true[key])]
+    return {
+        "format": float(blocks is not None),  # think, newline, tool_call, each tag once; `clean` sees to text around
+        "tool": float(name == true_name),
+        "arg_names": sum(key in parameters for key in true) / len(true),
+        "arg_values": len(right) / len(true),
+        "no_invented": (name is not None) - sum(key not in true for key in parameters) / max(1, len(parameters)),
+        "clean": len(blocks.group() if blocks else "") / max(1, len(response.strip())),  # share that is in the blocks
+        "brief": min(1.0, max(0.0, 2 - len(response) / BRIEF)),  # falls to 0 at twice BRIEF
+    }
+
+
+def _channel(name: str) -> Channel:
+    return Channel(name, lambda prompts, responses, references: [
+        values(response, reference)[name] for response, reference in zip(responses, references, strict=True)])
+
+
+def prompts(n_train: int, n_test: int | None) -> tuple[list[Example], list[Example]]:
+    return examples(n_train, "train"), examples(200 if n_test is None else n_test, "test")
+
+
+def task(options) -> Task:
+    names = "format", "tool", "arg_names", "arg_values", "no_invented", "clean", "brief"
+    made = Task(prompts, [_channel(name) for name in names])
+    made.max_tokens = 256  # in an evaluation
+    return made
