@@ -1,4 +1,5 @@
-"""What a run leaves behind: its logs, its state while it trains, its policy at the end. All whole or absent.
+"""What a run leaves behind: its logs, its state while it trains, its policy at the end, all whole or absent; and how
+it is stopped and goes on.
 
 runs/NAME/state/step-N/ holds the policy and AdamW's moments after N steps, sharded, as safetensors, and state.json: all
 else that the next step depends on. Nothing in it is a pickle. Any number of ranks loads it. What a step draws at random
@@ -11,6 +12,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -19,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -32,15 +35,67 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from ranks import RANK, WORLD, InputError, Stop, gather, on_rank_0
+import rvpo
+from ranks import RANK, WORLD, InputError, gather, on_rank_0
 from rewards import satisfied
-from rollout import Group
+
+if TYPE_CHECKING:
+    from rollout import Group
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # on one rank, as asked for
 
 FIRST_SAVE = 600.0  # seconds until --save-every auto saves for the first time
 CONSTANT = 10  # after as many steps a reward that has always been the same is pointed out
 LOGS = "metrics.jsonl", "samples.jsonl"
+
+
+# Signals: SIGTERM and SIGINT end a run in order, all ranks at the same point, so that its state can be saved
+
+AGAIN = 2.0  # seconds: whoever signals a whole job reaches a rank twice, by torchrun, too, and means it once
+
+_signals: list[tuple[int, float]] = []  # the first that this rank has got: number and time
+_working = False  # in `interruptible`
+
+
+class Stop(BaseException):
+    """Raised on all ranks alike. No Exception: rewards may catch those."""
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.code = 128 + number  # what a shell makes of it
+
+
+def catch_signals() -> None:
+    """From now on the first signal is kept for `check_signals`, and a second one ends the process at once."""
+    def handler(number: int, frame) -> None:
+        if _signals and time.monotonic() - _signals[0][1] >= AGAIN:
+            os._exit(128 + number)
+        if not _signals:
+            _signals.append((number, time.monotonic()))
+            if _working:
+                raise Stop(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
+
+
+def interruptible(work: Callable):
+    """work(), which a signal breaks off: then the result is None, and the next `check_signals` raises. Only for work
+    whose result can be thrown away, and without collectives, in which other ranks would wait for this one."""
+    global _working
+    try:
+        _working = True
+        return None if _signals else work()
+    except Stop:
+        return None
+    finally:
+        _working = False
+
+
+def check_signals() -> None:
+    """Raises Stop on all ranks if one of them has got a signal. All must call it."""
+    if number := max(gather([_signals[0][0] if _signals else 0])):
+        raise Stop(number)
 
 
 # Files, whole or absent
@@ -146,15 +201,6 @@ MAY_CHANGE = {"name", "resume", "data", "eval_data", "judge_url", "judge_cache",
               "save_every"}
 
 
-def check_data(examples: list, saved: dict) -> str:
-    """SHA-256 of all that is in the examples. Raises InputError if a run's config.json has another one."""
-    digest = hashlib.sha256(json.dumps(examples).encode()).hexdigest()
-    if saved.get("data_sha256", digest) != digest:
-        raise InputError(f"--resume {saved['resume']}: its data are not what they were when it began (SHA-256 in "
-                         "config.json): bring them back, or begin a new run")
-    return digest
-
-
 def find_run(resume: str | None, name: str | None) -> Path | None:
     """The run to go on with: the one that --resume names; with `auto` that of --name if it has a checkpoint or is
     finished, else None. Raises InputError."""
@@ -190,7 +236,81 @@ def read_config(run: Path, given: dict) -> dict:
     return saved | {name: given[name] for name in changed} | {"resume": str(run)}
 
 
+def check_data(run: Path, examples: list) -> str:
+    """SHA-256 of all that is in the examples. Raises InputError if the run that goes on has had another one."""
+    digest, file = hashlib.sha256(json.dumps(examples).encode()).hexdigest(), run / "config.json"
+    if latest(run) and json.loads(file.read_text())["data_sha256"] != digest:
+        raise InputError(f"--resume {run}: its data are not what they were when it began (SHA-256 in config.json): "
+                         "bring them back, or begin a new run")
+    return digest
+
+
+@contextlib.contextmanager
+def open_run(options: dict, given: set[str]):
+    """The run that options["resume"] names, or a new one. given: names of the options that the command line had. Yields
+    (its directory, its options, its state), made before anything is loaded. Ends the program if it is finished. Raises
+    InputError."""
+    run = find_run(options["resume"], options["name"])
+    if run:
+        saved = read_config(run, {name: options[name] for name in given})
+        options = {name: saved.get(name, value) for name, value in options.items()}
+        if finished(run):
+            if RANK == 0:
+                print(f"{run} is finished, with all of its {options['steps']} steps: nothing is left to do")
+            sys.exit()
+        yield run, options, read(latest(run))
+    else:
+        name = options["name"] or f"{Path(options['task']).stem}-{options['agg']}-{time.strftime('%m%d-%H%M%S')}"
+        with make_run(name, again=options["resume"] is not None) as run:
+            yield run, options, State()
+
+
 # Logs
+
+def has_signal(group: "Group") -> Tensor:
+    """(G,) bool: the rollout has a reward with weight in a channel that is not constant in its group."""
+    weights = torch.tensor([channel.weight for channel in group.channels])
+    return rvpo.has_signal(rvpo.weighted(group.rewards, weights))
+
+
+def channel_stats(groups: "list[Group]", beta: float) -> dict[str, dict[str, float]]:
+    """Diagnostics of a step's raw rewards by channel, the same for every aggregation; NaN where there are no data.
+    Channels with one name are taken together.
+
+    mean, std, min, max: over all rollouts. missing: share of NaN. constant: share of groups in which the channel does
+    not vary. binding: share of rollouts in which the channel (one with this name) has the largest soft-min weight (ties
+    are shared). weight: its (their summed) soft-min weight. The last two are over rollouts with signal.
+    """
+    values, constant, binding, weight = ({c.name: [] for group in groups for c in group.channels} for _ in range(4))
+    rollouts = 0  # with signal
+    for group in groups:
+        weights = torch.tensor([channel.weight for channel in group.channels])
+        signal = has_signal(group)
+        shares = rvpo.soft_min_weights(rvpo.zscore(group.rewards), beta, weights)  # (G, K)
+        largest = (shares == shares.amax(-1, keepdim=True)).to(shares)
+        largest = largest / largest.sum(-1, keepdim=True)
+        rollouts += signal.sum().item()
+        for k, channel in enumerate(group.channels):
+            values[channel.name].append(group.rewards[:, k])
+            present = group.rewards[~group.rewards[:, k].isnan(), k]
+            constant[channel.name] += [float(present.amax() == present.amin())] if len(present) else []
+            binding[channel.name].append(largest[signal, k].sum().item())
+            weight[channel.name].append(shares[signal, k].sum().item())
+    stats = {}
+    for name, columns in values.items():
+        column = torch.cat(columns)
+        present = column[~column.isnan()]
+        stats[name] = {
+            "mean": present.mean().item(), "min": present.min().item() if len(present) else math.nan,
+            "max": present.max().item() if len(present) else math.nan,
+            "std": present.std(correction=min(1, len(present) - 1)).item() if len(present) else math.nan,
+            "missing": 1 - len(present) / len(column),
+            "constant": sum(constant[name]) / len(constant[name]) if constant[name] else math.nan,
+            "binding": sum(binding[name]) / rollouts if rollouts else math.nan,
+            "weight": sum(weight[name]) / rollouts if rollouts else math.nan,
+        }
+    return stats
+
 
 class Log:
     """What the loop says of a step. Whoever runs the loop elsewhere replaces the three that write."""
@@ -204,7 +324,7 @@ class Log:
     def say(self, line: str) -> None:
         raise NotImplementedError
 
-    def groups(self, step: int, groups: list[Group]) -> None:
+    def groups(self, step: int, groups: "list[Group]") -> None:
         """Every response of a step, its rewards and its advantage."""
         records = []
         for group in groups:
@@ -217,18 +337,19 @@ class Log:
                                 "advantage": advantage})
         self.samples(records)
 
-    def step(self, step: int, groups: list[Group], metrics: dict, seconds: dict[str, float]) -> None:
-        """A step's metrics, with what can be said of its groups."""
-        responses = [response for group in groups for response in group.responses]
+    def step(self, step: int, groups: "list[Group]", metrics: dict) -> None:
+        """A step's metrics, with what can be said of its groups. metrics: with beta, and the seconds of its phases."""
+        responses, seconds = [response for group in groups for response in group.responses], metrics["seconds"]
         lengths = [len(response.tokens) for response in responses]
         joint = np.concatenate([satisfied(group.channels, group.rewards.numpy()) for group in groups])
         advantages = torch.stack([group.advantages for group in groups])
         total = sum(seconds.values()) - seconds["save"]
         metrics |= {
             "joint": torch.from_numpy(joint).nanmean().item(), "advantage_std": advantages.std().item(),
+            "no_signal": 1 - torch.cat([has_signal(group) for group in groups]).double().mean().item(),
             "truncated": np.mean([response.finish == "length" for response in responses]),
             "length_mean": np.mean(lengths), "length_max": max(lengths), "tokens_per_second": sum(lengths) / total,
-            "seconds": seconds}
+            "channels": channel_stats(groups, metrics["beta"])}
         if judge := metrics.get("judge"):
             judge["share_of_step"] = judge["seconds"] / total
         self.metrics({"step": step, **metrics})
@@ -277,8 +398,8 @@ class RunLog(Log):
         except OSError as error:
             raise InputError(f"{self.run / name} cannot be written: {error}") from error
 
-    def step(self, step: int, groups: list[Group], metrics: dict, seconds: dict[str, float]) -> None:
-        super().step(step, groups, metrics, seconds)
+    def step(self, step: int, groups: "list[Group]", metrics: dict) -> None:
+        super().step(step, groups, metrics)
         self.bar.set_postfix(joint=f"{metrics['joint']:.2f}", grad=f"{metrics['grad_norm']:.2f}", refresh=False)
         self.bar.update()
         if step == CONSTANT and RANK == 0:
@@ -430,9 +551,12 @@ class Checkpoints:
     """Saves a run's state while it trains. every: --save-every."""
 
     def __init__(self, log: RunLog, policy, optimizer, every: str, state: State):
+        """Fills the policy and the optimizer from the run's checkpoint, if it has one. Raises InputError."""
         self.log, self.policy, self.optimizer, self.every, self.state = log, policy, optimizer, every, state
-        self.begun = state.step
-        self.saved = state.step if latest(log.run) else None  # the step of the newest checkpoint
+        self.begun, path = state.step, latest(log.run)
+        self.saved = state.step if path else None  # the step of the newest checkpoint
+        if path:
+            load(path, policy, optimizer)
         self.failed = None  # a step that could not be saved: it is not tried again
         self.saved_at, self.took = time.perf_counter(), 0.0
 
@@ -483,7 +607,7 @@ class Checkpoints:
             if self.optimizer_steps() == self.state.optimizer_steps and self.failed != self.state.step:
                 self.save()
                 if write_policy:
-                    write_policy()
+                    write_policy(run / "checkpoint")
                     trouble = f"the policy as it was then is in {run}/checkpoint; "
                 return f"{trouble}to go on from step {self.state.step}: python train.py --resume {run}"
         except InputError as error:
@@ -494,7 +618,9 @@ class Checkpoints:
 
 
 def finish(run: Path, n_held_out: int) -> None:
-    """Of a run whose policy is saved: deletes its state, and prints its first and last evaluation."""
+    """Of a run whose policy is saved: deletes its state, and prints its first and last evaluation, on rank 0."""
+    if RANK:
+        return
     if (run / "state").exists():
         retire(run / "state")
     first, *_, last = [line["eval"] for line in evaluations(run)]

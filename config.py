@@ -78,7 +78,7 @@ class TrainConfig(Shared):
     lr: float = Field(1e-6, ge=0, le=100, description="AdamW's learning rate, constant after the warm-up")
     warmup: int = Field(5, ge=0, description="steps of linear warm-up")
     tokens_per_microbatch: int = Field(16384, ge=1, description="most tokens in one forward: memory, not the gradient")
-    gradient_checkpointing: Literal["auto", "on", "off"] = Field("auto", description="auto: only if a GPU needs it")
+    gradient_checkpointing: Literal["auto", "on", "off"] = Field("auto", description="recompute activations; auto: on GPUs")
     eval_every: int = Field(0, ge=0, description="steps between evaluations; 0: before and after the run only")
     eval_prompts: int = Field(128, ge=0, description="held-out prompts, one sample each")
     save_every: str = Field("auto", pattern=r"^(auto|\d+)$", description="steps between checkpoints; auto: as often as "
@@ -95,7 +95,7 @@ class TrainConfig(Shared):
         return TaskOptions(self.task, self.data, self.eval_data, self.judge_options(), self.weights)
 
 
-# What fits 135M parameters on two cores is no setting for 7B on GPUs: train.py's defaults for --model smollm2.
+# train.py's defaults for --model smollm2: what fits 135M parameters on two cores is no setting for 7B on GPUs.
 SMOLLM2 = {"prompts": 4, "steps": 14, "max_tokens": 64, "lr": 2e-5, "warmup": 2, "eval_prompts": 64}
 
 
@@ -124,11 +124,10 @@ def parse(kind: type[Shared], description: str, argv: list[str] | None = None) -
                                      allow_abbrev=False)
     parser.error = fail
     presets = SMOLLM2 if kind is TrainConfig else {}
-    first = sorted(kind.model_fields, key=lambda name: name in JudgeOptions.model_fields)  # the judge's come last
-    for name in first:
+    for name in sorted(kind.model_fields, key=lambda name: name in JudgeOptions.model_fields):  # the judge's come last
         field = kind.model_fields[name]
-        default = "" if field.default is None else f" (default {field.default}"
-        default += f"; of smollm2: {presets[name]})" if name in presets else ")" * bool(default)
+        other = f"; of smollm2: {presets[name]}" if name in presets else ""
+        default = f" (default {field.default}{other})" * (field.default is not None)
         parser.add_argument(option(name), metavar="", default=argparse.SUPPRESS,
                             help=(field.description + default).replace("%", "%%"))  # argparse formats it with %
     given = vars(parser.parse_args(argv))

@@ -157,23 +157,15 @@ def compare(first: Path, second: Path) -> list[dict]:
     return rows
 
 
-def sample(config: EvalConfig, task: rewards.Task, examples: list, temperature: float,
-           max_tokens: int) -> list[rollout.Group]:
-    """One response to each example, with its rewards, in order and on every rank. Raises InputError."""
-    path, tokenizer, stops, _, room = model.describe(config.model, max_tokens)
-    prompts, device = model.encode(tokenizer, examples, room), join()
-    decoding = rollout.Decoding(tokenizer, stops, temperature, max_tokens)
+def load_engine(config: EvalConfig, path: Path, decoding: rollout.Decoding, max_len: int, device: torch.device):
+    """Of the checkpoint as it is. max_len: prompt and response. Raises InputError."""
     with model.readable(config.model):
         if config.engine == "vllm":
-            longest = max(len(prompt.ids) for prompt in prompts) + max_tokens
-            engine = rollout.VLLMEngine(path, decoding, longest, config.gpu_memory, fixed=True)
-        else:
-            from local.hf import HFEngine
+            return rollout.VLLMEngine(path, decoding, max_len, config.gpu_memory, fixed=True)
+        from local.hf import HFEngine
 
-            dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-            engine = HFEngine(model.load(path, device, dtype), decoding)
-    sampler = rollout.Sampler(engine, task, config.seed)
-    return sampler.score(prompts, sampler.sample(prompts, 1, "eval"))
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        return HFEngine(model.load(path, device, dtype), decoding)
 
 
 def records(task: rewards.Task, groups: list[rollout.Group]) -> list[dict]:
@@ -199,7 +191,7 @@ def records(task: rewards.Task, groups: list[rollout.Group]) -> list[dict]:
     return out
 
 
-def evaluate(config: EvalConfig, run: Path) -> dict[str, dict[str, float]]:
+def evaluate(config: EvalConfig, run: Path, device: torch.device) -> dict[str, dict[str, float]]:
     """Everything. Returns the metrics. Raises InputError if the judge fails too often, with samples.jsonl written."""
     task = rewards.load_task(config.task_options())
     _, examples = task.prompts(0, config.limit)
@@ -207,7 +199,12 @@ def evaluate(config: EvalConfig, run: Path) -> dict[str, dict[str, float]]:
         raise InputError(f"{config.data or config.task}: no rows to evaluate on")
     temperature = task.temperature if config.temperature is None else config.temperature
     max_tokens = config.max_tokens or task.max_tokens
-    groups = sample(config, task, examples, temperature, max_tokens)
+    path, tokenizer, stops, _, room = model.describe(config.model, max_tokens)
+    prompts = model.encode(tokenizer, examples, room)
+    max_len = max(len(prompt.ids) for prompt in prompts) + max_tokens
+    decoding = rollout.Decoding(tokenizer, stops, temperature, max_tokens)
+    sampler = rollout.Sampler(load_engine(config, path, decoding, max_len, device), task, config.seed)
+    groups = sampler.score(prompts, sampler.sample(prompts, 1, "eval"))  # one response a prompt
     samples = records(task, groups)
     RunLog(run).samples(samples)
     report = task.report([group.rewards.numpy() for group in groups])
@@ -215,27 +212,22 @@ def evaluate(config: EvalConfig, run: Path) -> dict[str, dict[str, float]]:
     table = summarize(samples, task.averages(), task.clip, config.seed)
     if not table:
         raise InputError(f"no item has a score; the responses are in {run}/samples.jsonl")
-    results = {
-        "task": config.task,
-        "settings": {"items": hashlib.sha256(json.dumps(examples).encode()).hexdigest(), "model": config.model,
-                     "engine": config.engine, "temperature": temperature, "max_tokens": max_tokens,
-                     "seed": config.seed, **({"judge_model": config.judge_model, "judge_mode": config.judge_mode}
-                                             if config.judge_model else {})},
-        "metrics": table,
-        "averages": task.averages(),
-        "truncated": float(np.mean([record["truncated"] for record in samples])),
-        "judge": report,
-        "versions": versions(),
-    }
+    settings = {"items": hashlib.sha256(json.dumps(examples).encode()).hexdigest(), "model": config.model,
+                "engine": config.engine, "temperature": temperature, "max_tokens": max_tokens, "seed": config.seed}
+    if config.judge_model:
+        settings |= {"judge_model": config.judge_model, "judge_mode": config.judge_mode}
     if RANK == 0:
-        (run / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        (run / "results.json").write_text(json.dumps({
+            "task": config.task, "settings": settings, "metrics": table, "averages": task.averages(),
+            "truncated": float(np.mean([record["truncated"] for record in samples])), "judge": report,
+            "versions": versions()}, indent=1) + "\n")
     return table
 
 
 def main(config: EvalConfig) -> None:
-    join()
+    device = join()
     with make_run(config.name or f"eval-{Path(config.task).stem}-{time.strftime('%m%d-%H%M%S')}") as run:
-        table = evaluate(config, run)
+        table = evaluate(config, run, device)
     if RANK == 0:
         for metric, values in table.items():
             print(f"{metric:>45}  {values['mean']:.3f} ({values['stderr']:.3f})  n={values['n']}")

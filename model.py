@@ -20,10 +20,8 @@ TRAINABLE = "llama", "mistral", "phi3", "qwen2", "qwen3"  # model types whose lo
 
 
 class Prompt(NamedTuple):
-    """What is sampled from, as token ids, and what it was made of."""
-
-    ids: list[int]
-    example: Example
+    ids: list[int]  # tokens
+    example: Example  # what they were made of
 
 
 @contextlib.contextmanager
@@ -54,7 +52,7 @@ def resolve(name: str) -> Path:
         raise InputError(f"--model {name}: {path} needs a config.json and weights (*.safetensors); name the directory "
                          "of a checkpoint, such as runs/NAME/checkpoint")
     for file in path.glob("*.safetensors"):
-        safe_open(file, "pt")  # reads the header: a truncated file is found before anything is loaded
+        safe_open(file, "pt")  # reads the header: a truncated file is found now
     return path
 
 
@@ -98,11 +96,8 @@ def stop_tokens(path: Path, tokenizer) -> list[int]:
 
 def describe(name: str, max_tokens: int, trained: bool = False):
     """What can be known of --model without its weights: (path, tokenizer, stop tokens, dtype, the longest prompt that
-    leaves room for max_tokens). trained: refuse what policy.py cannot train. Raises InputError.
-
-    policy.py computes attention and the output head in its own way: softcapping, attention sinks, ALiBi, fused experts
-    and the like would be wrong without a word.
-    """
+    leaves room for max_tokens). trained: refuse what policy.py, which computes attention and output head in its own
+    way, would get wrong without a word (softcapping, attention sinks, ALiBi, ...). Raises InputError."""
     with readable(name):
         path = resolve(name)
         tokenizer = load_tokenizer(path)

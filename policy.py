@@ -142,19 +142,6 @@ def make_mesh(device: torch.device) -> DeviceMesh | None:
     return mesh if mesh.size(0) > 1 else mesh["shard"]
 
 
-def must_recompute(path: Path, device: torch.device, tokens: int) -> bool:
-    """Is a GPU too small for the activations of `tokens`? A rule, compared with a simulation (docs/gpu.md): weights,
-    gradients and AdamW take 16 bytes a parameter, the backward pass 20 hidden and 8 intermediate sizes of bytes a token
-    and layer."""
-    if device.type == "cpu":
-        return False
-    config = AutoConfig.from_pretrained(path)
-    with init_empty_weights():
-        states = 16 * AutoModelForCausalLM.from_config(config).num_parameters() / LOCAL_WORLD
-    kept = tokens * config.num_hidden_layers * (20 * config.hidden_size + 8 * config.intermediate_size)
-    return states + kept > 0.7 * torch.cuda.get_device_properties(device).total_memory
-
-
 def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 

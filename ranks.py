@@ -1,12 +1,10 @@
-"""The processes of a run: which rank this is, what ranks tell one another, how all of them stop together.
+"""The processes of a run: which rank this is, and what ranks tell one another.
 
 torch is imported where it is needed: config.py imports this file, and a wrong option must not wait for torch.
 """
 
 import datetime
 import os
-import signal
-import time
 import weakref
 from collections.abc import Callable
 
@@ -64,52 +62,3 @@ def on_rank_0(work: Callable) -> None:
             failed = (InputError if isinstance(error, InputError) else OSError), str(error)
     if failed := gather([failed])[0]:
         raise failed[0](failed[1])
-
-
-# SIGTERM and SIGINT end a run in order: all ranks at the same point, so that its state can be saved.
-
-AGAIN = 2.0  # seconds: whoever signals a whole job reaches a rank twice, by torchrun, too, and means it once
-
-_signals: list[tuple[int, float]] = []  # the first that this rank has got: number and time
-_working = False  # in `interruptible`
-
-
-class Stop(BaseException):
-    """Raised on all ranks alike. No Exception: rewards may catch those."""
-
-    def __init__(self, number: int):
-        super().__init__(f"stopped by {signal.Signals(number).name}")
-        self.code = 128 + number  # what a shell makes of it
-
-
-def catch_signals() -> None:
-    """From now on the first signal is kept for `check_signals`, and a second one ends the process at once."""
-    def handler(number: int, frame) -> None:
-        if _signals and time.monotonic() - _signals[0][1] >= AGAIN:
-            os._exit(128 + number)
-        if not _signals:
-            _signals.append((number, time.monotonic()))
-            if _working:
-                raise Stop(number)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, handler)
-
-
-def interruptible(work: Callable):
-    """work(), which a signal breaks off: then the result is None, and the next `check_signals` raises. Only for work
-    whose result can be thrown away, and without collectives, in which other ranks would wait for this one."""
-    global _working
-    try:
-        _working = True
-        return None if _signals else work()
-    except Stop:
-        return None
-    finally:
-        _working = False
-
-
-def check_signals() -> None:
-    """Raises Stop on all ranks if one of them has got a signal. All must call it."""
-    if number := max(gather([_signals[0][0] if _signals else 0])):
-        raise Stop(number)

@@ -41,14 +41,14 @@ class Example(NamedTuple):
 
 
 class Task:
-    """Rule-based as it stands. Judged tasks and benchmarks (tasks/) replace what is different with them."""
+    """A rule-based one. Judged tasks and benchmarks (tasks/) replace what is different with them."""
 
     temperature, max_tokens = 0.0, 1024  # how eval.py samples, unless it is told otherwise
     clip = False  # eval.py clips means to 0 and 1
 
     def __init__(self, prompts: Callable, channels: list[Channel]):
-        """prompts: (n_train, n_test) -> (training examples, held-out examples), at most so many; None: all. The two
-        lists must not share a prompt. channels: K of them, those of every prompt."""
+        """prompts: (n_train, n_test) -> (training examples, held-out examples), None: all. channels: K of them, those of
+        every prompt."""
         names = ["joint", *(channel.name for channel in channels)]  # what evaluation calls all of them
         if len({*names}) < max(2, len(names)):
             raise InputError(f"a task needs channels, each with a name of its own other than 'joint', got {names[1:]}")
@@ -79,13 +79,12 @@ class Task:
         score(self._channels, example, ["", example.reference])
 
     def start(self, example: Example, responses: list[str]) -> Callable[[], np.ndarray]:
-        """Begins scoring G responses to one prompt. Returns a function that waits for their rewards (G, K), NaN where
-        one is missing, and raises InputError if it cannot be had."""
+        """Begins scoring G responses to one prompt. Returns a function that waits for their rewards (G, K)."""
         return lambda: score(self._channels, example, responses)
 
     def result(self, example: Example, response: str, rewards: np.ndarray) -> tuple[dict[str, float], dict]:
-        """Of one evaluated response: (scores by name, NaN if missing; what else to write into samples.jsonl).
-        rewards: (K,). Channels with one name are taken together."""
+        """Of one evaluated response with its rewards (K,): (scores by name, channels with one name taken together; what
+        else to write into samples.jsonl)."""
         channels, scores = self.channels(example), {"joint": float(satisfied(self.channels(example), rewards))}
         for name in dict.fromkeys(channel.name for channel in channels):
             values = [x for channel, x in zip(channels, rewards, strict=True) if channel.name == name]
@@ -104,11 +103,7 @@ class Task:
         return {}
 
 
-def _is_number(value: object) -> bool:
-    """NaN is one. Beyond 1e100 squares overflow, and the channel would lose its signal without a word."""
-    if isinstance(value, int):  # also True and False
-        return abs(value) <= 10**100
-    return isinstance(value, (float, np.integer, np.floating, np.bool_)) and not abs(float(value)) > 1e100
+NUMBERS = int, float, np.integer, np.floating, np.bool_  # also True and False
 
 
 def score(channels: list[Channel], example: Example, responses: list[str]) -> np.ndarray:
@@ -123,12 +118,12 @@ def score(channels: list[Channel], example: Example, responses: list[str]) -> np
             at = traceback.extract_tb(error.__traceback__)[-1]
             raise InputError(f"reward '{name}' raised {type(error).__name__}: {' '.join(str(error).split())} "
                              f"({Path(at.filename).name}, line {at.lineno})") from error
-        if not isinstance(values, (list, tuple, np.ndarray)):
-            raise InputError(f"reward '{name}' returned {str(values)[:40]}: return a list, one number a response")
-        if len(values) != len(responses):
-            raise InputError(f"reward '{name}' returned {len(values)} values for {len(responses)} responses")
+        if not isinstance(values, (list, tuple, np.ndarray)) or len(values) != len(responses):
+            raise InputError(f"reward '{name}' returned {str(values)[:40]} for {len(responses)} responses: return a "
+                             "list, one number a response")
         for i, value in enumerate(values):
-            if not _is_number(value):
+            # Beyond 1e100 squares overflow, and the channel would lose its signal without a word.
+            if not isinstance(value, NUMBERS) or abs(value if isinstance(value, int) else float(value)) > 1e100:
                 raise InputError(f"reward '{name}' returned {value!r} for response {i}: return a finite number, or NaN "
                                  "if it is missing")
         columns.append(np.asarray(values, dtype=np.float64))
@@ -167,8 +162,7 @@ def task_module(name: str):
 
 def load_task(options) -> Task:
     """The task that config.TaskOptions name. Raises InputError."""
-    make = getattr(task_module(options.task), "task", lambda options: None)
-    task = make(options)
+    task = getattr(task_module(options.task), "task", lambda options: None)(options)
     if not isinstance(task, Task):
         raise InputError(f"--task {options.task}: its function `task(options)` must return a rewards.Task")
     if options.weights:

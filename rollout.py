@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
+from checkpoint import check_signals, interruptible
 from model import Prompt
-from ranks import RANK, WORLD, InputError, check_signals, gather, interruptible
+from ranks import RANK, WORLD, InputError, gather
 from rewards import Channel, Task
 
 
@@ -75,7 +76,7 @@ class Sampler:
     def sample(self, prompts: list[Prompt], group: int, step: int | str) -> list[tuple[list[Response], Callable]]:
         """`group` responses to each prompt of this rank's share, and a function that returns their rewards (G, K).
         Scoring a prompt begins as soon as it is finished, so that a judge is at work while others are being sampled.
-        Raises ranks.Stop on all ranks."""
+        Raises checkpoint.Stop on all ranks."""
         mine = prompts[RANK::WORLD]
         seeds = [request_seed(self.seed, step, slot) for slot in range(RANK, len(prompts), WORLD)]
         out = [None] * len(mine)
@@ -90,7 +91,7 @@ class Sampler:
 
     def score(self, prompts: list[Prompt], sampled: list[tuple[list[Response], Callable]]) -> list[Group]:
         """A group a prompt, of the whole batch, the same on every rank. sampled: what `sample` returned of it here.
-        Raises InputError on all ranks if a reward fails on one, and ranks.Stop."""
+        Raises InputError on all ranks if a reward fails on one, and checkpoint.Stop."""
         def outcome(rewards: Callable) -> np.ndarray | InputError:
             try:
                 return rewards()

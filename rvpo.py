@@ -144,14 +144,8 @@ def softmin_advantage(rewards: Tensor, beta: float, weights: Tensor | None = Non
     return _float_like(zscore(s.unsqueeze(-1)).squeeze(-1).nan_to_num(0.0), rewards)
 
 
-AGGREGATIONS = {
-    "rvpo": rvpo_advantage,
-    "gdpo": gdpo_advantage,
-    "grpo": grpo_advantage,
-    "explicit": explicit_advantage,
-    "hardmin": hardmin_advantage,
-    "softmin": softmin_advantage,
-}
+AGGREGATIONS = {"rvpo": rvpo_advantage, "gdpo": gdpo_advantage, "grpo": grpo_advantage, "explicit": explicit_advantage,
+                "hardmin": hardmin_advantage, "softmin": softmin_advantage}
 
 
 def has_signal(rewards: Tensor) -> Tensor:
@@ -189,38 +183,6 @@ def beta_at(schedule: tuple[float, float], step: int, steps: int) -> float:
     """The paper's risk schedule: linear from the first step (0) to the last (steps - 1)."""
     start, end = schedule
     return start if start == end else start + (end - start) * min(1.0, step / max(1, steps - 1))
-
-
-def channel_stats(rewards: Tensor, beta: float, labels: list[list[str]],
-                  weights: Tensor | None = None) -> dict[str, dict[str, float]]:
-    """Diagnostics of raw rewards (P, G, K) by label, the same for every aggregation; NaN where there are no data.
-
-    labels: P lists, the name of each channel; a prompt with fewer than K is padded. Channels with one name are taken
-    together. mean, std, min, max: over all rollouts. missing: share of NaN. constant: share of groups in which the channel does
-    not vary. binding: share of rollouts in which the channel (one with this name) has the largest soft-min weight (ties
-    are shared). weight: its (their summed) soft-min weight. The last two are over rollouts with signal.
-    """
-    r = _check(rewards)
-    signal = has_signal(weighted(r, weights))
-    p = soft_min_weights(zscore(r), beta, weights)  # (P, G, K)
-    largest = (p == p.amax(-1, keepdim=True)).to(p)
-    largest = largest / largest.sum(-1, keepdim=True)
-    stats = {}
-    for name in dict.fromkeys(name for row in labels for name in row):
-        own = torch.tensor([[k < len(row) and row[k] == name for k in range(r.shape[-1])] for row in labels])  # (P, K)
-        values = r.transpose(1, 2)[own]  # (N, G), one row a channel of this name
-        present = values[~values.isnan()]
-        varies, groups = _varies(r)[own], (~values.isnan()).any(-1)
-        stats[name] = {
-            "mean": present.mean().item(), "min": present.min().item() if len(present) else math.nan,
-            "max": present.max().item() if len(present) else math.nan,
-            "std": present.std(correction=min(1, len(present) - 1)).item() if len(present) else math.nan,
-            "missing": 1 - len(present) / values.numel(),
-            "constant": (groups & ~varies).sum().item() / groups.sum().item() if groups.any() else math.nan,
-            "binding": (largest * own[:, None]).sum(-1)[signal].mean().item(),
-            "weight": (p * own[:, None]).sum(-1)[signal].mean().item(),
-        }
-    return stats
 
 
 def policy_loss(logp: Tensor, old_logp: Tensor, sampler_logp: Tensor, advantage: Tensor, mask: Tensor, n_tokens: float,

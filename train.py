@@ -11,21 +11,18 @@ number below is, but for rounding, the same for any number of ranks. Begin with 
 import sys
 
 from config import TrainConfig, parse
-from ranks import RANK, WORLD, InputError, catch_signals, check_signals, join
+from ranks import RANK, WORLD, InputError, join
 
 try:  # before torch is imported: a wrong option must not wait for it
     CONFIG = parse(TrainConfig, __doc__) if __name__ == "__main__" else None
 except InputError as error:
     sys.exit(f"error: {error}")
 
-import contextlib
 import functools
 import math
 import random
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -38,9 +35,10 @@ import checkpoint
 import model
 import policy as policies
 import rvpo
+from checkpoint import catch_signals, check_signals
 from config import parse_beta
 from model import Prompt
-from rewards import Example, Task, load_task, satisfied, unit
+from rewards import Example, Task, load_task, unit
 from rollout import Decoding, Group, Response, Sampler, VLLMEngine, request_seed
 
 GRAD_CLIP = 1.0  # the gradient norm is clipped to this, as in ToolRL
@@ -65,14 +63,11 @@ def make_optimizer(policy, lr: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=0.01, fused=True)
 
 
-def attention_cost(config) -> float:
-    """Work of one (query, key) pair over all layers, in units of a token's work beside attention. config: a
-    transformers config."""
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    token = 2 * config.hidden_size * ((2 * heads + 2 * kv_heads) * head_dim + 3 * config.intermediate_size)
-    return 4 * heads * head_dim / token
+def attention_cost(layer) -> float:
+    """Work of one (query, key) pair in a decoder layer, in units of a token's work beside attention: 4 operations for
+    each element of a query against 2 for each weight."""
+    weights = sum(parameter.numel() for parameter in layer.parameters() if parameter.dim() == 2)
+    return 2 * layer.self_attn.o_proj.in_features / weights
 
 
 def work(group: Group, pair: float) -> tuple[int, float]:
@@ -83,17 +78,16 @@ def work(group: Group, pair: float) -> tuple[int, float]:
     return prompt + sum(lengths), prompt + sum(lengths) + pair * pairs
 
 
-def split(group: Group, limit: int) -> Iterator[Group]:
-    """Parts of at most `limit` tokens, the prompt in each; a single response may have more."""
-    chosen, tokens = [], len(group.prompt.ids)
+def split(group: Group, limit: int) -> list[Group]:
+    """Parts whose responses have at most `limit` tokens; a single one may have more."""
+    parts, tokens = [[]], 0
     for i, response in enumerate(group.responses):
         computed = max(0, len(response.tokens) - 1)
-        if chosen and tokens + computed > limit:
-            yield group.part(chosen)
-            chosen, tokens = [], len(group.prompt.ids)
-        chosen.append(i)
+        if parts[-1] and tokens + computed > limit:
+            parts, tokens = [*parts, []], 0
+        parts[-1].append(i)
         tokens += computed
-    yield group.part(chosen)
+    return [group.part(chosen) for chosen in parts]
 
 
 def deal(groups: list[Group], ranks: int, budget: int, pair: float) -> list[list[list[Group]]]:
@@ -107,7 +101,7 @@ def deal(groups: list[Group], ranks: int, budget: int, pair: float) -> list[list
     if not groups:
         return [[] for _ in range(ranks)]
     share = math.ceil(sum(work(group, pair)[0] - len(group.prompt.ids) for group in groups) / ranks)
-    parts = [part for group in groups for part in split(group, min(budget, len(group.prompt.ids) + share))]
+    parts = [part for group in groups for part in split(group, min(budget - len(group.prompt.ids), share))]
     sizes = [work(part, pair) for part in parts]
     rounds = math.ceil(sum(tokens for tokens, _ in sizes) / ranks / budget)  # the fewest: each gathers all the weights
     while True:
@@ -123,7 +117,7 @@ def deal(groups: list[Group], ranks: int, budget: int, pair: float) -> list[list
             break
         rounds += 1
     batches.sort(key=lambda batch: -batch[2])
-    turns = [*range(ranks), *reversed(range(ranks))]  # there and back: who has the largest of a round has the least next
+    turns = [*range(ranks), *reversed(range(ranks))]  # there and back: the largest of a round, the smallest of the next
     return [[chosen for b, (chosen, _, _) in enumerate(batches) if turns[b % (2 * ranks)] == rank]
             for rank in range(ranks)]
 
@@ -157,16 +151,16 @@ def update(learner: Learner, groups: list[Group], updates: int, kl: float, tempe
     A prompt whose advantages are all 0, for want of signal, has no gradient and is not computed, unless there is a KL
     penalty. Returns the mean loss over all of the tokens, other means over those that were computed, the largest
     gradient norm before clipping, and which of the updates were left out because their loss or gradient was not finite
-    (bad_updates, and bad_prompts: places in the batch). Raises ranks.Stop on all ranks, before the policy is changed.
+    (bad_updates, and bad_prompts: places in the batch). Raises checkpoint.Stop on all ranks, with the policy unchanged.
     """
     policy, device = learner.policy, learner.device
     slots = np.array_split(np.arange(len(groups)), updates)
     # Sampled tokens of each update, on all ranks. Counted first: any split into micro-batches and ranks then gives the
     # same mean over tokens, and losses and gradients simply add up.
     n_tokens = [sum(sum(response.mask) for slot in share for response in groups[slot].responses) for share in slots]
-    pair = attention_cost(policy.lm.config)
-    mine = [deal([groups[slot] for slot in share if kl or groups[slot].advantages.any()], WORLD, budget, pair)[RANK]
-            for share in slots]
+    pair = attention_cost(policy.lm.base_model.layers[0])
+    kept = [[groups[slot] for slot in share if kl or groups[slot].advantages.any()] for share in slots]
+    mine = [deal(some, WORLD, budget, pair)[RANK] for some in kept]
     packed = [[row_of(batch or IDLE, device) for batch in batches] for batches in mine]
     with torch.no_grad():
         # The first update's policy is the one that sampled: its old log-probs are logp.detach(). Only later ones need
@@ -201,7 +195,8 @@ def update(learner: Learner, groups: list[Group], updates: int, kl: float, tempe
         norm = step(learner, losses)
         (bad if norm is None else grad_norms).append(u if norm is None else norm)
     return {**means(sums, learner, sum(n_tokens)), "grad_norm": max(grad_norms, default=math.nan), "bad_updates": bad,
-            "bad_prompts": [slot for u in bad for slot in slots[u].tolist()]}
+            "bad_prompts": [slot for u in bad for slot in slots[u].tolist()],
+            "skipped_prompts": len(groups) - sum(map(len, kept))}
 
 
 def step(learner: Learner, loss: Tensor) -> float | None:
@@ -232,21 +227,18 @@ def means(sums: dict[str, Tensor], learner: Learner, n_tokens: int) -> dict[str,
 
 # The loop
 
-def set_advantages(groups: list[Group], agg: str, beta: float) -> tuple[Tensor, Tensor]:
-    """Sets the advantages (G,) of each of P groups, from the rewards of all. Returns the raw rewards (P, G, K), NaN
-    where a prompt has fewer than K channels, and the channels' weights (P, K), 0 there."""
-    width = max(len(group.channels) for group in groups)
-    rewards = torch.full((len(groups), len(groups[0].responses), width), math.nan, dtype=torch.float64)
-    absolute, weights = rewards.clone(), torch.zeros(len(groups), width, dtype=torch.float64)
+def set_advantages(groups: list[Group], agg: str, beta: float) -> None:
+    """Sets the advantages (G,) of each of P groups, from the rewards of all."""
+    width = max(len(group.channels) for group in groups)  # K; a prompt with fewer channels is padded with NaN
+    rewards = torch.full((len(groups), len(groups[0].responses), width), math.nan, dtype=torch.float64)  # (P, G, K)
+    weights = torch.zeros(len(groups), width, dtype=torch.float64)  # (P, K)
     for p, group in enumerate(groups):
-        k = len(group.channels)
-        rewards[p, :, :k] = group.rewards
-        absolute[p, :, :k] = torch.from_numpy(unit(group.channels, group.rewards.numpy()))
-        weights[p, :k] = torch.tensor([channel.weight for channel in group.channels])
-    advantages = rvpo.advantages(absolute if agg == "softmin" else rewards, agg, beta, weights)
-    for group, row in zip(groups, advantages, strict=True):
-        group.advantages = row
-    return rewards, weights
+        # softmin takes absolute rewards: each channel 0 at its worst, 1 at its best
+        values = torch.from_numpy(unit(group.channels, group.rewards.numpy())) if agg == "softmin" else group.rewards
+        rewards[p, :, :len(group.channels)] = values
+        weights[p, :len(group.channels)] = torch.tensor([channel.weight for channel in group.channels])
+    for group, advantages in zip(groups, rvpo.advantages(rewards, agg, beta, weights), strict=True):
+        group.advantages = advantages
 
 
 def prompt_at(position: int, n: int, seed: int) -> int:
@@ -256,12 +248,9 @@ def prompt_at(position: int, n: int, seed: int) -> int:
 
 
 def seed_rewards(seed: int, step: int) -> None:
-    """A reward of the user's may draw at random: the same numbers, whether or not the run was resumed at this step. All
-    else has seeds of its own."""
-    number = request_seed(seed, f"rewards {step}", RANK)
-    random.seed(number)
-    np.random.seed(number)
-    torch.manual_seed(number)
+    """A reward may draw at random: the same numbers, whether or not the run was resumed at this step."""
+    for generator in (random.seed, np.random.seed, torch.manual_seed):
+        generator(request_seed(seed, f"rewards {step}", RANK))
 
 
 class Evaluation:
@@ -272,10 +261,10 @@ class Evaluation:
 
     def __call__(self, step: int) -> None:
         """Logs mean and standard error over prompts of every channel and of the joint rate (all channels satisfied)."""
-        task, groups = self.sampler.task, self.sampler.score(self.held_out, self.sampler.sample(self.held_out, 1, "eval"))
+        groups = self.sampler.score(self.held_out, self.sampler.sample(self.held_out, 1, "eval"))
+        task, result = self.sampler.task, {}
         scores = [task.result(group.prompt.example, group.responses[0].text, group.rewards[0].numpy())[0]
                   for group in groups]
-        result = {}
         for name in dict.fromkeys(name for of_prompt in scores for name in of_prompt):
             x = [of_prompt[name] for of_prompt in scores if not math.isnan(of_prompt.get(name, math.nan))]
             if x:
@@ -291,14 +280,14 @@ class Evaluation:
 def fit(config: TrainConfig, learner: Learner, sampler: Sampler, prompts: list[Prompt], log, evaluate,
         checkpoints) -> None:
     """The run itself, from checkpoints.state on. log, evaluate, checkpoints: as checkpoint.Log, Evaluation and
-    checkpoint.Checkpoints. Raises InputError if rewards fail or something cannot be written, and ranks.Stop, on all
-    ranks."""
+    checkpoint.Checkpoints. Raises InputError if rewards fail or something cannot be written, and checkpoint.Stop."""
     def now() -> float:
         if learner.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    state, engine, beta_schedule, begun = checkpoints.state, sampler.engine, parse_beta(config.beta), checkpoints.state.step
+    state, engine, beta_schedule = checkpoints.state, sampler.engine, parse_beta(config.beta)
+    begun = state.step
     engine.push(policies.full_weights(learner.policy, engine.dtype))
     while True:
         saving = checkpoints.save_if_due()
@@ -323,7 +312,7 @@ def fit(config: TrainConfig, learner: Learner, sampler: Sampler, prompts: list[P
 
         # Advantages of the whole batch, on every rank; written before anything can go wrong with them.
         beta = rvpo.beta_at(beta_schedule, state.step, config.steps)
-        rewards, weights = set_advantages(groups, config.agg, beta)  # (P, G, K), (P, K)
+        set_advantages(groups, config.agg, beta)
         times.append(now())
         log.groups(state.step + 1, groups)
         sampler.task.check(report)
@@ -337,14 +326,9 @@ def fit(config: TrainConfig, learner: Learner, sampler: Sampler, prompts: list[P
         engine.push(policies.full_weights(learner.policy, engine.dtype))
         times.append(now())
 
-        names = [[channel.name for channel in group.channels] for group in groups]
-        signal = rvpo.has_signal(rvpo.weighted(rewards, weights))  # (P, G)
-        metrics |= {"beta": beta, "lr": lr, "no_signal": 1 - signal.double().mean().item(),
-                    "skipped_prompts": 0 if config.kl else (~signal).all(-1).sum().item(),
-                    "channels": rvpo.channel_stats(rewards, beta, names, weights)}
-        metrics |= {"judge": report} if report else {}
-        seconds = dict(zip(PHASES, np.diff(times).tolist(), strict=True))
-        log.step(state.step + 1, groups, metrics, seconds | {"save": saving})
+        metrics |= {"beta": beta, "lr": lr, "seconds": dict(zip(PHASES, np.diff(times).tolist(), strict=True))}
+        metrics["seconds"]["save"] = saving
+        log.step(state.step + 1, groups, metrics | ({"judge": report} if report else {}))
         state.step, state.bad_steps = state.step + 1, state.bad_steps + 1 if metrics["bad_updates"] else 0
 
 
@@ -357,11 +341,10 @@ def setup(config: TrainConfig, device: torch.device, task: Task, train: list[Exa
     train, held_out = model.encode(tokenizer, train, room), model.encode(tokenizer, held_out, room)
     longest = max(len(prompt.ids) for prompt in train + held_out) + config.max_tokens
     decoding = Decoding(tokenizer, stops, config.temperature, config.max_tokens)
-    mesh, half, recompute = policies.make_mesh(device), policies.compute_dtype(device), config.gradient_checkpointing
-    if recompute == "auto" and policies.must_recompute(path, device, max(longest, config.tokens_per_microbatch)):
-        recompute = "on"
+    mesh, half = policies.make_mesh(device), policies.compute_dtype(device)
+    recompute = {"on": True, "off": False, "auto": device.type == "cuda"}[config.gradient_checkpointing]
     with model.readable(config.model):
-        policy = policies.load(path, device, mesh, gradient_checkpointing=recompute == "on")
+        policy = policies.load(path, device, mesh, gradient_checkpointing=recompute)
         reference = policies.load(path, device, mesh, half).requires_grad_(False) if config.kl else None
         if config.engine == "vllm":
             at_a_time = min(32, max(config.prompts * config.group, config.eval_prompts))
@@ -377,33 +360,21 @@ def setup(config: TrainConfig, device: torch.device, task: Task, train: list[Exa
 
 def main(config: TrainConfig) -> None:
     device = join()
-    run = checkpoint.find_run(config.resume, config.name)
-    saved = checkpoint.read_config(run, {name: getattr(config, name) for name in config._given}) if run else {}
-    if run:
-        config = TrainConfig(**{name: value for name, value in saved.items() if name in TrainConfig.model_fields})
-    name = config.name or f"{Path(config.task).stem}-{config.agg}-{time.strftime('%m%d-%H%M%S')}"
-    with contextlib.nullcontext(run) if run else checkpoint.make_run(name, again=config.resume is not None) as run:
-        if checkpoint.finished(run):
-            if RANK == 0:
-                print(f"{run} is finished, with all of its {config.steps} steps: nothing is left to do")
-            return
-        state = checkpoint.read(checkpoint.latest(run)) if saved else checkpoint.State()
+    with checkpoint.open_run(config.model_dump(), config._given) as (run, options, state):
+        config = TrainConfig(**options)
         task = load_task(config.task_options())
         train, held_out = task.prompts(config.steps * config.prompts, config.eval_prompts)
-        digest = checkpoint.check_data(train + held_out, saved)
+        digest = checkpoint.check_data(run, train + held_out)
         task.try_out(train[0])  # a faulty reward is found now, and not after the model is loaded
         learner, sampler, train, held_out, write_policy = setup(config, device, task, train, held_out)
-        if saved:
-            state = checkpoint.load(checkpoint.latest(run), learner.policy, learner.optimizer)
         log = checkpoint.RunLog(run, config.steps, state.step)
-        log.begin(state, {**config.model_dump(), "data_sha256": digest, "device": str(device)})
         checkpoints = checkpoint.Checkpoints(log, learner.policy, learner.optimizer, config.save_every, state)
+        log.begin(state, {**config.model_dump(), "data_sha256": digest, "device": str(device)})
         catch_signals()
-        with checkpoints.saving_what_can_be(lambda: write_policy(run / "checkpoint")):
+        with checkpoints.saving_what_can_be(write_policy):
             fit(config, learner, sampler, train, log, Evaluation(sampler, held_out, log), checkpoints)
             write_policy(run / "checkpoint")
-    if RANK == 0:
-        checkpoint.finish(run, len(held_out))
+    checkpoint.finish(run, len(held_out))
 
 
 if __name__ == "__main__":

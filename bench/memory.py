@@ -1,6 +1,9 @@
 """What training needs of each GPU's memory, estimated: Qwen2.5 on 1 to 8 GPUs of 80 GB.
 
-    python bench/memory.py      # docs/gpu.md's table, in GiB
+    python bench/memory.py      # docs/gpu.md's table: GiB while sampling / while updating
+
+A cell without gc is of --gradient-checkpointing off, which saves a forward. gc: activations must be computed again in
+the backward pass, the default on GPUs.
 
 Weights, gradients and optimizer states are exact, activations by a rule that counting what autograd saves confirms to
 15% (tests/test_memory.py), the rest rules of thumb that stand beside the numbers. Nothing has been measured on a GPU.
@@ -20,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # a script sees its own f
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM
 
-from bench.models import QWEN, qwen
+from local.models import QWEN, qwen
 from policy import LOGITS
 from rollout import kv_elements
 
@@ -82,11 +85,11 @@ def fits(plan: dict[str, float], gpu: float) -> bool:
 
 
 def cell(size: str, gpus: int) -> str:
-    """GiB while sampling / while updating, and the options with which it fits."""
+    """GiB while sampling / while updating, and with what it fits."""
     config = qwen(size)
     parameters = count(config)
     for share in (0.4, 0.5):
-        for checkpointing in (False, True):  # it costs another forward
+        for checkpointing in (False, True):
             setting = Setting(gpus, share, checkpointing)
             plan = estimate(config, parameters, setting)
             if fits(plan, setting.gpu):

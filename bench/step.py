@@ -93,9 +93,9 @@ def ours(args: argparse.Namespace) -> None:
     import model
     import policy
     import train
-    from bench import models
     from checkpoint import Log, NoCheckpoints
     from config import TrainConfig
+    from local import models
     from ranks import join
     from rewards import Channel, Example, Task
     from rollout import Decoding, Sampler, VLLMEngine
@@ -144,7 +144,7 @@ def trl(args: argparse.Namespace) -> None:
     from transformers import AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    from bench import models
+    from local import models
 
     path = models.resolve(args.model)
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -250,7 +250,8 @@ def utilization(args: argparse.Namespace, seconds: float) -> dict[str, float]:
     from transformers import AutoConfig
 
     import train
-    from bench import memory, models
+    from bench import memory
+    from local import models
     from model import Prompt
     from rollout import Group, Response
 
@@ -280,7 +281,7 @@ def case(args: argparse.Namespace) -> dict:
 
 
 def compare(args: argparse.Namespace) -> dict:
-    from bench import models
+    from local import models
 
     models.resolve(args.model)  # once, not by both
     shared = case(args) | {"steps": args.steps}
@@ -313,7 +314,7 @@ def growth(args: argparse.Namespace) -> Iterator[dict]:
     after the other, for memory's sake."""
     import torch
 
-    from bench import models
+    from local import models
 
     models.resolve(args.model)
     cases = [{"prompts": args.prompts * n} for n in (1, 2, 4, 8)]

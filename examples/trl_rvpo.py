@@ -7,9 +7,9 @@
 With this file and rvpo.py beside your script, or `PYTHONPATH=.:examples python yours.py`; several `reward_funcs`. What
 one of them answers with None is missing: it is left out, and not counted as 0. `reward_weights` weight the channels.
 
-No effect on the loss: `scale_rewards`, `multi_objective_aggregation`. `mask_truncated_completions` takes completions out
-of the loss, not out of their group. What TRL logs as advantages, `reward_std` and `frac_reward_zero_std` is still its
-own.
+No effect on the loss: `scale_rewards` and `multi_objective_aggregation`. `mask_truncated_completions` takes completions
+out of the loss, not out of their group. What TRL logs as advantages, `reward_std` and `frac_reward_zero_std` is still
+its own.
 """
 
 from trl import GRPOTrainer

@@ -11,6 +11,7 @@ from config import JudgeOptions
 from ranks import InputError
 from rewards import Channel, Example, Task
 from tasks import judge, rows
+from tasks.rubrics import Judged
 
 OPTIONS = "data", "subset", *JudgeOptions.model_fields
 _BLOB = "https://openaipublic.blob.core.windows.net/simple-evals/healthbench/"
@@ -49,7 +50,7 @@ def from_row(row: dict, where: str) -> Example:
                    str(row.get("prompt_id") or where))
 
 
-class HealthBench(Task):
+class HealthBench(Judged):
     """The K channels of a prompt are its criteria, met or not. The reference of an example holds its themes."""
 
     temperature, max_tokens, clip = 0.5, 2048, True
@@ -59,7 +60,7 @@ class HealthBench(Task):
             raise InputError(f"--subset {options.subset}: choose one of {', '.join(SUBSETS)}")
         self.path = options.test_data or SUBSETS[options.subset]
         self.prompts = rows.only_evaluated(options.task, self.load)
-        self.judge, self.max_missing = judge.connect(options.judge, explain=True), options.judge.judge_max_missing
+        super().__init__(options, explain=True)
 
     def load(self, n: int | None) -> list[Example]:
         examples = rows.read(self.path, from_row)[:n]
@@ -84,7 +85,7 @@ class HealthBench(Task):
 
     def report(self, rewards: list[np.ndarray]) -> dict:
         """rows_missing: the share of rows that lack a verdict, and so have no score."""
-        return judge.total_counts(self.judge, rewards) | {"rows_missing": np.mean([np.isnan(x).any() for x in rewards])}
+        return super().report(rewards) | {"rows_missing": np.mean([np.isnan(x).any() for x in rewards])}
 
     def check(self, report: dict) -> None:
         judge.check_missing(report, report["rows_missing"], "the rows have a verdict", self.max_missing)

@@ -18,19 +18,19 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TextIO
+from typing import Annotated, NamedTuple, TextIO
 
 import jiter
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import AliasPath, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
 
 from config import JudgeOptions
 from ranks import WORLD, InputError, gather, on_rank_0
 
 COUNTS = "requests", "retries", "cached", "failed", "prompt_tokens", "completion_tokens", "seconds"
 
-# A hundred verdicts and an explanation take a thousand tokens, brief thoughts as many more, and a judge with a context of
-# 8,192 has room for 6,000 tokens of conversation. Without a limit one answer that repeats itself costs a whole context.
+# A hundred verdicts and an explanation take a thousand tokens, brief thoughts as many; a context of 8,192 has room for
+# 6,000 tokens of conversation beside it. Without a limit, an answer that repeats itself would fill the context.
 MAX_TOKENS = 2048
 
 PROMPT = """\
@@ -76,21 +76,21 @@ def judge_prompt(messages: list[dict], response: str, items: dict[str, str], exp
 
 @functools.cache
 def answer_model(names: tuple[str, ...], explain: bool) -> type[BaseModel]:
-    """The judge's answer: an object of booleans and nothing else, the explanation first."""
-    fields = {"explanation": str} if explain else {}
+    """The judge's answer: one object of booleans, the explanation before them."""
+    fields = ({"explanation": str} if explain else {}) | dict.fromkeys(names, bool)
     return create_model("Verdicts", __config__=ConfigDict(strict=True, extra="forbid"),
-                        **{name: (kind, ...) for name, kind in (fields | dict.fromkeys(names, bool)).items()})
+                        **{name: (kind, ...) for name, kind in fields.items()})
 
 
 @functools.cache
 def response_format(names: tuple[str, ...], explain: bool) -> dict:
-    """What makes an endpoint constrain the answer to `answer_model`."""
-    return {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True,
-                                                   "schema": answer_model(names, explain).model_json_schema()}}
+    """By which an endpoint constrains the answer to `answer_model`."""
+    schema = answer_model(names, explain).model_json_schema()
+    return {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": schema}}
 
 
-def parse_verdicts(message: str, names: tuple[str, ...]) -> dict[str, float]:
-    """{name: 1.0 or 0.0} of the judge's message, thoughts and a code fence aside; names without a boolean are left out.
+def parse_verdicts(message: str, names: tuple[str, ...]) -> dict[str, bool]:
+    """{name: verdict} of the judge's message, thoughts and a code fence aside; names without a boolean are left out.
     Raises ValueError unless it is one JSON object without any other key: a verdict on something else means that the
     judge lost count. An explanation is welcome, asked for or not."""
     reply, wrong = None, set()
@@ -108,34 +108,36 @@ def parse_verdicts(message: str, names: tuple[str, ...]) -> dict[str, float]:
             wrong = {fault["loc"][0] for fault in error.errors()}
     if not isinstance(reply, dict) or wrong - {*names}:
         raise ValueError(f"not the JSON object with {', '.join(names)} that was asked for: {message[:80]!r}")
-    return {name: float(reply[name]) for name in names if name not in wrong}
-
-
-class Message(BaseModel, strict=True):
-    content: str | None = None
-
-
-class Choice(BaseModel, strict=True):
-    message: Message
-    finish_reason: str | None = None
+    return {name: reply[name] for name in names if name not in wrong}
 
 
 class Completion(BaseModel, strict=True):
-    """What is read of a chat completion. usage: whatever it is, it must not cost the verdict."""
+    """What is read of an endpoint's reply. Tokens: whatever they are, they must not cost the verdict."""
 
-    choices: list[Choice] = Field(min_length=1)
-    usage: object = None
+    message: str | None = Field(validation_alias=AliasPath("choices", 0, "message", "content"))
+    finish: str | None = Field(None, validation_alias=AliasPath("choices", 0, "finish_reason"))
+    prompt_tokens: object = Field(0, validation_alias=AliasPath("usage", "prompt_tokens"))
+    completion_tokens: object = Field(0, validation_alias=AliasPath("usage", "completion_tokens"))
 
 
-def read_cache(file: TextIO) -> dict[bytes, dict[str, float]]:
+class Question(NamedTuple):
+    """messages: the chat, [{role, content}]. items: {name: text} of what is to be decided about the response."""
+
+    messages: list[dict]
+    response: str
+    items: dict[str, str]
+
+
+LINE = TypeAdapter(tuple[str, Annotated[dict[str, bool], Field(min_length=1)]])  # of a cache file: a hash, verdicts
+
+
+def read_cache(file: TextIO) -> dict[str, dict[str, bool]]:
     """The verdicts in a --judge-cache. A line that a killed run left incomplete is passed over. Raises InputError if
     none is a verdict: the file is something else, and would be written to."""
     known, lines = {}, [line for line in file if line.strip()]
     for line in lines:
-        with contextlib.suppress(ValueError, TypeError, RecursionError):
-            key, verdicts = json.loads(line)
-            if isinstance(verdicts, dict) and verdicts and all(x in (0, 1) for x in verdicts.values()):
-                known[bytes.fromhex(key)] = {name: float(x) for name, x in verdicts.items()}
+        with contextlib.suppress(ValueError):
+            known.update([LINE.validate_json(line)])
     if lines and not known:
         raise InputError(f"--judge-cache {file.name} holds no verdicts: name another file, or a new one")
     if lines and not lines[-1].endswith("\n"):
@@ -143,43 +145,17 @@ def read_cache(file: TextIO) -> dict[bytes, dict[str, float]]:
     return known
 
 
-def _http_client(judge: "Judge"):
-    """An HTTP client for openai's, which tells the judge of every request and of the last that failed: openai retries
-    without a word. On aiohttp, which takes half the time of httpx."""
-    import aiohttp
-    import httpx2
-    import openai
-
-    class Client(openai.DefaultAioHttpClient):
-        async def send(self, request: httpx2.Request, **options) -> httpx2.Response:
-            judge.counts["requests"] += 1
-            judge.counts["retries"] += request.headers["x-stainless-retry-count"] != "0"
-            try:
-                response = await super().send(request, **options)
-            except (httpx2.HTTPError, aiohttp.ClientError, OSError) as error:  # the last two are not retried by openai
-                judge.unavailable = judge.clean(str(error) or type(error).__name__)
-                raise httpx2.TransportError(judge.unavailable) from error
-            if response.status_code != 200:
-                judge.unavailable = f"HTTP {response.status_code}: {judge.clean(response.text)[:200]}"
-            return response
-
-    return Client(limits=httpx2.Limits(max_connections=judge.concurrency))
-
-
 class Judge:
-    """A client with a thread, so that judging goes on while the caller samples. explain: have a reason written before
-    the verdict. The key, if one is needed, is in the environment variable JUDGE_API_KEY. Raises InputError for a URL or
-    a cache file that cannot be used."""
+    """A client in a thread, so that judging goes on while the caller samples. explain: have a reason written before the
+    verdict. The key, if one is needed, is in the environment variable JUDGE_API_KEY. Raises InputError for a URL or a
+    cache file that cannot be used."""
 
     def __init__(self, options: JudgeOptions, explain: bool = False):
-        import httpx2
-        import openai  # takes over a second, and most tasks have no judge
-
         self.url = options.judge_url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
         self.model, self.each, self.explain = options.judge_model, options.judge_mode == "each", explain
         self.timeout, self.concurrency = options.judge_timeout, max(1, options.judge_concurrency // WORLD)
         self.key, self.file = os.environ.get("JUDGE_API_KEY", ""), None
-        self.answers: dict[bytes, dict[str, float] | asyncio.Task] = {}  # 300 bytes a question: 1 GB for all of RaR
+        self.answers: dict[str, dict[str, bool] | asyncio.Task] = {}  # 300 bytes a question: 1 GB for all of RaR
         if options.judge_cache:
             try:
                 self.file = open(options.judge_cache, "a+", buffering=1)  # noqa: SIM115 - for the life of the judge
@@ -187,41 +163,58 @@ class Judge:
                 self.answers = read_cache(self.file)
             except (OSError, UnicodeError) as error:
                 raise InputError(f"--judge-cache {options.judge_cache} cannot be read and written: {error}") from error
-        self.error = self.unavailable = ""  # the last reason of a missing verdict, the last of a retry
+        self.error = self.said = ""  # why a verdict is missing, what a failed request was told: the last of each
         self.counts, self.failed_in_a_row, self.in_flight, self.busy_since = dict.fromkeys(COUNTS, 0), 0, 0, 0.0
-        self.slots = asyncio.Semaphore(self.concurrency)
-        try:  # the deadline in `_attempts` ends retries and waiting alike
-            self.client = openai.AsyncOpenAI(base_url=self.url, api_key=self.key or "none", max_retries=10**6,
-                                             timeout=None, http_client=_http_client(self))
-        except httpx2.InvalidURL as error:
-            raise InputError(f"--judge-url {options.judge_url}: {error}") from error
-        self.loop = asyncio.new_event_loop()
+        self.slots, self.loop = asyncio.Semaphore(self.concurrency), asyncio.new_event_loop()
+        self.client = self._client()
         threading.Thread(target=self.loop.run_forever, daemon=True, name="judge").start()
         atexit.register(lambda: self._run(self.client.close()).result(5))
+
+    def _client(self):
+        """openai's, on aiohttp, which takes half the time of httpx. It retries without a word: what is sent and what
+        fails is noted here."""
+        import aiohttp
+        import httpx2
+        import openai  # takes over a second, and most runs have no judge
+
+        judge = self
+
+        class Noting(openai.DefaultAioHttpClient):
+            async def send(self, request: httpx2.Request, **options) -> httpx2.Response:
+                judge.counts["requests"] += 1
+                judge.counts["retries"] += request.headers["x-stainless-retry-count"] != "0"
+                try:
+                    response = await super().send(request, **options)
+                except (httpx2.HTTPError, aiohttp.ClientError, OSError) as error:
+                    judge.said = str(error) or type(error).__name__
+                    raise httpx2.TransportError(judge.said) from error  # openai would not retry all of them
+                if response.status_code != 200:
+                    judge.said = f"HTTP {response.status_code}: {' '.join(judge._text(response).split())[:200]}"
+                return response
+
+        try:  # the deadline in `_ask` ends requests and retries alike
+            return openai.AsyncOpenAI(base_url=self.url, api_key=self.key or "none", max_retries=10**6, timeout=None,
+                                      http_client=Noting(limits=httpx2.Limits(max_connections=self.concurrency)))
+        except (httpx2.InvalidURL, ValueError) as error:
+            raise InputError(f"--judge-url {self.url} is no URL: {error}") from error
 
     def _run(self, coroutine) -> Future:
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
 
-    def clean(self, text: str) -> str:
-        """What an endpoint said, on one line. Some quote the key, and what they say is logged."""
-        return " ".join((text.replace(self.key, "***") if self.key else text).split())
+    def _text(self, response) -> str:
+        """Without the key: some endpoints quote it, and what they say is logged."""
+        text = response.content.decode(errors="replace")
+        return text.replace(self.key, "***") if self.key else text
 
     def check(self) -> None:
         """One question, asked once. Raises InputError unless it is answered in the form that is needed."""
-        import openai
-
-        async def ask() -> None:
-            async with asyncio.timeout(self.timeout):
-                message = await self._post([{"role": "user", "content": "Say hello."}], "Hello!",
-                                           {"criterion_1": "The response is a greeting."}, max_retries=0)
-            if not parse_verdicts(message, ("criterion_1",)):
-                raise ValueError(f"no verdict in its answer {message[:80]!r}")
-
+        question = Question([{"role": "user", "content": "Say hello."}], "Hello!", {"criterion_1": "It is a greeting."})
         try:
-            self._run(ask()).result()
-        except (openai.OpenAIError, TimeoutError, ValueError) as error:
-            reason = (self.unavailable if isinstance(error, openai.OpenAIError) else str(error)
-                      ) or f"no answer within --judge-timeout {self.timeout:g} s"
+            message = self._run(asyncio.wait_for(self._post(question, max_retries=0), self.timeout)).result()
+            if not parse_verdicts(message, tuple(question.items)):
+                raise ValueError(f"no verdict in its answer {message[:80]!r}")
+        except (OSError, ValueError) as error:  # OSError: TimeoutError, too
+            reason = str(error) or f"no answer within --judge-timeout {self.timeout:g} s"
             raise InputError(f"the judge at {self.url}, model {self.model}, cannot be used: {reason}; see --judge-url, "
                              "--judge-model and the environment variable JUDGE_API_KEY") from error
         self.take_counts()
@@ -229,76 +222,123 @@ class Judge:
     def start(self, messages: list[dict], responses: list[str], items: list[str]) -> Callable[[], np.ndarray]:
         """Begins to judge G responses to a chat by K items. Returns a function that waits for and returns (G, K): 1.0
         for an item met, 0.0 otherwise, NaN where no verdict could be had."""
+        named = {f"criterion_{k}": text for k, text in enumerate(items, start=1)}
+        parts = [{name: text} for name, text in named.items()] if self.each else [named]
+
         async def grade() -> np.ndarray:
-            met = await asyncio.gather(*(self._grade(messages, response, items) for response in responses))
+            # All of a response's items in a row: their prompts share a prefix, which judges cache.
+            asked = [[self._answer(Question(messages, response, part)) for part in parts] for response in responses]
+            rows = [dict(x for a in row for x in (a if isinstance(a, dict) else await a).items()) for row in asked]
+            met = [[row.get(name, math.nan) for name in named] for row in rows]
             return np.array(met, dtype=np.float64).reshape(len(responses), len(items))
 
         return self._run(grade()).result
 
     def take_counts(self) -> dict[str, float]:
-        """Since the last call: requests sent, retries among them, verdicts found in the cache, requests given up,
-        tokens, and the seconds in which a request was under way. A judge that was given up is asked again from now."""
-        counts, self.counts = self.counts, dict.fromkeys(COUNTS, 0)
-        self.failed_in_a_row = 0
+        """Since the last call: requests sent, retries among them, verdicts found in the cache, questions given up,
+        tokens, and the seconds in which a question was under way. A judge that was given up is asked again from now."""
+        counts, self.counts, self.failed_in_a_row = self.counts, dict.fromkeys(COUNTS, 0), 0
         return counts
 
-    async def _grade(self, messages: list[dict], response: str, items: list[str]) -> list[float]:
-        named = {f"criterion_{k}": text for k, text in enumerate(items, start=1)}
-        parts = [{name: text} for name, text in named.items()] if self.each else [named]
-        # All of a response's items in a row: their prompts share a prefix, which judges cache.
-        answers, verdicts = [self._answer(messages, response, part) for part in parts], {}
-        for answer in answers:
-            verdicts |= answer if isinstance(answer, dict) else await answer
-        return [verdicts.get(name, math.nan) for name in named]
-
-    def _answer(self, messages: list[dict], response: str, items: dict[str, str]) -> dict[str, float] | asyncio.Task:
+    def _answer(self, question: Question) -> dict[str, bool] | asyncio.Task:
         """From the cache, from a question with the same text that is under way, or to be asked."""
-        question = [PROMPT, self.model, self.explain, messages, response, items]  # PROMPT: a cache file may outlive it
-        key = hashlib.sha256(json.dumps(question).encode()).digest()[:16]
+        text = json.dumps([PROMPT, self.model, self.explain, *question])  # PROMPT: a cache file may outlive it
+        key = hashlib.sha256(text.encode()).hexdigest()[:32]
         if key in self.answers:
-            self.counts["cached"] += len(items)
+            self.counts["cached"] += len(question.items)
         else:
-            self.answers[key] = self.loop.create_task(self._ask(key, messages, response, items))
+            self.answers[key] = self.loop.create_task(self._ask_and_keep(key, question))
         return self.answers[key]
 
-    async def _ask(self, key: bytes, messages: list[dict], response: str, items: dict[str, str]) -> dict[str, float]:
-        """The verdicts that can be had within the deadline; all of them: they are kept."""
+    async def _ask_and_keep(self, key: str, question: Question) -> dict[str, bool]:
+        """The verdicts that can be had now. They are kept if they are all there."""
         async with self.slots:
-            verdicts = {}
-            # A judge that is gone may cost each slot its deadline once, but not each of thousands of requests.
-            if self.failed_in_a_row < max(8, self.concurrency):
-                with self._under_way():
-                    verdicts = await self._attempts(messages, response, items)
-        if len(verdicts) < len(items):
+            self.busy_since = self.busy_since if self.in_flight else time.monotonic()
+            self.in_flight += 1
+            verdicts = await self._ask(question)
+            self.in_flight -= 1
+            self.counts["seconds"] += 0 if self.in_flight else time.monotonic() - self.busy_since
+        if len(verdicts) < len(question.items):
             self.counts["failed"] += 1
             del self.answers[key]
         else:
             self.answers[key] = verdicts
             if self.file:
-                self.file.write(json.dumps([key.hex(), verdicts]) + "\n")
+                self.file.write(json.dumps([key, verdicts]) + "\n")
         return verdicts
 
-    @contextlib.contextmanager
-    def _under_way(self):
-        if not self.in_flight:
-            self.busy_since = time.monotonic()
-        self.in_flight += 1
-        yield
-        self.in_flight -= 1
-        if not self.in_flight:
-            self.counts["seconds"] += time.monotonic() - self.busy_since
-
-    async def _attempts(self, messages: list[dict], response: str, items: dict[str, str]) -> dict[str, float]:
-        """One question, and after a malformed or incomplete answer one more. Asked again, a judge may forget what it
-        knew: both count."""
-        import openai
-
-        verdicts = {}
+    async def _ask(self, question: Question) -> dict[str, bool]:
+        """Asks until the deadline; after a malformed or incomplete answer once more, and then both answers count."""
+        verdicts, names = {}, tuple(question.items)
+        # A judge that is gone may cost each slot its deadline once, but not each of thousands of questions.
+        if self.failed_in_a_row >= max(8, self.concurrency):
+            return verdicts
         try:
             async with asyncio.timeout(self.timeout):
                 for attempt in range(2):
                     self.counts["retries"] += attempt
                     try:
-                        message = await self._post(messages, response, items)
-                        verdicts |= parse_verdicts(message, tuple(items))
-                        self.error = "" ...
+                        message = await self._post(question)
+                        verdicts |= parse_verdicts(message, names)
+                        fault = f"a verdict that is neither true nor false: {message[:80]!r}"
+                    except ValueError as error:
+                        fault = f"a malformed answer: {error}"
+                    self.failed_in_a_row = 0
+                    if len(verdicts) == len(names):
+                        break
+                    self.error = fault
+        except TimeoutError:
+            self.error = f"no verdict within {self.timeout:g} s; its last reply: {self.said or 'none'}"
+            self.failed_in_a_row += 1
+        except ConnectionError as error:
+            self.error = str(error)
+        return verdicts
+
+    async def _post(self, question: Question, **options) -> str:
+        """The judge's message. Raises ConnectionError if there is none, ValueError if it is of no use."""
+        import httpx2
+        import openai
+
+        body = {"model": self.model, "temperature": 0, "max_tokens": MAX_TOKENS,
+                "messages": [{"role": "user", "content": judge_prompt(*question, self.explain)}],
+                "response_format": response_format(tuple(question.items), self.explain)}
+        try:  # chat.completions.create converts what it sends and gets, and takes twice the time
+            reply = await self.client.post(self.url, body=body, cast_to=httpx2.Response, options=options)
+        except openai.OpenAIError as error:
+            raise ConnectionError(self.said) from error
+        text = self._text(reply)
+        try:
+            completion = Completion.model_validate_json(text)
+        except ValidationError as error:
+            raise ValueError(f"no chat completion with a message: {text[:80]!r}") from error
+        for name in ("prompt_tokens", "completion_tokens"):
+            tokens = getattr(completion, name)
+            self.counts[name] += tokens if isinstance(tokens, int) else 0
+        message = completion.message or ""  # null: there was nothing but thoughts
+        if completion.finish == "length":  # its end may be a quotation of the response
+            raise ValueError(f"cut off after {MAX_TOKENS} tokens: {message[:80]!r}")
+        return message
+
+
+def total_counts(judge: Judge, verdicts: list[np.ndarray]) -> dict[str, float | str]:
+    """The counts of all ranks since the last call, the share of missing verdicts and the last reason for one. verdicts:
+    of the whole batch, each (G, K)."""
+    ranks = gather([(judge.take_counts(), judge.error)])
+    counts = {name: (max if name == "seconds" else sum)(counts[name] for counts, _ in ranks) for name in COUNTS}
+    counts["requests_per_second"] = counts["requests"] / max(counts["seconds"], 1e-9)
+    counts["missing"] = float(np.isnan(np.concatenate([array.ravel() for array in verdicts])).mean())
+    return {**counts, "last_error": next((error for _, error in ranks if error), "")}
+
+
+def check_missing(counts: dict, share: float, what: str, most: float) -> None:
+    """Raises InputError, on all ranks alike, if the share of what is missing is above the most that may be."""
+    if share > most:
+        raise InputError(f"{share:.0%} of {what} missing, more than --judge-max-missing {most:g} allows; the last "
+                         f"reason was: {counts['last_error']}")
+
+
+def connect(options: JudgeOptions, explain: bool = False) -> Judge:
+    """The judge, shared by all ranks, after one question to see that it works. Raises InputError on all of them."""
+    judge = Judge(options, explain)
+    on_rank_0(judge.check)
+    return judge

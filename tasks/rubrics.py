@@ -59,7 +59,30 @@ def from_row(row: dict, where: str, by_title: bool) -> Example:
     return Example(messages, criteria=tuple(criterion(item, where, by_title) for item in items))
 
 
-class Rubrics(Task):
+class Judged(Task):
+    """Its rewards are the verdicts of a judge."""
+
+    def __init__(self, options, explain: bool = False):
+        """explain: the judge gives a reason before each verdict."""
+        wanted = options.judge
+        if not re.match(r"https?://[^/\s]+", wanted.judge_url or ""):
+            raise InputError(f"--judge-url {wanted.judge_url}: --task {options.task} needs a judge; name an "
+                             "OpenAI-compatible endpoint, such as http://localhost:8000/v1")
+        if not wanted.judge_model:
+            raise InputError("--judge-model: name the judge's model as its endpoint calls it")
+        self.judge, self.max_missing = judge.connect(wanted, explain), wanted.judge_max_missing
+
+    def try_out(self, example: Example) -> None:
+        """Nothing: `judge.connect` has asked the judge a question."""
+
+    def report(self, rewards: list[np.ndarray]) -> dict:
+        return judge.total_counts(self.judge, rewards)
+
+    def check(self, report: dict) -> None:
+        judge.check_missing(report, report["missing"], "the judge's verdicts are", self.max_missing)
+
+
+class Rubrics(Judged):
     """The K channels of a prompt are its criteria, in their order: 1 for one met or a pitfall avoided, 0 otherwise."""
 
     weights = "uniform"  # or each category's, or each row's
@@ -67,7 +90,7 @@ class Rubrics(Task):
     def __init__(self, options):
         by_title = options.task not in PUBLIC  # RaR's titles are others in every row
         self.prompts = rows.prompts(options, PUBLIC.get(options.task), functools.partial(from_row, by_title=by_title))
-        self.judge, self.max_missing = judge.connect(options.judge), options.judge.judge_max_missing
+        super().__init__(options)
 
     def weigh(self, text: str) -> None:
         if text not in WEIGHTS:
@@ -91,19 +114,10 @@ class Rubrics(Task):
 
         return rewards
 
-    def try_out(self, example: Example) -> None:
-        """Nothing: `judge.connect` has asked the judge a question."""
-
     def result(self, example: Example, response: str, rewards: np.ndarray) -> tuple[dict[str, float], dict]:
         scores, _ = super().result(example, response, rewards)
         texts = [f"{k} {c.text}" for k, c in enumerate(example.criteria, start=1)]
         return scores, {"response": response, "rewards": dict(zip(texts, rewards.tolist(), strict=True))}
-
-    def report(self, rewards: list[np.ndarray]) -> dict:
-        return judge.total_counts(self.judge, rewards)
-
-    def check(self, report: dict) -> None:
-        judge.check_missing(report, report["missing"], "the judge's verdicts are", self.max_missing)
 
 
 def task(options) -> Task:

@@ -1,5 +1,4 @@
-"""The task `tools`: generated prompts that ask for one tool call in ToolRL's format, <think>..</think>, then a
-<tool_call> block of JSON lines, and seven channels between 0 and 1. No download."""
+"""The task `tools`: generated prompts that ask for one tool call in ToolRL's format, and seven channels in [0, 1]."""
 
 import functools
 import hashlib

@@ -17,13 +17,13 @@ sys.path.insert(0, str(ROOT))
 def _on_rank(environ: dict, module: str, *args: Path) -> None:
     os.environ |= environ
     torch.set_num_threads(1)
-    importlib.import_module(module).main(*args)  # only now: rollout.py reads the environment
+    importlib.import_module(module).main(*args)  # only now: ranks.py reads the environment
 
 
-def on_ranks(total: int, node: int, *args: Path, module: str = "ranks") -> None:
+def on_ranks(total: int, node: int, *args: Path, module: str = "updates") -> None:
     """The module's main on that many ranks, `node` of them to a node: forks of a server that has imported what takes seconds."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["accelerate", "model", "torch.distributed.fsdp"])
+    context.set_forkserver_preload(["accelerate", "transformers", "torch.distributed.fsdp"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         environ = {"WORLD_SIZE": total, "LOCAL_WORLD_SIZE": node, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
@@ -41,9 +41,9 @@ def on_ranks(total: int, node: int, *args: Path, module: str = "ranks") -> None:
 
 @pytest.fixture(scope="session")
 def tiny() -> Path:
-    import model
+    from local import models
 
-    return model.resolve("tiny")
+    return models.tiny()
 
 
 @pytest.fixture(scope="session")
@@ -76,17 +76,24 @@ def llama(tmp_path_factory, vocabulary) -> Path:
 @pytest.fixture
 def graded(monkeypatch):
     """Rewards on which random text differs: the built-in ones are nearly constant for a model that has learned nothing."""
-    import rewards
+    from rewards import Channel
 
-    monkeypatch.setitem(rewards.TASKS, "tools", [
-        rewards.Reward("vowels", lambda p, responses, ref: [sum(c in "aeiou" for c in r) / max(1, len(r)) for r in responses]),
-        rewards.Reward("short", lambda p, responses, ref: [1 / (1 + len(r)) for r in responses]),
+    set_channels(monkeypatch, [
+        Channel("vowels", lambda p, responses, ref: [sum(c in "aeiou" for c in r) / max(1, len(r)) for r in responses]),
+        Channel("short", lambda p, responses, ref: [1 / (1 + len(r)) for r in responses]),
     ])
 
 
-def readme_block(marker: str) -> str:
-    """The one Python block of README.md that contains `marker`, so that what is tested is what is shown."""
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-    block, = [block for block in blocks if marker in block]
-    assert sum(bool(line.strip()) for line in block.splitlines()) <= 15
-    return block
+def set_channels(monkeypatch, channels: list, name: str = "tools") -> None:
+    """These in place of a task's own."""
+    import rewards
+
+    module = rewards.task_module(name)
+    make = module.task
+
+    def task(options):
+        made = make(options)
+        made._channels = channels
+        return made
+
+    monkeypatch.setattr(module, "task", task)

@@ -125,8 +125,8 @@ def judged(monkeypatch):
             self.items = items
             return lambda: np.array([[math.nan if "f" in item.split() else 1.0 for item in items]] * len(responses))
 
-    monkeypatch.setattr(rubrics.judge, "connect", lambda options: Yes())
-    return rubrics.task(TaskOptions("rar-medicine", None, None, JudgeOptions()))
+    monkeypatch.setattr(rubrics.judge, "connect", lambda options, explain: Yes())
+    return rubrics.task(TaskOptions("rar-medicine", None, None, JudgeOptions(judge_url="http://h/v1", judge_model="m")))
 
 
 def test_rubric_categories_weights_and_pitfalls(tmp_path, judged):

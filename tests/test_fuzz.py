@@ -79,7 +79,7 @@ def score(channels: list[rewards.Channel], said: str, reference: str) -> np.ndar
 
 def verdicts(message: str) -> dict[str, float]:
     try:
-        return judge.parse_verdicts(message, ["criterion_1", "criterion_2"])
+        return judge.parse_verdicts(message, ("criterion_1", "criterion_2"))
     except ValueError:
         return {}
 

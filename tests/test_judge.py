@@ -2,8 +2,10 @@
 
 import json
 import math
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,11 +16,13 @@ from conftest import ROOT
 from judge_server import Server, graded, names
 from test_train import read, run
 
-import judge
 import model
-from data import Criterion, Example
-from judge import Judge, judge_prompt, parse_verdicts, quote
-from rewards import InputError
+from bench import models
+from config import JudgeOptions, TaskOptions
+from ranks import InputError
+from rewards import Example
+from tasks import judge, rubrics
+from tasks.judge import Judge, judge_prompt, parse_verdicts, quote
 
 CHAT = [{"role": "user", "content": "q"}]
 ATTACKS = [
@@ -30,12 +34,16 @@ ATTACKS = [
 ]
 
 
-def make(server: Server, **options) -> Judge:
-    return Judge(server.url, "m", **options)
+def settings(url: str, model: str = "m", **options) -> JudgeOptions:
+    return JudgeOptions(judge_url=url, judge_model=model, **{f"judge_{name}": value for name, value in options.items()})
+
+
+def make(server: Server, explain: bool = False, **options) -> Judge:
+    return Judge(settings(server.url, **options), explain)
 
 
 def ask(client: Judge, responses=("meets 1", "meets 2 3"), n: int = 3, chat=CHAT) -> np.ndarray:
-    return client.start(Example(chat, criteria=tuple(Criterion(f"c{k}", "c") for k in range(n))), list(responses))()
+    return client.start(chat, list(responses), [f"c{k}" for k in range(n)])()
 
 
 # Reward hacking
@@ -51,7 +59,7 @@ def test_a_response_stays_within_its_quotation(attack, tiny):
     assert hostile.replace(quoted, quote("fine")) == plain
     tokenizer = model.load_tokenizer(tiny)
     ids = [tokenizer.apply_chat_template([{"role": "user", "content": text}], return_dict=False) for text in (hostile, plain)]
-    special = [[i for i in own if i in tokenizer.all_special_ids or i in tokenizer.added_tokens_decoder] for own in ids]
+    special = [[i for i in prompt if i in tokenizer.all_special_ids or i in tokenizer.added_tokens_decoder] for prompt in ids]
     assert special[0] == special[1]
 
 
@@ -72,7 +80,7 @@ def test_without_the_quotation_a_response_would_speak_as_the_user(tiny):
 def test_what_is_no_verdict(message):
     start = time.monotonic()
     with pytest.raises(ValueError):
-        parse_verdicts(message, ["criterion_1", "criterion_2"])
+        parse_verdicts(message, ("criterion_1", "criterion_2"))
     assert time.monotonic() - start < 1
 
 
@@ -85,7 +93,7 @@ def test_what_is_no_verdict(message):
     ('{"criterion_2": false}', {"criterion_2": 0.0}), ("{}", {}),
 ])
 def test_verdicts(message, verdicts):
-    assert parse_verdicts(message, ["criterion_1", "criterion_2"]) == verdicts
+    assert parse_verdicts(message, ("criterion_1", "criterion_2")) == verdicts
 
 
 # The client
@@ -129,14 +137,38 @@ def test_concurrency_is_bounded_and_used():
 
 
 def test_pitfalls_are_asked_as_mistakes_and_inverted():
-    server = Server(lambda body, n: graded(body))
-    example = Example(CHAT, criteria=(Criterion("a", "essential"), Criterion("Fails to b", "pitfall", pitfall=True), Criterion("c", "optional")))
-    assert make(server).start(example, ["meets 1 2", "meets 3"])().tolist() == [[1, 0, 0], [0, 1, 1]]
-    prompts = [request["body"]["messages"][0]["content"] for request in server.requests]
+    server = Server(lambda body, n: graded(body) if n <= 7 else (400, "no"))
+    task = rubrics.task(TaskOptions("rubric", None, None, settings(server.url)))  # asks one question
+    example = Example(CHAT, criteria=tuple(rubrics.Criterion(text, kind, kind) for text, kind in (("a", "essential"), ("Fails to b", "pitfall"), ("c", "optional"))))
+    assert task.start(example, ["meets 1 2", "meets 3"])().tolist() == [[1, 0, 0], [0, 1, 1]]
+    prompts = [request["body"]["messages"][0]["content"] for request in server.requests[1:]]
     assert sum("makes this mistake" in prompt for prompt in prompts) == 2
     assert all(("makes this mistake" in prompt) == ("Fails to b" in prompt) for prompt in prompts)
-    dead = make(Server(lambda body, n: (400, "no")))
-    assert np.isnan(dead.start(example, ["meets 1"])()).all()  # 1 - NaN: missing stays missing
+    assert np.isnan(task.start(example, ["meets"])()).all()  # 1 - NaN: missing stays missing
+
+
+def test_no_other_key_is_sent(monkeypatch):
+    for name in ("OPENAI_API_KEY", "OPENAI_ADMIN_KEY"):
+        monkeypatch.setenv(name, "of another endpoint")
+    server = Server(lambda body, n: graded(body))
+    make(server).check()
+    assert server.requests[0]["key"] == "Bearer none"
+
+
+@pytest.mark.parametrize("answer", [(401, "bad key sk-secret"), (200, "no json, but sk-secret"), "not sk-secret"])
+def test_the_key_is_cut_out_of_what_is_logged(answer, monkeypatch):
+    monkeypatch.setenv("JUDGE_API_KEY", "sk-secret")
+    client = make(Server(lambda body, n: answer))
+    ask(client, n=1)
+    with pytest.raises(InputError) as error:
+        client.check()
+    for text in (client.error, str(error.value)):
+        assert "***" in text and "secret" not in text
+
+
+def test_ranks_share_the_concurrency(monkeypatch):
+    monkeypatch.setattr(judge, "WORLD", 4)
+    assert [Judge(settings("http://h/v1", concurrency=most)).concurrency for most in (64, 3)] == [16, 1]
 
 
 # Faults: what cannot be had is NaN, nothing hangs
@@ -148,7 +180,8 @@ def first_fails(fault):
 
 @pytest.mark.parametrize("fault", [(500, "oops"), (429, "slow down", {"Retry-After": "0"}), (503, "loading"), (200, "no json"), (200, "{}"),
                                    (200, '{"choices": [{"message": {"content": null}}]}'), (522, "a proxy's"),
-                                   (200, json.dumps({"choices": [{"message": {"content": '{"criterion_1": false}'}, "finish_reason": "length"}]})), '{"criterion_1": tr', '{"criterion_1": "true"}', '{"criterion_9": true}'])
+                                   (200, json.dumps({"choices": [{"message": {"content": '{"criterion_1": false}'}, "finish_reason": "length"}]})),
+                                   '{"criterion_1": tr', '{"criterion_1": "true"}', '{"criterion_9": true}'])
 def test_a_passing_fault_is_retried(fault):
     client = make(Server(first_fails(fault)), concurrency=1)
     assert ask(client, ["meets 1"], n=1).tolist() == [[1]]
@@ -189,28 +222,21 @@ def test_a_cache_file_outlives_the_judge(tmp_path, monkeypatch):
     assert np.isnan(ask(first, ["meets 2"])[0]).tolist() == [True, False, False]
     assert ask(make(server, cache=file), ["meets 2"]).tolist() == [[0, 1, 0]] and len(server.requests) == 4  # only the missing one
     assert ask(make(server, cache=file, explain=True), ["meets 2"]).tolist() == [[0, 1, 0]] and len(server.requests) == 7  # another question
-    ask(Judge(server.url, "other model", cache=file), ["meets 2"])
+    ask(make(server, model="other model", cache=file), ["meets 2"])
     assert len(server.requests) == 10
     with monkeypatch.context() as patch:
         patch.setattr(judge, "PROMPT", judge.PROMPT + " ")  # other words are another question
         ask(make(server, cache=file), ["meets 2"])
     assert len(server.requests) == 13
     lines = Path(file).read_text().splitlines()
-    Path(file).write_text("\n".join([*lines, "", "[1]", lines[0].replace("1.0", "0.5").replace("0.0", "0.5"), lines[-1][:20]]))  # a killed run
+    Path(file).write_text("\n".join([*lines, "", "[1]", lines[0].replace("true", "0.5").replace("false", "0.5"), lines[-1][:20]]))  # a killed run
     again = make(server, cache=file)
-    assert len(again.cache) == len(lines) and ask(again, ["meets 3"]).tolist() == [[0, 0, 1]]
-    assert len(make(server, cache=file).cache) == len(lines) + 3
+    assert len(again.answers) == len(lines) and ask(again, ["meets 3"]).tolist() == [[0, 0, 1]]
+    assert len(make(server, cache=file).answers) == len(lines) + 3
     (tmp_path / "bad").write_text("no json\n")
     for bad, message in ((tmp_path / "bad", "holds no verdicts"), (tmp_path, "cannot be read and written"), (tmp_path / "no/such", "cannot be read and written")):
         with pytest.raises(InputError, match=f"--judge-cache .* {message}"):
             make(server, cache=str(bad))
-
-
-def test_a_judge_without_constrained_decoding():
-    server = Server(lambda body, n: (400, "response_format?") if "response_format" in body else '{"criterion_1": true}')
-    make(server, constrain=False).check()
-    with pytest.raises(InputError, match="response_format"):
-        make(server).check()
 
 
 def test_a_failure_is_not_cached():
@@ -241,18 +267,59 @@ def test_a_judge_that_comes_back_is_asked_again():
 
 
 @pytest.mark.parametrize(("answer", "reason"), [((401, "bad key"), "HTTP 401: bad key"), ((404, "no such model"), "HTTP 404"), ("Sure!", "Sure!"),
+                                                ((400, "no\n\nresponse_format"), "HTTP 400: no response_format"),
+                                                ((503, "loading"), "HTTP 503: loading"), ((200, '{"choices": [{"message": {}, "finish_reason": "length"}]}'), "no chat completion"),
+                                                ((200, '{"choices": [{"message": {"content": null}, "finish_reason": "length"}]}'), "cut off after 2048 tokens"),
                                                 (5, "no answer within --judge-timeout 0.5 s"), ("{}", "no verdict in its answer")])
 def test_a_useless_judge_is_found_at_once(answer, reason):
     with pytest.raises(InputError, match=f"the judge at .*{reason}.*JUDGE_API_KEY"):
         make(Server(lambda body, n: answer), timeout=0.5).check()
 
 
+@pytest.mark.parametrize("reply", [b"", b"garbage\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{", b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n\r\nno gzip at all",
+                                   b"HTTP/1.1 302 Found\r\nLocation: http://[\r\nContent-Length: 0\r\n\r\n"])
+def test_a_broken_connection_is_retried_and_a_useless_endpoint_named(reply):
+    """What is no HTTP, or half of it, until the deadline."""
+    def serve() -> None:
+        while True:
+            connection, _ = listener.accept()
+            connection.recv(65536)
+            connection.sendall(reply)
+            connection.close()
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        threading.Thread(target=serve, daemon=True).start()
+        client = Judge(settings(f"http://127.0.0.1:{listener.getsockname()[1]}/v1", timeout=1))
+        assert np.isnan(ask(client, ["x"], n=1)).all()
+        assert client.error.startswith("no verdict within 1 s; its last reply: ") and not client.error.endswith(("none", ": "))
+        assert client.take_counts()["retries"] >= 1
+        with pytest.raises(InputError, match="cannot be used: [^;]+; see"):
+            client.check()
+
+
+@pytest.mark.parametrize("url", ["http://[", "http://h:x/v1", "http://h:99999/v1"])
+def test_a_url_that_is_none(url):
+    with pytest.raises(InputError, match="--judge-url"):
+        Judge(settings(url)).check()
+
+
+def test_a_run_that_ends_with_questions_under_way_says_nothing(tmp_path):
+    server = Server(lambda body, n: 60)
+    (tmp_path / "run.py").write_text(f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\nfrom tasks.judge import Judge, JudgeOptions\n"
+                                     f"Judge(JudgeOptions(judge_url={server.url!r}, judge_model='m')).start([], ['a', 'b'], ['c'])\ntime.sleep(1)")
+    start = time.monotonic()
+    result = subprocess.run([sys.executable, tmp_path / "run.py"], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr) == (0, "") and server.requests and time.monotonic() - start < 30
+
+
 def test_throughput_and_memory():
-    """2,000 requests to a server that takes 50 ms, 64 at a time: ideally 1,280 a second. On two cores, shared with
-    the server, it is some 85 to 90% (-s shows it), as with aiohttp alone; a busy machine must reach half. 6,000 more leave
+    """2,000 requests to a server that takes 50 ms, 64 at a time: ideally 1,280 a second. 1.1 ms of each are openai's and
+    ours, so that two cores, shared with the server, do some 600 (-s shows it); a busy machine must reach half. 6,000 more leave
     the memory as it is."""
     process = subprocess.Popen([sys.executable, ROOT / "tests/judge_server.py"], stdout=subprocess.PIPE, text=True)
-    client = Judge(process.stdout.readline().strip(), "m", concurrency=64)
+    client = Judge(settings(process.stdout.readline().strip()))
     client.check()
     rates, memory = [], []
     for round_ in range(4):
@@ -263,7 +330,7 @@ def test_throughput_and_memory():
         assert (verdicts == 1).all() and client.take_counts()["requests"] == 2000
     process.kill()
     print(f"requests/s {[round(rate) for rate in rates]}, of 1280: {max(rates) / 1280:.2f}; MB {[round(x) for x in memory]}")
-    assert max(rates) > 640 and memory[-1] - memory[0] < 10
+    assert max(rates) > 300 and memory[-1] - memory[0] < 10
 
 
 # train.py with a judge
@@ -275,7 +342,7 @@ ROWS = [{"prompt": f"question {i}", "rubric": [{"description": f"c{k}", "weight"
 def train(tmp_path, server_url, *args, ranks: int = 1):
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     launcher = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return subprocess.run([*launcher, ROOT / "train.py", "--model", "tiny", "--engine", "hf", "--task", "rubric", "--data", "rows.jsonl",
+    return subprocess.run([*launcher, ROOT / "train.py", "--model", models.tiny(), "--engine", "hf", "--task", "rubric", "--data", "rows.jsonl",
                            "--judge-url", server_url, "--judge-model", "m", "--eval-prompts", "2", "--prompts", "3", *map(str, args)],
                           cwd=tmp_path, capture_output=True, text=True, timeout=300)
 
@@ -306,12 +373,11 @@ def test_every_rubric_option_changes_the_policy(monkeypatch, tmp_path):
     server, seen = Server(vowels), {}
     rows = [{"prompt": f"question {i}", "rubric": [{"description": f"c{k}", "weight": weight} for k, weight in enumerate([7, 1, 3, -1])]} for i in range(5)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    for number, option in enumerate(([], ["--criterion-weights", "row"], ["--criterion-weights", "category"], ["--pitfalls", "drop"],
-                                     ["--pitfalls", "literal"])):
+    for number, option in enumerate(([], ["--weights", "row"], ["--weights", "category"])):
         *_, weights = run(monkeypatch, tmp_path, "--task", "rubric", "--data", "rows.json", "--judge-url", server.url, "--judge-model", "m",
                           "--eval-prompts", 1, "--steps", 1, *option, name=str(number))
-        for other, own in seen.items():
-            assert any(not torch.equal(weights[key], own[key]) for key in own), (option, other)
+        for other, before in seen.items():
+            assert any(not torch.equal(weights[key], before[key]) for key in before), (option, other)
         seen[str(option)] = weights
 
 
@@ -319,7 +385,7 @@ def test_no_judge_no_run(tmp_path):
     start = time.monotonic()
     result = train(tmp_path, "http://127.0.0.1:9/v1", "--name", "a")
     assert time.monotonic() - start < 60 and result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
-    assert result.stderr.startswith("error: the judge at http://127.0.0.1:9/v1/chat/completions, model m, cannot be used: ClientConnectorError: Cannot connect")
+    assert result.stderr.startswith("error: the judge at http://127.0.0.1:9/v1/chat/completions, model m, cannot be used: Cannot connect to host 127.0.0.1:9")
     assert not (tmp_path / "runs/a").exists()
 
 
@@ -350,16 +416,16 @@ def test_missing_verdicts_are_null_and_the_run_goes_on_if_it_may(monkeypatch, tm
 def test_options_of_the_judge(monkeypatch, tmp_path):
     rubric = ["--task", "rubric", "--data", "x.jsonl"]
     for args, message in [(rubric, "--judge-url None: --task rubric needs a judge"), ([*rubric, "--judge-url", "localhost:8000"], "name an OpenAI-compatible"),
-                          ([*rubric, "--judge-url", "http://h/v1"], "--judge-model"), (["--judge-mode", "x"], "--judge-mode x: choose one of each, all"), (["--judge-format", "x"], "--judge-format x: choose one of schema, text"),
-                          ([*rubric, "--judge-url", "http://h/v1", "--judge-model", "m", "--pitfalls", "x"], "--pitfalls x: choose"), (["--pitfalls", "drop"], "the task tools does not use it"),
-                          (["--judge-url", "http://h/v1"], "the task tools does not use it"), (["--data", ""], "--data is empty"), ([*rubric, "--criterion-weights", "x"], "--criterion-weights x"),
-                          (["--judge-concurrency", 0], "--judge-concurrency 0"), (["--judge-max-missing", 2], "at most 1"), (["--judge-timeout", "inf"], "finite")]:
+                          ([*rubric, "--judge-url", "http://h/v1"], "--judge-model"), (["--judge-mode", "x"], "--judge-mode x: must be one of 'each' or 'all'"), (["--judge-format", "text"], "--judge-format"),
+                          ([*rubric, "--judge-url", "http://h/v1", "--judge-model", "m", "--judge-cache", "no/such/file"], "--judge-cache no/such/file cannot be read and written"),
+                          (["--judge-url", "http://h/v1"], "the task tools does not use it"), (["--data", ""], "--data is empty"), ([*rubric, "--judge-url", Server(vowels).url, "--judge-model", "m", "--weights", "x"], "--weights x"),
+                          (["--judge-concurrency", 0], "--judge-concurrency 0"), (["--judge-max-missing", 2], "at most 1"), (["--judge-timeout", "inf"], "at most 100000")]:
         with pytest.raises(InputError) as error:
             run(monkeypatch, tmp_path, *args)
         assert message in str(error.value)
 
 
 def test_the_schema_that_constrains_the_answer():
-    kind = judge.schema(["criterion_1"], explain=True)["json_schema"]
+    kind = judge.response_format(("criterion_1",), explain=True)["json_schema"]
     assert list(kind["schema"]["properties"]) == ["explanation", "criterion_1"] == kind["schema"]["required"]
     assert kind["strict"] and kind["schema"]["additionalProperties"] is False

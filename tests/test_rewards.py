@@ -131,8 +131,8 @@ def test_weights():
 
 
 @pytest.mark.parametrize(("code", "message"), [
-    ("", "has no function `task"), ("1 +", "cannot be imported: SyntaxError"), ("import nothing_of_that_name", "cannot be imported: ModuleNotFoundError"),
-    ("def task(options):\n    return 3", "returned int, no rewards.Task"),
+    ("", "function `task"), ("1 +", "cannot be imported: SyntaxError"), ("import nothing_of_that_name", "cannot be imported: ModuleNotFoundError"),
+    ("def task(options):\n    return 3", "must return a rewards.Task"),
 ])
 def test_a_bad_task_file_is_named(tmp_path, code, message):
     (tmp_path / "mine.py").write_text(code)

@@ -9,22 +9,29 @@ import sys
 
 import matplotlib.pyplot as plt
 import pytest
-import ranks
 import torch
-from conftest import ROOT, on_ranks
+import updates
+from conftest import ROOT, on_ranks, set_channels
 from safetensors.torch import load_file, save_file
 from transformers import Gemma2Config, Qwen3NextConfig
 
+import checkpoint
 import model
-import options
 import policy as policies
-import rewards
+import ranks
+import rvpo
 import train
+from config import TrainConfig, parse
+from local import models
 from policy import pack
-from rewards import InputError, Reward
+from ranks import InputError
+from rewards import Channel
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 TIMES = {"seconds", "tokens_per_second"}
+# a million parameters, and settings of its size
+TINY = ["--model", str(models.tiny()), "--engine", "hf", "--prompts", "2", "--group", "4", "--steps", "2", "--max-tokens", "96", "--lr", "1e-3",
+        "--warmup", "0", "--eval-prompts", "4"]
 
 
 def launch(*args, cwd, ranks: int = 1, script: str = "train.py") -> subprocess.CompletedProcess:
@@ -45,8 +52,7 @@ def command(*args, **options) -> str:
 def run(monkeypatch, tmp_path, *args, name: str = "a"):
     """train.py in this process. Returns (metrics of the training steps, evaluations, samples, final weights)."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train.py", "--model", "tiny", "--engine", "hf", "--name", name, *map(str, args)])
-    train.main()
+    train.main(parse(TrainConfig, "", [*TINY, "--name", name, *map(str, args)]))
     return read(tmp_path / "runs" / name)
 
 
@@ -72,7 +78,7 @@ def assert_same(a, b, tolerance: float = 0.0):
 @pytest.fixture(scope="module")
 def checkpoints(tiny, llama, tmp_path_factory):
     """Policy, reference, another architecture."""
-    reference, generator = model.load(tiny, ranks.CPU), torch.Generator().manual_seed(0)
+    reference, generator = model.load(tiny, updates.CPU), torch.Generator().manual_seed(0)
     for parameter in reference.parameters():
         parameter.data += 0.01 * torch.randn(parameter.shape, generator=generator)
     path = tmp_path_factory.mktemp("reference")
@@ -83,7 +89,7 @@ def checkpoints(tiny, llama, tmp_path_factory):
 @pytest.fixture(scope="module")
 def one(checkpoints):
     """Every case in this process, unsharded."""
-    return {case: ranks.run(*checkpoints[:2], **changes) for case, changes in ranks.CASES.items()}
+    return {case: updates.run(*checkpoints[:2], **changes) for case, changes in updates.CASES.items()}
 
 
 @pytest.fixture(scope="module", params=[(2, 2), (4, 4), (4, 2)], ids=["2 ranks", "4 ranks", "2 nodes of 2 ranks"])
@@ -115,7 +121,7 @@ def test_micro_batches_and_checkpointing_change_no_gradient_and_no_number(one):
 def test_ranks_and_shards_change_no_gradient_and_no_number(one, many):
     """With and without a KL penalty, activations recomputed, idle ranks, several updates, and nothing to learn from in
     an update or in all of them."""
-    for case in ranks.CASES:
+    for case in updates.CASES:
         assert_same_update(one[case], many[case])
         dealt = many[case]["dealt"]
         assert all(len({len(rank[u]) for rank in dealt}) == 1 for u in range(len(dealt[0])))  # as many forwards on each rank
@@ -131,7 +137,7 @@ def test_several_updates_a_batch_clip(one):
 def test_each_rank_holds_its_shard_of_the_checkpoint(many):
     """And no more in memory; gathered, the shards are the checkpoint, tied names included."""
     for path, shards in many["shards"].items():
-        lm = model.load(path, ranks.CPU)
+        lm = model.load(path, updates.CPU)
         total = sum(p.numel() for p in lm.parameters())
         padding = sum(p[0].numel() for p in lm.parameters())  # at most a row of each
         for node in range(0, len(shards), many["node"]):
@@ -143,35 +149,43 @@ def test_each_rank_holds_its_shard_of_the_checkpoint(many):
 
 
 def test_a_checkpoint_saved_by_several_ranks_is_the_policy(many, tiny):
-    lm, start = model.load(many["checkpoint"], ranks.CPU), model.load(tiny, ranks.CPU)
+    lm, start = model.load(many["checkpoint"], updates.CPU), model.load(tiny, updates.CPU)
     for name, parameter in lm.named_parameters(remove_duplicate=False):
         assert torch.equal(many["saved"][name], parameter)
     assert not torch.equal(lm.lm_head.weight, start.lm_head.weight)
     assert model.load_tokenizer(many["checkpoint"]).chat_template
 
 
-def test_prompts_without_signal_are_not_computed(tiny):
+def test_prompts_without_signal_are_not_computed(tiny, monkeypatch):
     """And the gradient is what it would be had they been; with a KL penalty they have one."""
-    policy, computed, gradients = policies.load(tiny, ranks.CPU), [], []
+    policy, computed, gradients = policies.load(tiny, updates.CPU), [], []
     policy.register_forward_hook(lambda module, inputs, out: computed[-1].append(inputs[0].tokens[0].tolist()))
-    batch, responses, advantages = ranks.batch_of(5, 4, silent=(0, 3))
-    for kl in (0.0, 1e-30):  # no reference either time: only its choice of prompts
-        args, optimizer = ranks.options(kl=kl), ranks.Recorder(policy.parameters(), lr=0.0)
+    groups, dealt, deal = updates.batch_of(5, 4, silent=(0, 3)), [], train.deal
+    monkeypatch.setattr(train, "deal", lambda *args: dealt.append(deal(*args)) or dealt[-1])
+
+    def step(kl: float) -> None:
+        optimizer = updates.Recorder(policy.parameters(), lr=0.0)
         computed.append([])
-        train.update(policy, None, optimizer, ranks.updates_of(policy, args, batch, responses, advantages), args, ranks.CPU)
-        gradients += optimizer.gradients
-    rows = [pack([(batch[slot][0], [r.tokens for r in responses[slot]]) for slot in kept], ranks.CPU).tokens[0].tolist() for kept in ((1, 2, 4), range(5))]
+        train.update(train.Learner(policy, None, optimizer, updates.CPU), groups, 1, kl, 1.0, 100_000)
+        gradients.extend(optimizer.gradients)
+
+    for kl in (0.0, 1e-30):  # no reference either time: only its choice of prompts
+        step(kl)
+    rows = [pack([(groups[slot].prompt.ids, [r.tokens for r in groups[slot].responses]) for slot in kept], updates.CPU).tokens[0].tolist()
+            for kept in ((1, 2, 4), range(5))]
     assert [sorted(row) for forwards in computed for row in forwards] == [sorted(row) for row in rows]  # the groups' order is free
     assert (gradients[0] - gradients[1]).norm() <= 1e-6 * gradients[1].norm()
-    nothing = ranks.updates_of(policy, ranks.options(kl=0.0), batch, responses, torch.zeros(5, 4))
-    assert [mine for _, mine in nothing] == [[]]
+    for group in groups:
+        group.advantages = torch.zeros(4)
+    step(0.0)
+    assert dealt[-1] == [[]] and computed[-1] == []
 
 
 # The command
 
 def test_same_command_same_run_on_one_and_two_ranks(tmp_path):
     """Three prompts a step on two ranks: no divisibility needed. Rollouts, metrics and weights."""
-    args = ["--model", "tiny", "--engine", "hf", "--prompts", 3, "--steps", 2, "--kl", 0.1, "--eval-prompts", 5]
+    args = [*TINY, "--prompts", 3, "--kl", 0.1, "--eval-prompts", 5]
     command(*args, "--name", "one", cwd=tmp_path)
     command(*args, "--name", "again", cwd=tmp_path)
     command(*args, "--name", "two", cwd=tmp_path, ranks=2)
@@ -193,31 +207,30 @@ def test_files_of_a_run(monkeypatch, tmp_path, graded):
     assert set(evals[0]["eval"]) == {"vowels", "short", "joint"}
     for line in steps:
         assert line["grad_norm"] > 0 and line["kl"] >= 0 and abs(line["sampler_gap"]) < 1e-3
-        assert set(line["channels"]["vowels"]) == {"mean", "std", "missing", "constant", "binding", "weight"}
+        assert set(line["channels"]["vowels"]) == {"mean", "min", "max", "std", "missing", "constant", "binding", "weight"}
     assert len(samples) == 3 * 2 * 4
     for sample in samples:
         assert set(sample["rewards"]) == {"vowels", "short"} and sample["prompt"][-1]["role"] == "user"
         assert sample["rewards"]["short"] == 1 / (1 + len(sample["response"]))
     first = [sample["advantage"] for sample in samples if sample["step"] == 1]
     assert abs(sum(first)) < 1e-4 and abs(torch.tensor(first).std() - 1) < 1e-2
-    start = load_file(model.resolve("tiny") / "model.safetensors")
+    start = load_file(models.tiny() / "model.safetensors")
     assert weights.keys() == start.keys() and all(not torch.equal(weights[key], start[key]) for key in weights)
 
 
 def test_plot_of_two_runs(monkeypatch, tmp_path, graded):
     for name in ("a", "b"):
         run(monkeypatch, tmp_path, "--max-tokens", 16, name=name)
-    assert command("runs/a", "runs/b", "--out", "both.png", cwd=tmp_path, script="plot.py") == "both.png\n"
+    assert command("runs/a", "runs/b", "--out", "both.png", cwd=tmp_path, script="bench/plot.py") == "both.png\n"
     height, width, _ = plt.imread(tmp_path / "both.png").shape
     assert height > 200 and width > 1000  # vowels, short, joint, gradient norm, advantage std side by side
     (tmp_path / "runs/a/metrics.jsonl").write_text("")
-    result = subprocess.run([sys.executable, ROOT / "plot.py", "runs/a"], cwd=tmp_path, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, ROOT / "bench/plot.py", "runs/a"], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 1 and result.stderr == "error: runs/a/metrics.jsonl holds no training step yet\n"
 
 
-OPTIONS = [["--agg", "gdpo"], ["--beta", 5], ["--group", 5], ["--prompts", 3], ["--updates", 2], ["--is-cap", 0.5],
-           ["--kl", 1], ["--temperature", 0.8], ["--max-tokens", 16], ["--steps", 1], ["--lr", 1e-4], ["--warmup", 3],
-           ["--grad-clip", 0.01], ["--seed", 1]]
+OPTIONS = [["--agg", "gdpo"], ["--beta", 5], ["--group", 5], ["--prompts", 3], ["--updates", 2], ["--weights", "vowels=3"], ["--weights", "short=0"],
+           ["--kl", 1], ["--temperature", 0.8], ["--max-tokens", 16], ["--steps", 1], ["--lr", 1e-4], ["--warmup", 3], ["--seed", 1]]
 
 
 def test_every_option_changes_the_policy(monkeypatch, tmp_path, graded):
@@ -226,11 +239,6 @@ def test_every_option_changes_the_policy(monkeypatch, tmp_path, graded):
     for number, option in enumerate(OPTIONS):
         *_, weights = run(monkeypatch, tmp_path, *short, *option, name=str(number))
         assert any(not torch.equal(plain[key], weights[key]) for key in plain), option
-    clip = [*short, "--updates", 2, "--lr", 0.01]
-    *_, loose = run(monkeypatch, tmp_path, *clip, name="loose")
-    for number, option in enumerate((["--clip-low", 0.01], ["--clip-high", 0.01])):
-        *_, tight = run(monkeypatch, tmp_path, *clip, *option, name=f"clip{number}")
-        assert any(not torch.equal(loose[key], tight[key]) for key in loose), option
     for agg in ("grpo", "explicit", "hardmin"):
         *_, weights = run(monkeypatch, tmp_path, *short, "--agg", agg, name=agg)
         assert any(not torch.equal(plain[key], weights[key]) for key in plain), agg
@@ -243,9 +251,9 @@ def test_recomputing_activations_changes_no_weight(monkeypatch, tmp_path, graded
 
 
 def test_rewards_that_are_missing_or_never_vary(monkeypatch, tmp_path):
-    monkeypatch.setitem(rewards.TASKS, "tools", [Reward("gone", lambda p, responses, ref: [float("nan")] * len(responses)),
-                                                 Reward("same", lambda p, responses, ref: [0.5] * len(responses))])
-    start = load_file(model.resolve("tiny") / "model.safetensors")
+    set_channels(monkeypatch, [Channel("gone", lambda p, responses, ref: [float("nan")] * len(responses)),
+                               Channel("same", lambda p, responses, ref: [0.5] * len(responses))])
+    start = load_file(models.tiny() / "model.safetensors")
     steps, _, samples, weights = run(monkeypatch, tmp_path, "--steps", 1)
     assert steps[0]["no_signal"] == 1 and steps[0]["grad_norm"] == 0 and {s["advantage"] for s in samples} == {0.0}
     assert steps[0]["skipped_prompts"] == 2 and steps[0]["loss"] == 0 and steps[0]["entropy"] is None  # nothing was computed
@@ -255,43 +263,40 @@ def test_rewards_that_are_missing_or_never_vary(monkeypatch, tmp_path):
 
 def test_a_faulty_reward_on_one_rank_stops_all_and_the_state_is_saved(tmp_path):
     """In mid-run, and in one sentence."""
-    (tmp_path / "faulty.py").write_text(f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-import rewards, rollout, train
+    (tmp_path / "faulty.py").write_text("""
+import ranks
+from rewards import Channel, Task
+from tasks import tools
 
 calls = []
 
 def mine(prompts, responses, references):
     calls.append(1)
-    return [None if rollout.RANK == 1 and len(calls) > 6 else len(r) / 100 for r in responses]
+    return [None if ranks.RANK == 1 and len(calls) > 6 else len(r) / 100 for r in responses]
 
-rewards.TASKS["tools"] = [rewards.Reward("mine", mine)]
-try:
-    train.main()
-except rewards.InputError as error:
-    sys.exit(f"error: {{error}}")
+def task(options):
+    return Task(tools.prompts, [Channel("mine", mine)])
 """)
-    result = launch("--model", "tiny", "--engine", "hf", "--name", "a", "--steps", 9, "--max-tokens", 16, cwd=tmp_path, ranks=2, script=tmp_path / "faulty.py")
+    result = launch(*TINY, "--name", "a", "--steps", 9, "--max-tokens", 16, "--task", "faulty.py", cwd=tmp_path, ranks=2)
     assert result.returncode == 1 and "]: Traceback" not in result.stderr  # "[rank0]: Traceback"; torchrun has its own
     steps, _, samples, weights = read(tmp_path / "runs/a")
     assert result.stderr.count("error: reward 'mine' returned None for response 0: return a finite number, or NaN if it is missing; the policy as it "
                                f"was then is in runs/a/checkpoint; to go on from step {len(steps)}: python train.py --resume runs/a\n") == result.stderr.count("error: ") == 1
-    start = load_file(model.resolve("tiny") / "model.safetensors")
+    start = load_file(models.tiny() / "model.safetensors")
     assert 1 <= len(steps) < 9 and len(samples) == 8 * len(steps) and any(not torch.equal(weights[key], start[key]) for key in start)
 
 
 @needs_vllm
 def test_vllm_on_two_ranks_and_its_checkpoint(tmp_path):
-    """torchrun, one engine a rank, or one over both: the same samples of the same policy. Then the checkpoint in a plain
-    vLLM: the same greedy text as transformers."""
-    args = ["--model", "tiny", "--engine", "vllm", "--prompts", 3, "--eval-prompts", 2]
+    """torchrun, one engine a rank: the same samples as on one rank. Then the checkpoint in a plain vLLM: the same greedy
+    text as transformers."""
+    args = [*TINY, "--engine", "vllm", "--prompts", 3, "--eval-prompts", 2]
     command(*args, "--name", "two", cwd=tmp_path, ranks=2)
-    command(*args, "--name", "both", "--tp", 2, cwd=tmp_path, ranks=2)
-    (steps, _, samples, _), (steps_of_both, _, of_both, _) = (read(tmp_path / "runs" / name) for name in ("two", "both"))
-    assert len(samples) == 2 * 3 * 4 and all(line["sampler_gap"] < 1e-3 for line in steps + steps_of_both)
-    assert samples[:12] == of_both[:12]  # later, rounding has been through AdamW
-    assert_same(steps[0], steps_of_both[0], 1e-4)
+    command(*args, "--name", "one", cwd=tmp_path)
+    (steps, _, samples, _), (steps_of_one, _, of_one, _) = (read(tmp_path / "runs" / name) for name in ("two", "one"))
+    assert len(samples) == 2 * 3 * 4 and all(line["sampler_gap"] < 1e-3 for line in steps + steps_of_one)
+    assert samples[:12] == of_one[:12]  # later, rounding has been through AdamW
+    assert_same(steps[0], steps_of_one[0], 1e-4)
     checkpoint = tmp_path / "runs/two/checkpoint"
     (tmp_path / "load.py").write_text(
         "import os; os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING='0', VLLM_CPU_KVCACHE_SPACE='1')\n"
@@ -364,7 +369,7 @@ def test_a_checkpoint_without_some_weights(monkeypatch, tmp_path):
     with pytest.raises(InputError, match="lacks weights that its config.json asks for, model.layers.3"):
         run(monkeypatch, tmp_path, "--model", "./holes")
     with pytest.raises(InputError, match="lacks weights that its config.json asks for, model.layers.3"):
-        model.load(tmp_path / "holes", ranks.CPU)  # what evaluation loads
+        model.load(tmp_path / "holes", updates.CPU)  # what evaluation loads
 
 
 def test_runs_cannot_be_made(monkeypatch, tmp_path):

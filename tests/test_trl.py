@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT, on_ranks
 
 import rvpo
-from bench import models
+from local import models
 
 sys.path.insert(0, str(ROOT / "examples"))
 
