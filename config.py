@@ -4,6 +4,7 @@ Nothing here takes long to import, so that --help and a wrong option are answere
 """
 
 import argparse
+import importlib.util
 import math
 import re
 from typing import Literal, NamedTuple
@@ -55,6 +56,8 @@ class Shared(JudgeOptions):
 
     def check(self) -> None:
         """Raises InputError for what no option shows by itself."""
+        if self.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+            raise InputError("--engine vllm: vLLM is not installed; pip install -r requirements.txt, or use --engine hf")
 
     def judge_options(self) -> JudgeOptions:
         return JudgeOptions(**{name: getattr(self, name) for name in JudgeOptions.model_fields})
@@ -86,6 +89,7 @@ class TrainConfig(Shared):
     resume: str | None = Field(None, description="runs/NAME: go on, with its options; auto: if --name has a checkpoint")
 
     def check(self) -> None:
+        super().check()
         if self.updates > self.prompts:
             raise InputError(f"--updates {self.updates}: at most --prompts ({self.prompts}), for each needs some")
         if math.inf in parse_beta(self.beta) and self.agg == "explicit":

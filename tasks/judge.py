@@ -228,7 +228,10 @@ class Judge:
         async def grade() -> np.ndarray:
             # All of a response's items in a row: their prompts share a prefix, which judges cache.
             asked = [[self._answer(Question(messages, response, part)) for part in parts] for response in responses]
-            rows = [dict(x for a in row for x in (a if isinstance(a, dict) else await a).items()) for row in asked]
+            rows = []
+            for answers in asked:
+                found = [answer if isinstance(answer, dict) else await answer for answer in answers]
+                rows.append({name: verdict for verdicts in found for name, verdict in verdicts.items()})
             met = [[row.get(name, math.nan) for name in named] for row in rows]
             return np.array(met, dtype=np.float64).reshape(len(responses), len(items))
 

@@ -22,34 +22,39 @@ ROOT = Path(__file__).parent.parent
 TIMES = {"seconds", "tokens_per_second"}
 
 
-def child(chance: bool) -> None:
-    """train.py with rewards on which random text differs, one of them drawn at random if there is to be chance."""
-    sys.path.insert(0, str(ROOT))
-    import numpy as np
+# Rewards on which random text differs, one of them drawn at random if there is to be chance; every rank notes its process.
+TASK = """
+import os, random
+from pathlib import Path
+import numpy as np
+import ranks
+from rewards import Channel, Task
+from tasks import tools
+
+Path(f"pid-{{ranks.RANK}}").write_text(str(os.getpid()))
+
+def noise(prompts, responses, references):
     import torch
+    return [random.random() + np.random.rand() + torch.rand(()).item() if {chance} else len(r) / 100 for r in responses]
 
-    import rewards
-    import rollout
-    import train
+def vowels(prompts, responses, references):
+    return [sum(c in "aeiou" for c in r) / max(1, len(r)) for r in responses]
 
-    def noise(prompts, responses, references):
-        return [random.random() + np.random.rand() + torch.rand(()).item() if chance else len(r) / 100 for r in responses]
-
-    rewards.TASKS["tools"] = [
-        rewards.Reward("vowels", lambda p, responses, ref: [sum(c in "aeiou" for c in r) / max(1, len(r)) for r in responses]),
-        rewards.Reward("noise", noise)]
-    Path(f"pid-{rollout.RANK}").write_text(str(os.getpid()))
-    try:
-        train.main()
-    except rewards.InputError as error:
-        sys.exit(f"error: {error}")
+def task(options):
+    return Task(tools.prompts, [Channel("vowels", vowels), Channel("noise", noise)])
+"""
 
 
-def start(name: str, cwd: Path, ranks: int, *options, restarts: int = 0, kind: str = "child") -> subprocess.Popen:
+def start(name: str, cwd: Path, ranks: int, *options, restarts: int = 0, chance: bool = True) -> subprocess.Popen:
+    sys.path.insert(0, str(ROOT))
+    from local import models
+
+    (cwd / "noisy.py").write_text(TASK.format(chance=chance))
     launcher = [sys.executable] if ranks == 1 else [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", f"--max-restarts={restarts}"]
+    args = ["--model", models.tiny(), "--task", "noisy.py", "--name", name, "--prompts", 2, "--group", 4, "--lr", 1e-3, "--warmup", 0, "--eval-prompts", 4]
     with (cwd / f"{name}.log").open("a") as log:
-        return subprocess.Popen([*launcher, __file__, kind, "--model", "tiny", "--name", name, *map(str, options)], cwd=cwd,
+        return subprocess.Popen([*launcher, ROOT / "train.py", *map(str, [*args, *options])], cwd=cwd,
                                 env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
 
 
@@ -135,7 +140,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] in (["child"], ["child-without-chance"]):
-        child(sys.argv.pop(1) == "child")
-    else:
-        sys.exit(main())
+    sys.exit(main())

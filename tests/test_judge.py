@@ -314,11 +314,12 @@ def test_a_run_that_ends_with_questions_under_way_says_nothing(tmp_path):
     assert (result.returncode, result.stderr) == (0, "") and server.requests and time.monotonic() - start < 30
 
 
-def test_throughput_and_memory():
+def test_throughput_and_memory(request):
     """2,000 requests to a server that takes 50 ms, 64 at a time: ideally 1,280 a second. 1.1 ms of each are openai's and
     ours, so that two cores, shared with the server, do some 600 (-s shows it); a busy machine must reach half. 6,000 more leave
     the memory as it is."""
     process = subprocess.Popen([sys.executable, ROOT / "tests/judge_server.py"], stdout=subprocess.PIPE, text=True)
+    request.addfinalizer(process.kill)
     client = Judge(settings(process.stdout.readline().strip()))
     client.check()
     rates, memory = [], []
@@ -328,7 +329,6 @@ def test_throughput_and_memory():
         rates.append(2000 / (time.perf_counter() - start))
         memory.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20)
         assert (verdicts == 1).all() and client.take_counts()["requests"] == 2000
-    process.kill()
     print(f"requests/s {[round(rate) for rate in rates]}, of 1280: {max(rates) / 1280:.2f}; MB {[round(x) for x in memory]}")
     assert max(rates) > 300 and memory[-1] - memory[0] < 10
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
@@ -320,35 +321,39 @@ def nothing_is_loaded(monkeypatch):
 
 
 @pytest.mark.parametrize(("args", "message"), [
-    (["--task", "x"], "--task x: choose one of tools, rlla"), (["--agg", "x"], "--agg x: choose one of rvpo"),
-    (["--engine", "x"], "--engine x: choose one of vllm, hf"), (["--beta", "x"], "beta 'x' is neither"),
-    (["--group", 1], "--group 1: must be at least 2 and at most"), (["--prompts", 0], "--prompts 0: must be at least 1"),
-    (["--temperature", 0], "--temperature 0.0: must be"), (["--lr", "nan"], "--lr nan"),
-    (["--kl", -1], "--kl -1.0"), (["--updates", 3], "--updates 3: at most --prompts"),
-    (["--name", "there"], "runs/there exists"), (["--name", "a/b"], "--name a/b: at most 100 letters"),
-    (["--data", "x.json"], "makes its own prompts"), (["--task", "rlla", "--data", "x.json"], "x.json cannot be read"),
+    (["--task", "x"], "--task x: choose one of tools, rlla"), (["--agg", "x"], "--agg x: should be 'rvpo', 'gdpo'"),
+    (["--engine", "x"], "--engine x: should be 'vllm' or 'hf'"), (["--beta", "x"], "beta 'x' is neither"),
+    (["--group", 1], "--group 1: should be greater than or equal to 2"), (["--prompts", 0], "--prompts 0: should be greater than or equal to 1"),
+    (["--temperature", 0], "--temperature 0: should be"), (["--lr", "nan"], "--lr nan"), (["--max-tokens", "many"], "--max-tokens many: should be a valid integer"),
+    (["--kl", -1], "--kl -1: should be"), (["--updates", 3], "--updates 3: at most --prompts"),
+    (["--name", "there"], "runs/there exists"), (["--name", "a/b"], "--name a/b: should match"), (["--weights", "tool"], "--weights tool: must be NAME=NUMBER"),
+    (["--weights", "tool=1,x=2"], "--weights x=2: must be NAME=NUMBER, the number at least 0 and the name one of format, tool"), (["--weights", "tool=-1"], "--weights tool=-1"),
+    (["--weights", ",".join(f"{name}=0" for name in "format tool arg_names arg_values no_invented clean brief".split())], "all channels have weight 0"),
+    (["--task", "broken.py"], "--task broken.py cannot be imported: NameError: name 'x' is not defined"), (["--task", "empty.py"], "must return a rewards.Task"),
+    (["--data", "x.json"], "the task tools does not use it"), (["--task", "rlla", "--data", "x.json"], "x.json cannot be read"),
     (["--task", "rlla", "--data", "bad.json"], "row 1 has no prompt"), (["--model", "./x"], "--model ./x: no such file"),
     (["--model", "nothing"], "--model nothing: no such file"), (["--model", "./empty"], "needs a config.json and weights"),
-    (["--max-tokens", 4000], "has room for 96"), (["--max-tokens", 5000], "no room for a prompt"), (["--gpu-memory", 2], "at most 1"),
-    (["--step", 3], "unrecognized arguments: --step"), (["--steps", "1e3"], "invalid int value"), (["--agg", "explicit", "--beta", "inf"], "finite beta"),
+    (["--max-tokens", 4000], "has room for 96"), (["--max-tokens", 5000], "no room for a prompt"), (["--gpu-memory", 2], "less than or equal to 1"),
+    (["--step", 3], "unrecognized arguments: --step"), (["--steps", "1e3"], "should be a valid integer"), (["--agg", "explicit", "--beta", "inf"], "finite beta"),
     (["--model", "./json"], "./json cannot be loaded"), (["--model", "./cut"], "./cut cannot be loaded"),
     (["--model", "./wordless"], "is its tokenizer.json missing?"), (["--task", "rlla", "--data", "odd.json"], "chat template"),
-    (["--task", "rlla", "--data", "good.json", "--eval-data", "none.json"], "no rows to evaluate on"), (["--seed", -1], "--seed -1"), (["--steps", 0], "--steps 0: must be"),
-    (["--tp", 3], "--tp 3: needs vLLM, and must divide the 1 processes of this node"), (["--tp", 0], "--tp 0: must be at least 1"),
-    (["--gradient-checkpointing", "maybe"], "--gradient-checkpointing maybe: choose one of auto, on, off"),
+    (["--task", "rlla", "--data", "good.json", "--eval-data", "none.json"], "no rows to evaluate on"), (["--seed", -1], "--seed -1"), (["--steps", 0], "--steps 0: should be"),
+    (["--gradient-checkpointing", "maybe"], "--gradient-checkpointing maybe: should be 'auto', 'on' or 'off'"),
     (["--model", "./capped"], "--model ./capped: training gemma2 models is not supported"),
     (["--model", "./linear"], "--model ./linear: training qwen3_next models is not supported"),
 ])
 def test_bad_input(monkeypatch, tmp_path, args, message):
     (tmp_path / "runs/there").mkdir(parents=True)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "broken.py").write_text("x")
+    (tmp_path / "empty.py").write_text("def task(options): pass")
     good = {"prompt": [{"role": "user", "content": "u"}], "reward_model": {"ground_truth": "g"}}
     (tmp_path / "bad.json").write_text(json.dumps([good, {}]))
     (tmp_path / "good.json").write_text(json.dumps([good] * 9))
     (tmp_path / "none.json").write_text("[]")
     (tmp_path / "odd.json").write_text(json.dumps([{**good, "prompt": [{"role": "user", "content": "\ud800"}]}] * 9))
     for broken in ("json", "cut", "wordless", "capped", "linear"):
-        shutil.copytree(model.resolve("tiny"), tmp_path / broken)
+        shutil.copytree(models.tiny(), tmp_path / broken)
     (tmp_path / "json" / "config.json").write_text("no json")
     (tmp_path / "cut" / "model.safetensors").write_bytes((tmp_path / "json" / "model.safetensors").read_bytes()[:1000])
     (tmp_path / "wordless" / "tokenizer.json").unlink()
@@ -363,7 +368,7 @@ def test_bad_input(monkeypatch, tmp_path, args, message):
 
 def test_a_checkpoint_without_some_weights(monkeypatch, tmp_path):
     """transformers would train with random ones in their place."""
-    shutil.copytree(model.resolve("tiny"), tmp_path / "holes")
+    shutil.copytree(models.tiny(), tmp_path / "holes")
     weights = load_file(tmp_path / "holes/model.safetensors")
     save_file({key: value for key, value in weights.items() if "layers.3" not in key}, tmp_path / "holes/model.safetensors")
     with pytest.raises(InputError, match="lacks weights that its config.json asks for, model.layers.3"):
@@ -380,26 +385,53 @@ def test_runs_cannot_be_made(monkeypatch, tmp_path):
 
 def test_a_bad_reward_is_found_before_the_model_is_loaded(monkeypatch, tmp_path):
     nothing_is_loaded(monkeypatch)
-    monkeypatch.setitem(rewards.TASKS, "tools", [Reward("mine", lambda p, r, ref: [None] * len(r))])
+    set_channels(monkeypatch, [Channel("mine", lambda p, r, ref: [None] * len(r))])
     with pytest.raises(InputError, match="reward 'mine' returned None"):
         run(monkeypatch, tmp_path)
-
-
-def test_an_engine_over_two_ranks_is_vllms(monkeypatch, tmp_path):
-    monkeypatch.setattr(options, "LOCAL_WORLD", 2)
-    nothing_is_loaded(monkeypatch)
-    with pytest.raises(InputError, match="^--tp 2: needs vLLM"):
-        run(monkeypatch, tmp_path, "--tp", 2)
 
 
 def test_vllm_missing_when_asked_for(monkeypatch, tmp_path):
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "vllm" else real(name, *a))
-    assert train.rollout.check_engine(None) == "hf"
-    with pytest.raises(InputError, match="vLLM is not installed"):
-        train.rollout.check_engine("vllm")
+    with pytest.raises(InputError, match="--engine vllm: vLLM is not installed; pip install -r requirements.txt, or use --engine hf"):
+        run(monkeypatch, tmp_path, "--engine", "vllm")
+
+
+def test_aggregations_are_those_of_the_method():
+    assert TrainConfig.model_fields["agg"].annotation.__args__ == (*rvpo.AGGREGATIONS,)
+
+
+SCRIPTS = sorted(str(path.relative_to(ROOT)) for folder in (".", "study", "bench") for path in (ROOT / folder).glob("*.py")
+                 if '__name__ == "__main__"' in path.read_text())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help(tmp_path, script):
+    """A bare % in one option's text once ended in a traceback, because nobody had typed this."""
+    assert command("--help", cwd=tmp_path, script=script).startswith("usage: ")
+
+
+@pytest.mark.parametrize("script", ["train.py", "eval.py"])
+def test_help_and_wrong_options_do_not_wait_for_torch(tmp_path, script):
+    for args, said in ((["--help"], "usage: "), (["--task", "x"], "error: --task x: choose one of tools, rlla")):
+        code = "import runpy, sys; sys.argv = sys.argv[1:]\ntry: runpy.run_path(sys.argv[0], run_name='__main__')\nexcept SystemExit as end: print(end, file=sys.stderr)\n" \
+               "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+        result = subprocess.run([sys.executable, "-c", code, ROOT / script, *args], cwd=tmp_path, capture_output=True, text=True)
+        assert result.returncode == 0 and (result.stdout + result.stderr).startswith(said), result.stderr
+
+
+def test_the_training_path_is_short():
+    """What `python train.py` imports for the default task, checkpoint.py aside, and what nobody may write below it."""
+    code = "import sys, train, tasks.tools; print('\\n'.join(m.__file__ for m in sys.modules.values() if getattr(m, '__file__', None)))"
+    files = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    lengths = {name: len(path.read_text().splitlines()) for path in map(Path, files)
+               if path.is_relative_to(ROOT) and ".venv" not in path.parts and (name := path.name) != "checkpoint.py"}
+    print(lengths)
+    assert 8 <= len(lengths) and sum(lengths.values()) <= 1600
+    assert len([*ROOT.glob("*.py")]) <= 10 and len(TrainConfig.model_fields) <= 36
 
 
 def test_an_error_is_one_line_and_no_traceback(tmp_path):
     result = subprocess.run([sys.executable, ROOT / "train.py", "--task", "x"], cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 1 and result.stderr == "error: --task x: choose one of tools, rlla, rar-medicine, rar-science, rubric\n"
+    assert result.returncode == 1 and result.stderr == ("error: --task x: choose one of tools, rlla, rar-medicine, rar-science, rubric, healthbench, gpqa, bfcl, "
+                                                        "or name a file such as mine.py\n")
