@@ -103,7 +103,7 @@ def deal(groups: list[Group], ranks: int, budget: int, pair: float) -> list[list
     share = math.ceil(sum(work(group, pair)[0] - len(group.prompt.ids) for group in groups) / ranks)
     parts = [part for group in groups for part in split(group, min(budget - len(group.prompt.ids), share))]
     sizes = [work(part, pair) for part in parts]
-    rounds = math.ceil(sum(tokens for tokens, _ in sizes) / ranks / budget)  # the fewest: each gathers all the weights
+    rounds = math.ceil(sum(min(tokens, budget) for tokens, _ in sizes) / ranks / budget)  # few: each gathers all weights
     while True:
         batches = [([], 0, 0.0)] * (rounds * ranks)  # parts, tokens, work
         for i in sorted(range(len(parts)), key=lambda i: -sizes[i][1]):

@@ -16,6 +16,7 @@ import math
 import os
 import threading
 import time
+from collections import ChainMap
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Annotated, NamedTuple, TextIO
@@ -228,11 +229,10 @@ class Judge:
         async def grade() -> np.ndarray:
             # All of a response's items in a row: their prompts share a prefix, which judges cache.
             asked = [[self._answer(Question(messages, response, part)) for part in parts] for response in responses]
-            rows = []
+            met = []
             for answers in asked:
-                found = [answer if isinstance(answer, dict) else await answer for answer in answers]
-                rows.append({name: verdict for verdicts in found for name, verdict in verdicts.items()})
-            met = [[row.get(name, math.nan) for name in named] for row in rows]
+                verdicts = ChainMap(*[answer if isinstance(answer, dict) else await answer for answer in answers])
+                met.append([verdicts.get(name, math.nan) for name in named])
             return np.array(met, dtype=np.float64).reshape(len(responses), len(items))
 
         return self._run(grade()).result

@@ -1,7 +1,6 @@
 import importlib
 import multiprocessing
 import os
-import re
 import socket
 import sys
 import time

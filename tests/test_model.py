@@ -12,7 +12,7 @@ from transformers import AutoConfig
 import model
 import policy as policies
 from policy import pack
-from rewards import InputError
+from ranks import InputError
 
 
 def test_stop_tokens(tiny):

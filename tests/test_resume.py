@@ -11,21 +11,30 @@ from pathlib import Path
 
 import kill_and_resume
 import pytest
-import ranks
 import torch
-from conftest import ROOT, on_ranks
+import updates
+from conftest import ROOT, on_ranks, set_channels
 from judge_server import Server
 from judge_server import graded as verdicts
+from test_train import TINY
 
 import checkpoint
-import files
 import policy as policies
-import rewards
 import rvpo
-import stop
 import train
-from rewards import InputError, Reward
+from checkpoint import State
+from config import TrainConfig, parse
+from ranks import InputError
+from rewards import Channel
 
+# A task of one's own: what is imported with it may be changed by it.
+GRADED = """
+from rewards import Channel, Task
+from tasks import tools
+
+def task(options):
+    return Task(tools.prompts, [Channel("vowels", lambda p, rs, ref: [r.count("e") / 9 for r in rs]), Channel("short", lambda p, rs, ref: [1 / (1 + len(r)) for r in rs])])
+"""
 SHORT = ["--max-tokens", 16, "--save-every", 1, "--steps", 4]
 
 
@@ -34,7 +43,7 @@ def handlers():
     """train.main installs handlers for good."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
-    stop._signals.clear()
+    checkpoint._signals.clear()
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -42,9 +51,8 @@ def handlers():
 def run(monkeypatch, tmp_path, *args, name: str | None = "a") -> Path:
     """train.py in this process."""
     monkeypatch.chdir(tmp_path)
-    base = ["--model", "tiny", "--engine", "hf", "--name", name, *SHORT] if name else []
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, [*base, *args])])
-    train.main()
+    base = [*TINY, "--name", name, *SHORT] if name else []
+    train.main(parse(TrainConfig, "", [*map(str, [*base, *args])]))
     return tmp_path / "runs" / (name or "a")
 
 
@@ -63,7 +71,8 @@ def at_step(monkeypatch, step: int, what):
             what()
         return [len(r) / 100 for r in responses]
 
-    monkeypatch.setitem(rewards.TASKS, "tools", [Reward("mine", triggered), Reward("vowels", lambda p, rs, ref: [r.count("e") / 9 for r in rs])])
+    for task in ("tools", "rlla"):
+        set_channels(monkeypatch, [Channel("mine", triggered), Channel("vowels", lambda p, rs, ref: [r.count("e") / 9 for r in rs])], task)
 
 
 def same(a: Path, b: Path) -> None:
@@ -89,7 +98,7 @@ def test_a_signal_saves_and_the_resumed_run_is_the_same(monkeypatch, tmp_path, c
     assert ended.value.code == 128 + number
     assert f"stopped by {number.name}; to go on from step 2: python train.py --resume runs/a\n" in capsys.readouterr().err
     assert not (tmp_path / "runs/a/checkpoint").exists()
-    stop._signals.clear()
+    checkpoint._signals.clear()
     run(monkeypatch, tmp_path, "--resume", "runs/a", "--save-every", 3, "--eval-every", 2, name=None)
     assert "changed: --save-every 3, the run has 0\n" in capsys.readouterr().out
     same(tmp_path / "runs/alone", tmp_path / "runs/a")
@@ -117,24 +126,23 @@ def test_a_signal_during_the_update(monkeypatch, tmp_path):
             patch.setattr(rvpo, "policy_loss", loss)
             with pytest.raises(SystemExit):
                 run(patch, tmp_path, *options, "--save-every", 0, name=saved)
-        assert files.latest(tmp_path / "runs" / saved).name == saved
-        stop._signals.clear()
+        assert checkpoint.latest(tmp_path / "runs" / saved).name == saved
+        checkpoint._signals.clear()
         run(monkeypatch, tmp_path, "--resume", f"runs/{saved}", name=None)
         same(tmp_path / "runs/alone", tmp_path / "runs" / saved)
 
 
 def test_a_second_signal_ends_it_at_once(tmp_path):
     """While a save hangs; but not one within two seconds, by which a launcher repeats the first."""
-    file = script(tmp_path, """
-import time
-train.save_state = train.checkpoint.save_state = lambda *args: (print("saving", flush=True), time.sleep(60))
-""")
-    process = subprocess.Popen([sys.executable, file, "--model", "tiny", "--engine", "hf", "--name", "a", "--steps", "99", "--save-every", "1"], cwd=tmp_path,
+    (tmp_path / "hanging.py").write_text(GRADED.replace("def task(options):", """def task(options):
+    import checkpoint, time
+    checkpoint.save = lambda *args: (print("saving", flush=True), time.sleep(60))"""))
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", *TINY, "--task", "hanging.py", "--name", "a", "--steps", "99", "--save-every", "1"], cwd=tmp_path,
                                env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True)
     assert any("saving" in line for line in process.stdout)
     process.terminate()
     process.terminate()
-    time.sleep(stop.AGAIN + 0.5)
+    time.sleep(checkpoint.AGAIN + 0.5)
     assert process.poll() is None
     process.terminate()
     assert process.wait(2) == 143
@@ -153,7 +161,7 @@ def until(condition, process: subprocess.Popen, log: Path) -> None:
 def test_ranks_are_stopped_by_a_signal_to_one_and_resumed_as_one_or_four(tmp_path):
     """Rewards without chance: each rank draws its own numbers."""
     args = ["--resume", "auto", "--steps", 6, "--save-every", "0", "--prompts", 3]
-    process = launch(*args, cwd=tmp_path, kind="child-without-chance")
+    process = launch(*args, cwd=tmp_path, chance=False)
     log = tmp_path / "a.log"
     until(lambda: (tmp_path / "runs/a/samples.jsonl").exists(), process, log)
     began = time.monotonic()
@@ -165,7 +173,7 @@ def test_ranks_are_stopped_by_a_signal_to_one_and_resumed_as_one_or_four(tmp_pat
     for total in (1, 4):
         shutil.rmtree(tmp_path / "runs")
         shutil.copytree(tmp_path / "stopped", tmp_path / "runs")
-        process = launch(*args, cwd=tmp_path, ranks=total, kind="child-without-chance")
+        process = launch(*args, cwd=tmp_path, ranks=total, chance=False)
         assert process.wait(300) == 0, log.read_text()[-3000:]
         steps = [line for line in lines(tmp_path / "runs/a/metrics.jsonl") if "loss" in line]
         assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
@@ -185,6 +193,32 @@ def test_torchrun_starts_again_when_a_rank_dies(tmp_path):
     assert steps == [0, 1, 2, 3, 4, 4]  # evaluations are 0 and the last
 
 
+def test_a_late_rank_without_a_name(tmp_path):
+    """It has the time of two seconds later in its own default name: the run is still one, and can be resumed."""
+    (tmp_path / "late.py").write_text("import ranks, time\ntime.sleep(2.2 * ranks.RANK)\n" + GRADED)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
+    options = {"cwd": tmp_path, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
+    process = subprocess.Popen([*launcher, *TINY, "--task", "late.py", "--max-tokens", "8", "--save-every", "1", "--steps", "40"], **options)
+    kill_and_resume.wait(lambda: [*tmp_path.glob("runs/*/state/step-[1-9]")], process)
+    process.terminate()
+    process.wait(60)
+    run, = (tmp_path / "runs").iterdir()
+    state, = (run / "state").glob("step-*")
+    files_of_ranks = {name.partition("-model")[0] for name in json.loads((state / "state.json").read_text())["files"]}
+    assert len(files_of_ranks) == 2
+    again = subprocess.run([*launcher, "--resume", f"runs/{run.name}"], **options, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [run.name] and (run / "checkpoint").is_dir()
+
+
+def test_a_checkpoint_that_lacks_the_shards_of_a_rank(monkeypatch, tmp_path, tiny_policy):
+    """As on nodes that do not share a file system: the other rank sees a file that is not here."""
+    monkeypatch.setattr(checkpoint, "gather", lambda local: [*local, ["shard-00002-model-00001-of-00001.safetensors"]] if local and isinstance(local[0], list) else local)
+    with pytest.raises(InputError, match="could not be saved: shard-00002-model-00001-of-00001.safetensors of another rank is not in .*must be on a file system that all share"):
+        checkpoint.save(tmp_path, tiny_policy, torch.optim.AdamW(tiny_policy.parameters()), State(step=3))
+    assert not [*tmp_path.glob("state/step-*")]
+
+
 def moments(policy, seed: int = 0):
     """An AdamW that has taken a step on gradients that depend on names only."""
     optimizer = torch.optim.AdamW(policy.parameters(), lr=0.01, fused=True)
@@ -197,13 +231,14 @@ def moments(policy, seed: int = 0):
 @pytest.mark.parametrize("total", [2, 4])
 def test_a_checkpoint_of_some_ranks_is_loaded_by_others(tmp_path, llama, total):
     """One rank's by several, then theirs by one; of parameters in shapes that ranks cannot share evenly."""
-    policy = policies.load(llama, ranks.CPU)
+    policy = policies.load(llama, updates.CPU)
     optimizer = moments(policy)
-    checkpoint.save(tmp_path / "one", policy, optimizer, {"step": 3}, keep=1)
+    checkpoint.save(tmp_path / "one", policy, optimizer, State(step=3, optimizer_steps=1))
     on_ranks(total, total, tmp_path / "many", llama, llama, tmp_path / "one")
-    again = policies.load(llama, ranks.CPU)
+    again = policies.load(llama, updates.CPU)
     other = torch.optim.AdamW(again.parameters(), fused=True)
-    assert checkpoint.load(tmp_path / "many/state/step-4", again, other)["world_size"] == total
+    assert checkpoint.load(tmp_path / "many/state/step-4", again, other).step == 4
+    assert json.loads((tmp_path / "many/state/step-4/state.json").read_text())["world_size"] == total
     saved, loaded = checkpoint.tensors(policy, optimizer), checkpoint.tensors(again, other)
     assert saved.keys() == loaded.keys() and all(torch.equal(saved[name], loaded[name]) for name in saved)
     assert {state["step"].item() for state in other.state.values()} == {1}
@@ -220,7 +255,6 @@ def stopped(monkeypatch, tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with monkeypatch.context() as patch:
         at_step(patch, 2, lambda: 1 / 0)
-        patch.setitem(rewards.TASKS, "rlla", rewards.TASKS["tools"])
         with pytest.raises(InputError) as error:
             run(patch, tmp_path, "--task", "rlla", "--data", "rows.jsonl")
     assert str(error.value).startswith("reward 'mine' raised ZeroDivisionError: division by zero (test_resume.py, line ")
@@ -230,14 +264,13 @@ def stopped(monkeypatch, tmp_path):
 
 
 def refused(monkeypatch, *args) -> str:
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args)])
     with pytest.raises(InputError) as error:
-        train.main()
+        train.main(parse(TrainConfig, "", [*map(str, args)]))
     return str(error.value)
 
 
 def test_options_that_cannot_change_are_refused_one_line_each(monkeypatch, stopped):
-    assert refused(monkeypatch, "--resume", "runs/a", "--lr", 1, "--steps", 9, "--keep", 3) == (
+    assert refused(monkeypatch, "--resume", "runs/a", "--lr", 1, "--steps", 9, "--save-every", 3) == (
         "--resume runs/a: these options cannot be changed, leave them out:\n--steps 9, the run has 4\n--lr 1.0, the run has 0.001")
 
 
@@ -245,9 +278,8 @@ def test_data_that_changed_are_refused(monkeypatch, stopped):
     rows = Path("rows.jsonl")
     rows.rename("moved.jsonl")
     monkeypatch.setattr(policies, "load", lambda *args, **options: 1 / 0)
-    monkeypatch.setattr(sys, "argv", ["train.py", "--resume", "runs/a", "--data", "moved.jsonl"])
-    with pytest.raises(InputError, match="ZeroDivisionError"):  # the same rows under another name: as far as the model
-        train.main()
+    # the same rows under another name: as far as the model
+    assert "ZeroDivisionError" in refused(monkeypatch, "--resume", "runs/a", "--data", "moved.jsonl")
     rows.write_text(Path("moved.jsonl").read_text().replace("question 3", "question 4"))
     assert refused(monkeypatch, "--resume", "runs/a") == (
         "--resume runs/a: its data are not what they were when it began (SHA-256 in config.json): bring them back, or begin a new run")
@@ -268,7 +300,7 @@ def test_a_damaged_checkpoint(monkeypatch, stopped, damage, message):
 @pytest.mark.parametrize(("args", "message"), [
     (["--resume", "runs/b"], "--resume runs/b: no checkpoint is there; name the directory of a run, such as runs/NAME"),
     (["--resume", "auto"], "--resume auto needs --name, to find the run again"),
-    (["--save-every", "often"], "--save-every often: must be auto or a number of steps"), (["--keep", 0], "--keep 0: must be at least 1"),
+    (["--save-every", "often"], "--save-every often: should match"),
     (["--task", "rubric", "--data", "x", "--judge-model", "m", "--judge-url", "http://me:secret@host/v1"],
      "--judge-url holds a password, which would be written to runs/: a judge's key goes into the environment variable JUDGE_API_KEY"),
     (["--resume", "auto", "--name", "mine"], "runs/mine holds something else than a run: choose another --name"),
@@ -281,28 +313,21 @@ def test_bad_options(monkeypatch, tmp_path, args, message):
 
 
 def test_a_checkpoint_of_another_model(tiny, llama, tmp_path):
-    policy = policies.load(llama, ranks.CPU)
-    checkpoint.save(tmp_path, policy, moments(policy), {"step": 3}, keep=1)
-    other = policies.load(tiny, ranks.CPU)
+    policy = policies.load(llama, updates.CPU)
+    checkpoint.save(tmp_path, policy, moments(policy), State(step=3, optimizer_steps=1))
+    other = policies.load(tiny, updates.CPU)
     with pytest.raises(InputError) as error:
         checkpoint.load(tmp_path / "state/step-3", other, torch.optim.AdamW(other.parameters()))
     assert str(error.value).startswith(f"{tmp_path}/state/step-3 is no checkpoint of this model: ") and "\n" not in str(error.value)
     print(error.value)
 
 
-def test_keep(monkeypatch, tmp_path):
-    at_step(monkeypatch, 3, lambda: 1 / 0)
-    with pytest.raises(InputError):
-        run(monkeypatch, tmp_path, "--keep", 2)
-    assert sorted(path.name for path in (tmp_path / "runs/a/state").iterdir()) == ["step-2", "step-3"]
-
-
 @pytest.fixture
 def small(tmp_path):
-    """A file system of 30 MB: room for two checkpoints of the tiny model, which have 11.8 MB, but for no third."""
+    """A file system of 20 MB: room for one checkpoint of the tiny model, which has 11.8 MB, but for no second."""
     disk = tmp_path / "runs"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=30m", "tmpfs", disk], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("a file system can only be mounted by root")
     yield disk
     subprocess.run(["umount", "-l", disk], check=True)
@@ -317,23 +342,22 @@ def fill(disk: Path) -> None:
 def test_a_disk_that_fills_up(monkeypatch, tmp_path, small):
     at_step(monkeypatch, -1, None)
     with pytest.raises(InputError) as error:
-        run(monkeypatch, tmp_path, "--keep", 3)
-    assert str(error.value) == ("runs/a/state/step-3 could not be saved: [Errno 28] No space left on device; runs/a/state/step-2 is whole, "
+        run(monkeypatch, tmp_path)
+    assert str(error.value) == ("runs/a/state/step-2 could not be saved: [Errno 28] No space left on device; runs/a/state/step-1 is whole, "
                                 "to go on from it: python train.py --resume runs/a")
-    assert sorted(path.name for path in (small / "a/state").iterdir()) == ["step-1", "step-2"]
+    assert [path.name for path in (small / "a/state").iterdir()] == ["step-1"]
     fill(small)
     with pytest.raises(InputError) as error:
         run(monkeypatch, tmp_path, "--resume", "runs/a", name=None)
-    assert str(error.value).startswith("runs/a/state/step-3 could not be saved: [Errno 28] No space left on device; runs/a/state/step-2 is whole")
+    assert str(error.value).startswith("runs/a/state/step-2 could not be saved: [Errno 28] No space left on device; runs/a/state/step-1 is whole")
     (small / "filled").unlink()
-    shutil.rmtree(small / "a/state/step-1")
     with monkeypatch.context() as patch:  # while step 4 is sampled
         at_step(patch, 3, lambda: fill(small))
         with pytest.raises(InputError) as error:
-            run(patch, tmp_path, "--resume", "runs/a", "--keep", 1, "--save-every", 0, name=None)
+            run(patch, tmp_path, "--resume", "runs/a", "--save-every", 0, name=None)
     assert str(error.value) == (
         "runs/a/samples.jsonl cannot be written: [Errno 28] No space left on device; runs/a/state/step-3 could not be saved: "
-        "[Errno 28] No space left on device; runs/a/state/step-2 is whole, to go on from it: python train.py --resume runs/a")
+        "[Errno 28] No space left on device; runs/a/state/step-1 is whole, to go on from it: python train.py --resume runs/a")
     (small / "filled").unlink()
     path = run(monkeypatch, tmp_path, "--resume", "runs/a", name=None)
     assert [line["step"] for line in lines(path / "metrics.jsonl")] == [0, 1, 2, 3, 4, 4]
@@ -360,53 +384,37 @@ def test_a_directory_that_can_only_be_read(monkeypatch, tmp_path, small):
 
 # Numbers that go wrong
 
-def script(tmp_path: Path, change: str) -> Path:
-    """train.py with something changed in it."""
-    file = tmp_path / "changed.py"
-    file.write_text(f"""
-import sys
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-import rollout, rvpo, rewards, train, update
-rewards.TASKS["tools"] = [rewards.Reward("vowels", lambda p, rs, ref: [r.count("e") / 9 for r in rs]), rewards.Reward("short", lambda p, rs, ref: [1 / (1 + len(r)) for r in rs])]
-{change}
-try:
-    train.main()
-except rewards.InputError as error:
-    sys.exit(f"error: {{error}}")
-""")
-    return file
-
-
 def test_a_loss_that_is_not_finite(tmp_path):
     """On one rank only, in the second update of steps 2, 4, 5, 6: all leave it out, three such steps in a row end the run."""
-    file = script(tmp_path, """
-real, calls = rvpo.policy_loss, []
+    (tmp_path / "nan.py").write_text(GRADED.replace("def task(options):", """def task(options):
+    import ranks, rvpo
+    real, calls = rvpo.policy_loss, []
 
-def loss(*args):
-    calls.append(1)
-    value, stats = real(*args)
-    step, u = divmod(len(calls) - 1, 2)
-    return value * (float("nan") if rollout.RANK == rollout.WORLD - 1 and u == 1 and step + 1 in (2, 4, 5, 6) else 1), stats
+    def loss(*args):
+        calls.append(1)
+        value, stats = real(*args)
+        step, u = divmod(len(calls) - 1, 2)
+        return value * (float("nan") if ranks.RANK == ranks.WORLD - 1 and u == 1 and step + 1 in (2, 4, 5, 6) else 1), stats
 
-rvpo.policy_loss = loss
-""")
+    rvpo.policy_loss = loss
+    sys.modules["__main__"].BAD_STEPS = 3""").replace("from rewards", "import sys\nfrom rewards", 1))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    result = subprocess.run([*launcher, file, "--model", "tiny", "--engine", "hf", "--name", "a", "--steps", "9", "--max-tokens", "8", "--updates", "2",
-                             "--prompts", "4", "--max-bad-steps", "3"], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert result.stderr.count("error: a loss or gradient was not finite in each of the last 3 steps (--max-bad-steps): see bad_prompts in "
-                               "runs/a/metrics.jsonl, and try a lower --lr; the policy as it was then is in runs/a/checkpoint; to go on from step 6: "
+    result = subprocess.run([*launcher, ROOT / "train.py", *TINY, "--task", "nan.py", "--name", "a", "--steps", "9", "--max-tokens", "8", "--updates", "2",
+                             "--prompts", "4"], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.stderr.count("error: a loss or gradient was not finite in each of the last 3 steps: see bad_prompts in "
+                               "metrics.jsonl, and try a lower --lr; the policy as it was then is in runs/a/checkpoint; to go on from step 6: "
                                "python train.py --resume runs/a\n") == 1, result.stderr[-3000:]
     steps = [line for line in lines(tmp_path / "runs/a/metrics.jsonl") if "loss" in line]
-    assert [line["bad_updates"] for line in steps] == [[], [1], [], [1], [1], [1]] and [line.get("bad_prompts") for line in steps] == [None, [2, 3], None] + 3 * [[2, 3]]
+    assert [line["bad_updates"] for line in steps] == [[], [1], [], [1], [1], [1]] and [line["bad_prompts"] for line in steps] == [[], [2, 3], []] + 3 * [[2, 3]]
     state = json.loads((tmp_path / "runs/a/state/step-6/state.json").read_text())
     assert state["bad_steps"] == 3 and state["optimizer_steps"] == 8 and all(line["grad_norm"] > 0 for line in steps)
-    weights = policies.load(tmp_path / "runs/a/checkpoint", ranks.CPU)
+    weights = policies.load(tmp_path / "runs/a/checkpoint", updates.CPU)
     assert all(parameter.isfinite().all() for parameter in weights.parameters())
 
 
 def test_a_reward_that_never_varies_is_pointed_out_once(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(rewards.TASKS, "tools", [Reward("same", lambda p, rs, ref: [0.5] * len(rs)), Reward("gone", lambda p, rs, ref: [float("nan")] * len(rs)),
-                                                 Reward("rare", lambda p, rs, ref: [float("q" in r) for r in rs])])
+    set_channels(monkeypatch, [Channel("same", lambda p, rs, ref: [0.5] * len(rs)), Channel("gone", lambda p, rs, ref: [float("nan")] * len(rs)),
+                               Channel("rare", lambda p, rs, ref: [float("q" in r) for r in rs])])
     run(monkeypatch, tmp_path, "--steps", 12, "--save-every", 0)
     out = capsys.readouterr().out
     assert out.count("warning:") == out.count("warning: reward 'same' was 0.5 for every response of 10 steps: it teaches nothing") == 1
@@ -414,7 +422,7 @@ def test_a_reward_that_never_varies_is_pointed_out_once(monkeypatch, tmp_path, c
 
 def test_by_default_saving_waits_and_then_takes_a_hundredth(monkeypatch, tmp_path):
     for first, saves in ((0.0, [0, 1, 0, 0]), (600.0, [0, 0, 0, 0])):  # the second save is due 100 times as long after
-        monkeypatch.setattr(train, "FIRST_SAVE", first)
+        monkeypatch.setattr(checkpoint, "FIRST_SAVE", first)
         out = run(monkeypatch, tmp_path, "--save-every", "auto", name=f"first{first:.0f}")
         assert [x["seconds"]["save"] > 0 for x in lines(out / "metrics.jsonl") if "seconds" in x] == saves
 

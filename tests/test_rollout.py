@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from test_train import run
@@ -10,7 +11,13 @@ from test_train import run
 import model
 import policy as policies
 import rollout
+import train
+from local.hf import HFEngine
+from model import Prompt
 from policy import pack
+from ranks import gather
+from rewards import Channel, Example, Task
+from rollout import Decoding, Response, Sampler, make_response
 
 STOPS = list(range(2, 30))  # many, so that random weights hit one
 TEMPERATURE = 0.7
@@ -18,10 +25,13 @@ PROMPTS = [list(range(40, 40 + n)) for n in (300, 17, 200)]  # over and under vL
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
 
+def decoding(path) -> Decoding:
+    return Decoding(model.load_tokenizer(path), STOPS, TEMPERATURE, 24)
+
+
 @pytest.fixture(scope="module")
 def vllm(tiny):
-    engine = rollout.VLLMEngine(tiny, model.load_tokenizer(tiny), STOPS, max_len=800, temperature=TEMPERATURE, max_tokens=24,
-                                seed=0, gpu_memory=0.3)
+    engine = rollout.VLLMEngine(tiny, decoding(tiny), max_len=800, gpu_memory=0.3)
     yield engine
     engine.llm.llm_engine.engine_core.shutdown()  # before join_ranks, of other tests in this process, ends its group
 
@@ -33,7 +43,7 @@ def policy(tiny):
 
 @pytest.fixture
 def hf(tiny):
-    return rollout.HFEngine(model.load(tiny, torch.device("cpu")), model.load_tokenizer(tiny), STOPS, TEMPERATURE, 24)
+    return HFEngine(model.load(tiny, torch.device("cpu")), decoding(tiny))
 
 
 def push(engine, policy):
@@ -100,8 +110,7 @@ def test_vllm_seeds(vllm, policy):
 @needs_vllm
 def test_training_with_vllm_is_the_same_when_activations_are_recomputed(vllm, monkeypatch, tmp_path, graded):
     """The command, with this process's engine: as a run of its own, for it takes over the policy at the start."""
-    monkeypatch.setattr(rollout, "VLLMEngine", lambda *args, **options: vllm)
-    monkeypatch.setattr(rollout, "join_ranks", lambda: torch.device("cpu"))  # it must come before an engine
+    monkeypatch.setattr(train, "VLLMEngine", lambda *args, **options: vllm)
     args = ["--engine", "vllm", "--temperature", TEMPERATURE, "--max-tokens", 24, "--gradient-checkpointing"]
     (steps, _, samples, plain), (_, _, again, recomputed) = (run(monkeypatch, tmp_path, *args, mode, name=mode) for mode in ("off", "on"))
     assert all(line["sampler_gap"] < 1e-3 and line["grad_norm"] > 0.1 for line in steps)
@@ -132,49 +141,56 @@ def test_a_checkpoints_generation_config_does_not_shape_the_samples(hf):
 def test_text_shows_special_tokens_but_not_the_stop_token(tiny):
     tokenizer = model.load_tokenizer(tiny)
     start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
-    word = tokenizer("hello").input_ids
-    assert rollout._response([start, *word, end], [], "stop", [end], tokenizer).text == "<|im_start|>hello"
-    assert rollout._response([end], [], "stop", [end], tokenizer).text == ""
-    assert rollout._response(word, [], "length", [end], tokenizer).text == "hello"
+    word, reads = tokenizer("hello").input_ids, Decoding(tokenizer, [end], 1.0, 8)
+    assert make_response([start, *word, end], [], "stop", reads).text == "<|im_start|>hello"
+    assert make_response([end], [], "stop", reads).text == ""
+    assert make_response(word, [], "length", reads).text == "hello"
 
 
 def test_scoring_starts_while_others_are_sampled():
     events = []
 
     class Engine:
-        tp = 1
-
         def generate(self, prompts, group, seeds):
             for i in (1, 0):  # in the order in which they finish
                 events.append(f"sampled {prompts[i]}")
-                yield i, [rollout.Response([], [], [], "stop", "text")] * group
+                yield i, [Response([], [], [], "stop", "text")] * group
 
-    def start(example, texts):
-        events.append(f"scoring {example}")
-        return lambda: (example, texts)
+    class Judged(Task):
+        def start(self, example, texts):
+            events.append(f"scoring {example.reference}")
+            return lambda: np.array([[float(example.reference)]] * len(texts))
 
-    out = rollout.sample(Engine(), start, [(["p"], "a"), (["q"], "b")], 2, 0, 0)
-    assert events == ["sampled ['q']", "scoring b", "sampled ['p']", "scoring a"]
-    assert [rewards() for _, rewards in out] == [("a", ["text", "text"]), ("b", ["text", "text"])]
+    prompts = [Prompt(["p"], Example([], "1")), Prompt(["q"], Example([], "2"))]
+    sampler = Sampler(Engine(), Judged(None, [Channel("c")]), 0)
+    sampled = sampler.sample(prompts, 2, 0)
+    assert events == ["sampled ['q']", "scoring 2", "sampled ['p']", "scoring 1"]
+    groups = sampler.score(prompts, sampled)
+    assert [group.prompt for group in groups] == prompts and [group.rewards.tolist() for group in groups] == [[[1], [1]], [[2], [2]]]
 
 
-@pytest.mark.parametrize("tp", [1, 2, 4])
-def test_ranks_that_share_an_engine_sample_alike_and_one_reports(monkeypatch, tp):
-    """Six prompts on four ranks: each is sampled with its own seed, whatever engine has it, and reported once."""
+def test_each_prompt_is_sampled_once_with_its_own_seed(monkeypatch):
+    """Six prompts on four ranks, gathered in their order: the same as on one."""
     class Engine:
         def generate(self, prompts, group, seeds):
-            asked.append((prompts, seeds))
-            return enumerate([[rollout.Response([], [], [], "stop", f"{prompt} {seed}")] for prompt, seed in zip(prompts, seeds, strict=True)])
+            return enumerate([[Response([], [], [], "stop", f"{prompt} {seed}")] for prompt, seed in zip(prompts, seeds, strict=True)])
 
-    batch, asked, reported = [([f"p{slot}"], slot) for slot in range(6)], [], []
-    Engine.tp = tp
+    class Echo(Task):
+        def start(self, example, texts):
+            return texts
+
+    prompts, shares = [Prompt([f"p{slot}"], None) for slot in range(6)], []
+    sampler = Sampler(Engine(), Echo(None, [Channel("c")]), 0)
+    monkeypatch.setattr(Echo, "start", lambda self, example, texts: texts)
+    alone = sampler.sample(prompts, 1, 7)
     monkeypatch.setattr(rollout, "WORLD", 4)
+    monkeypatch.setattr("ranks.WORLD", 4)
     for rank in range(4):
         monkeypatch.setattr(rollout, "RANK", rank)
-        reported.append(rollout.sample(Engine(), lambda example, texts: (example, texts), batch, 1, 0, 7))
-    assert all(asked[rank] == asked[rank - rank % tp] and bool(reported[rank]) == (rank % tp == 0) for rank in range(4))
-    monkeypatch.setattr(rollout.dist, "all_gather_object", lambda lists, local: lists.__setitem__(slice(None), reported))
-    assert [rewards for _, rewards in rollout.gather([])] == [(slot, [f"['p{slot}'] {rollout.request_seed(0, 7, slot)}"]) for slot in range(6)]
+        monkeypatch.setattr(rollout, "check_signals", lambda: None)
+        shares.append(sampler.sample(prompts, 1, 7))
+    monkeypatch.setattr(torch.distributed, "all_gather_object", lambda lists, local: lists.__setitem__(slice(None), shares))
+    assert gather([]) == alone and [texts for _, texts in alone] == [[f"['p{slot}'] {rollout.request_seed(0, 7, slot)}"] for slot in range(6)]
 
 
 def test_request_seeds_never_meet():
