@@ -55,7 +55,8 @@ def _parser(description: str, argv: list[str] | None, presets: dict) -> tuple[ar
 
     def option(group, name: str, default, text: str) -> None:
         kind, default = str if default is None else type(default), preset.get(name, default)
-        group.add_argument(f"--{name}", default=default, type=kind, help=f"{text} (default {default})")
+        text = f"{text} (default {default})".replace("%", "%%")  # argparse formats it
+        group.add_argument(f"--{name}", default=default, type=kind, help=text)
 
     return parser, option
 
@@ -216,6 +217,7 @@ def _check(args: argparse.Namespace, choices: dict, smallest: dict) -> None:
             raise InputError("--judge-model: name the judge's model as its endpoint calls it")
     args.engine = check_engine(args.engine)
     kind = args.agg if "agg" in args else "eval"
+    # Every rank's own until the ranks have met: then rank 0's (files.make_run).
     args.name = args.name or f"{args.task}-{kind}-{time.strftime('%m%d-%H%M%S')}"
     if not re.fullmatch(r"\w[\w.-]{0,99}", args.name):
         raise InputError(f"--name {args.name}: at most 100 letters, digits, '.', '-', '_'; results go to runs/NAME")

@@ -395,6 +395,13 @@ def test_vllm_missing_when_asked_for(monkeypatch, tmp_path):
         train.rollout.check_engine("vllm")
 
 
+@pytest.mark.parametrize("script", [path.name for path in ROOT.glob("*.py") if '__name__ == "__main__"' in path.read_text()])
+def test_help(tmp_path, script):
+    """A bare % in one option's text once ended in a traceback, because nobody had typed this."""
+    said = command("--help", cwd=tmp_path, script=script)
+    assert said.startswith("usage: ") or script == "memory.py"
+
+
 def test_an_error_is_one_line_and_no_traceback(tmp_path):
     result = subprocess.run([sys.executable, ROOT / "train.py", "--task", "x"], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 1 and result.stderr == "error: --task x: choose one of tools, rlla, rar-medicine, rar-science, rubric\n"
