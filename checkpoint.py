@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 import policy as policies
 from files import LOGS, latest, publish, retire, sync, write_json
 from rewards import InputError
-from rollout import RANK, WORLD, on_rank_0
+from rollout import RANK, WORLD, gather, on_rank_0
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # on one rank, as asked for
 
@@ -61,7 +61,9 @@ def save(run: Path, policy, optimizer, progress: dict, keep: int) -> None:
             shutil.rmtree(left)
         part.mkdir(parents=True)
 
-    def finish() -> None:
+    def finish(seen: set[str]) -> None:
+        if lost := sorted(seen - {file.name for file in part.iterdir()}):
+            raise OSError(f"{lost[0]} of another rank is not in {part}: runs/ must be on a file system that all share")
         for name in LOGS:
             if (run / name).exists():
                 sync(run / name)
@@ -78,9 +80,11 @@ def save(run: Path, policy, optimizer, progress: dict, keep: int) -> None:
     kinds = {name: ("policy", "exp_avg", "exp_avg_sq").index(name.partition(".")[0]) + 1 for name in content}
     try:
         on_rank_0(prepare)
+        # HuggingFaceStorageWriter makes a missing directory in silence: a rank with another one would lose its shards.
         dcp.save(content, no_dist=WORLD == 1, planner=DefaultSavePlanner(dedup_save_to_lowest_rank=True),
                  storage_writer=dcp.HuggingFaceStorageWriter(str(part), kinds, save_distributed=True))
-        on_rank_0(finish)
+        seen = {file.name for names in gather([[*part.glob("*")]]) for file in names}  # by any rank
+        on_rank_0(lambda: finish(seen))
     except (OSError, CheckpointException) as error:
         if RANK == 0:
             shutil.rmtree(part, ignore_errors=True)

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from rewards import InputError
-from rollout import RANK, on_rank_0
+from rollout import RANK, gather, join_ranks, on_rank_0
 
 LOGS = "metrics.jsonl", "samples.jsonl"
 
@@ -70,16 +70,20 @@ def finished(run: Path) -> bool:
 def make_run(name: str, again: bool = False):
     """The new folder runs/name, made before anything is loaded; removed if an error comes before it has a file. again:
     it may be that of a run that was killed before its first checkpoint."""
-    run = Path("runs") / name
+    join_ranks()  # a default name holds the time, of which each rank has another one: rank 0's counts
+    run, problem = Path("runs") / gather([name])[0], None
     if RANK == 0:
         try:
             run.mkdir(parents=True, exist_ok=again)
-        except FileExistsError as error:
-            raise InputError(f"{run} exists: choose another --name, or delete it") from error
+            if any(run.iterdir()) and not (run / "config.json").exists():
+                problem = f"{run} holds something else than a run: choose another --name"
+        except FileExistsError:
+            problem = f"{run} exists: choose another --name, or delete it"
         except OSError as error:
-            raise InputError(f"{run} cannot be made: {error}") from error
-        if any(run.iterdir()) and not (run / "config.json").exists():
-            raise InputError(f"{run} holds something else than a run: choose another --name")
+            problem = f"{run} cannot be made: {error}"
+    problem = gather([problem])[0]
+    if problem:
+        raise InputError(problem)
     try:
         yield run
     except BaseException:  # Ctrl-C, too

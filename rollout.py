@@ -49,10 +49,12 @@ def check_engine(name: str | None) -> str:
 
 
 def join_ranks() -> torch.device:
-    """This rank's device, once all ranks have met."""
+    """This rank's device, once all ranks have met. Whoever calls it first makes them meet."""
     device = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if dist.is_initialized():
+        return device
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if WORLD > 1:
         store, _, _ = next(rendezvous("env://"))

@@ -185,6 +185,25 @@ def test_torchrun_starts_again_when_a_rank_dies(tmp_path):
     assert steps == [0, 1, 2, 3, 4, 4]  # evaluations are 0 and the last
 
 
+def test_a_late_rank_without_a_name(tmp_path):
+    """It has the time of two seconds later in its own default name: the run is still one, and can be resumed."""
+    file = script(tmp_path, "", first="import os, time; time.sleep(2.2 * int(os.environ['RANK']))")
+    options = ["--model", "tiny", "--engine", "hf", "--max-tokens", "8", "--prompts", "2", "--save-every", "1"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", file]
+    process = subprocess.Popen([*launcher, *options, "--steps", "40"], cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    kill_and_resume.wait(lambda: [*tmp_path.glob("runs/*/state/step-[1-9]")], process)
+    process.terminate()
+    process.wait(60)
+    run, = (tmp_path / "runs").iterdir()
+    state, = (run / "state").glob("step-*")
+    files_of_ranks = {name.partition("-model")[0] for name in json.loads((state / "state.json").read_text())["files"]}
+    assert len(files_of_ranks) == 2
+    again = subprocess.run([*launcher, "--resume", f"runs/{run.name}"], cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                           capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [run.name] and (run / "checkpoint").is_dir()
+
+
 def moments(policy, seed: int = 0):
     """An AdamW that has taken a step on gradients that depend on names only."""
     optimizer = torch.optim.AdamW(policy.parameters(), lr=0.01, fused=True)
@@ -360,10 +379,11 @@ def test_a_directory_that_can_only_be_read(monkeypatch, tmp_path, small):
 
 # Numbers that go wrong
 
-def script(tmp_path: Path, change: str) -> Path:
-    """train.py with something changed in it."""
+def script(tmp_path: Path, change: str, first: str = "") -> Path:
+    """train.py with something changed in it, and something done first."""
     file = tmp_path / "changed.py"
     file.write_text(f"""
+{first}
 import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import rollout, rvpo, rewards, train, update
