@@ -9,7 +9,8 @@ Copy this file: it needs torch only. Shapes: P prompts, G rollouts of each, K re
 3. `whiten`      over all rollouts of the batch,
 4. `policy_loss` the clipped policy gradient, the advantage on every response token.
 
-`rvpo_advantage` is steps 1 and 2. GDPO, GRPO and the paper's other baselines differ in step 2 alone. NaN means "this
+`rvpo_advantage` is steps 1 and 2. GDPO, the hard minimum and the explicit penalty differ in step 2 alone; GRPO and
+`softmin` aggregate the raw rewards first and z-score the result. Steps 3 and 4 are the same for all. NaN means "this
 reward is missing": it is left out everywhere and never counts as 0. Pad prompts that have fewer channels with NaN.
 """
 
@@ -99,7 +100,7 @@ def soft_min_weights(z: Tensor, beta: float, weights: Tensor | None = None) -> T
 
 
 def rvpo_advantage(rewards: Tensor, beta: float, weights: Tensor | None = None) -> Tensor:
-    """The paper's A: z-score each channel in its group, then the soft minimum over the channels, see `soft_min`."""
+    """The paper's scores, not yet whitened: z-score each channel in its group, then the soft minimum over the channels, see `soft_min`."""
     return _float_like(soft_min(zscore(_check(rewards)), beta, weights), rewards)
 
 
