@@ -1,13 +1,13 @@
-# Both targets set up .venv themselves, with CPU builds. On a GPU machine: pip install -r requirements.txt, see README.md.
+# All targets set up .venv themselves, with CPU builds. On a GPU machine: pip install -r requirements.txt, see README.md.
 PYTHON ?= python3
 RUN := demo-$(shell date +%m%d-%H%M%S)
 
 demo: .venv/ready  ## train SmolLM2-135M on tool calling with RVPO, and plot it: 5 to 14 minutes on two cores
 	.venv/bin/python train.py --name $(RUN)
-	.venv/bin/python plot.py runs/$(RUN)
+	.venv/bin/python bench/plot.py runs/$(RUN)
 
 study: .venv/ready  ## every aggregation on three small tasks: 17 minutes on two cores
-	.venv/bin/python study.py --out runs/study-$(shell date +%m%d-%H%M%S)
+	.venv/bin/python study/study.py --out runs/study-$(shell date +%m%d-%H%M%S)
 
 test: .venv/ready
 	.venv/bin/ruff check .

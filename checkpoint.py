@@ -592,7 +592,10 @@ class Checkpoints:
         try:
             yield
         except InputError as error:
-            raise InputError(f"{error}; {self._give_up(write_policy)}") from error
+            how = self._give_up(write_policy)
+            if RANK:  # one sentence is enough
+                sys.exit(1)
+            raise InputError(f"{error}; {how}") from error
         except Stop as stop:
             how = self._give_up()
             if RANK == 0:

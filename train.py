@@ -364,6 +364,8 @@ def main(config: TrainConfig) -> None:
         config = TrainConfig(**options)
         task = load_task(config.task_options())
         train, held_out = task.prompts(config.steps * config.prompts, config.eval_prompts)
+        if not train:
+            raise InputError(f"--task {config.task}: there are no prompts to train on")
         digest = checkpoint.check_data(run, train + held_out)
         task.try_out(train[0])  # a faulty reward is found now, and not after the model is loaded
         learner, sampler, train, held_out, write_policy = setup(config, device, task, train, held_out)
@@ -381,4 +383,4 @@ if __name__ == "__main__":
     try:
         main(CONFIG)
     except InputError as error:
-        sys.exit(f"error: {error}" if RANK == 0 else 1)  # it is raised on all ranks, and one sentence is enough
+        sys.exit(f"error: {error}")
