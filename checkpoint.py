@@ -252,7 +252,7 @@ def open_run(options: dict, given: set[str]):
     InputError."""
     run = find_run(options["resume"], options["name"])
     if run:
-        saved = read_config(run, {name: options[name] for name in given})
+        saved = read_config(run, {name: value for name, value in options.items() if name in given})
         options = {name: saved.get(name, value) for name, value in options.items()}
         if finished(run):
             if RANK == 0:

@@ -149,7 +149,7 @@ def parse(kind: type[Shared], description: str, argv: list[str] | None = None) -
     config.check()
     reads = getattr(rewards.task_module(config.task), "OPTIONS", None)  # a user's file need not say
     for name in ("data", "eval_data", "subset", "repeats", *JudgeOptions.model_fields):
-        if name in given and reads is not None and name not in reads:
+        if name in given and reads is not None and name not in reads and given.get("resume", "auto") == "auto":
             raise InputError(f"{option(name)} {given[name]}: the task {config.task} does not use it; leave it out")
     config._given = {*given}
     return config

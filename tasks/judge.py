@@ -66,7 +66,7 @@ def quote(text: str) -> str:
 
 
 def judge_prompt(messages: list[dict], response: str, items: dict[str, str], explain: bool) -> str:
-    """messages: the chat, [{role, content}]. items: {name: text} of what is to be decided."""
+    """messages, response, items: of a Question."""
     answer = {"explanation": "one or two sentences"} if explain else {}
     return PROMPT.format(
         conversation="\n".join(f"{quote(m['role'])}: {quote(m['content'])}" for m in messages),
@@ -122,11 +122,9 @@ class Completion(BaseModel, strict=True):
 
 
 class Question(NamedTuple):
-    """messages: the chat, [{role, content}]. items: {name: text} of what is to be decided about the response."""
-
-    messages: list[dict]
+    messages: list[dict]  # the chat, [{role, content}]
     response: str
-    items: dict[str, str]
+    items: dict[str, str]  # {name: text} of what is to be decided
 
 
 LINE = TypeAdapter(tuple[str, Annotated[dict[str, bool], Field(min_length=1)]])  # of a cache file: a hash, verdicts
@@ -187,25 +185,27 @@ class Judge:
                 try:
                     response = await super().send(request, **options)
                 except (httpx2.HTTPError, aiohttp.ClientError, OSError) as error:
-                    judge.said = str(error) or type(error).__name__
+                    cause = error.__cause__ or error  # what httpx calls aiohttp's errors misleads
+                    judge.said = " ".join(f"{type(cause).__name__}: {cause}".split())
                     raise httpx2.TransportError(judge.said) from error  # openai would not retry all of them
                 if response.status_code != 200:
-                    judge.said = f"HTTP {response.status_code}: {' '.join(judge._text(response).split())[:200]}"
+                    judge.said = " ".join(f"HTTP {response.status_code}: {judge._text(response)}".split())[:200]
                 return response
 
         try:  # the deadline in `_ask` ends requests and retries alike
             return openai.AsyncOpenAI(base_url=self.url, api_key=self.key or "none", max_retries=10**6, timeout=None,
                                       http_client=Noting(limits=httpx2.Limits(max_connections=self.concurrency)))
-        except (httpx2.InvalidURL, ValueError) as error:
+        except httpx2.InvalidURL as error:
             raise InputError(f"--judge-url {self.url} is no URL: {error}") from error
 
     def _run(self, coroutine) -> Future:
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
 
     def _text(self, response) -> str:
-        """Without the key: some endpoints quote it, and what they say is logged."""
+        """Without the key: some endpoints quote it; what they say is logged. A short one ("EMPTY") is no secret, and
+        may be a word of the answer."""
         text = response.content.decode(errors="replace")
-        return text.replace(self.key, "***") if self.key else text
+        return text.replace(self.key, "***") if len(self.key) >= 8 else text
 
     def check(self) -> None:
         """One question, asked once. Raises InputError unless it is answered in the form that is needed."""

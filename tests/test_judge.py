@@ -165,6 +165,8 @@ def test_the_key_is_cut_out_of_what_is_logged(answer, monkeypatch):
         client.check()
     for text in (client.error, str(error.value)):
         assert "***" in text and "secret" not in text
+    monkeypatch.setenv("JUDGE_API_KEY", "true")
+    assert ask(make(Server(lambda body, n: graded(body))), ["meets 1"], n=1).tolist() == [[1]]  # no word of an answer is lost
 
 
 def test_ranks_share_the_concurrency(monkeypatch):
@@ -387,7 +389,7 @@ def test_no_judge_no_run(tmp_path):
     start = time.monotonic()
     result = train(tmp_path, "http://127.0.0.1:9/v1", "--name", "a")
     assert time.monotonic() - start < 60 and result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
-    assert result.stderr.startswith("error: the judge at http://127.0.0.1:9/v1/chat/completions, model m, cannot be used: Cannot connect to host 127.0.0.1:9")
+    assert result.stderr.startswith("error: the judge at http://127.0.0.1:9/v1/chat/completions, model m, cannot be used: ClientConnectorError: Cannot connect")
     assert not (tmp_path / "runs/a").exists()
 
 

@@ -103,8 +103,9 @@ def test_a_signal_saves_and_the_resumed_run_is_the_same(monkeypatch, tmp_path, c
     assert "changed: --save-every 3, the run has 0\n" in capsys.readouterr().out
     same(tmp_path / "runs/alone", tmp_path / "runs/a")
     assert not (tmp_path / "runs/a/state").exists()
-    run(monkeypatch, tmp_path, "--resume", "runs/a", name=None)
-    assert capsys.readouterr().out == "runs/a is finished, with all of its 4 steps: nothing is left to do\n"
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, tmp_path, "--resume", "runs/a", name=None)
+    assert not ended.value.code and capsys.readouterr().out == "runs/a is finished, with all of its 4 steps: nothing is left to do\n"
 
 
 def test_a_signal_during_the_update(monkeypatch, tmp_path):
@@ -300,7 +301,7 @@ def test_a_damaged_checkpoint(monkeypatch, stopped, damage, message):
 @pytest.mark.parametrize(("args", "message"), [
     (["--resume", "runs/b"], "--resume runs/b: no checkpoint is there; name the directory of a run, such as runs/NAME"),
     (["--resume", "auto"], "--resume auto needs --name, to find the run again"),
-    (["--save-every", "often"], "--save-every often: should match"),
+    (["--save-every", "often"], "--save-every often: String should match"),
     (["--task", "rubric", "--data", "x", "--judge-model", "m", "--judge-url", "http://me:secret@host/v1"],
      "--judge-url holds a password, which would be written to runs/: a judge's key goes into the environment variable JUDGE_API_KEY"),
     (["--resume", "auto", "--name", "mine"], "runs/mine holds something else than a run: choose another --name"),
@@ -361,7 +362,7 @@ def test_a_disk_that_fills_up(monkeypatch, tmp_path, small):
     (small / "filled").unlink()
     path = run(monkeypatch, tmp_path, "--resume", "runs/a", name=None)
     assert [line["step"] for line in lines(path / "metrics.jsonl")] == [0, 1, 2, 3, 4, 4]
-    same(run(monkeypatch, tmp_path, name="alone"), path)
+    same(run(monkeypatch, tmp_path, "--save-every", 0, name="alone"), path)
 
 
 def test_a_directory_that_can_only_be_read(monkeypatch, tmp_path, small):
