@@ -337,6 +337,17 @@ class Log:
                                 "advantage": advantage})
         self.samples(records)
 
+    def evaluation(self, step: int, scores: list[dict[str, float]], report: dict) -> None:
+        """Mean and standard error over prompts of every channel and of the joint rate (all channels satisfied). scores:
+        of each prompt, by name, NaN if missing. report: the judge's."""
+        result = {}
+        for name in sorted(dict.fromkeys(name for row in scores for name in row), key=lambda name: name == "joint"):
+            x = [row[name] for row in scores if not math.isnan(row.get(name, math.nan))]
+            if x:
+                result[name] = np.mean(x), np.std(x, ddof=1) / math.sqrt(len(x)) if len(x) > 1 else math.nan
+        self.metrics({"step": step, "eval": result, **({"judge": report} if report else {})})
+        self.say(f"held out, {step} steps: " + " ".join(f"{name} {mean:.2f}" for name, (mean, _) in result.items()))
+
     def step(self, step: int, groups: "list[Group]", metrics: dict) -> None:
         """A step's metrics, with what can be said of its groups. metrics: with beta, and the seconds of its phases."""
         responses, seconds = [response for group in groups for response in group.responses], metrics["seconds"]

@@ -57,7 +57,7 @@ class Shared(JudgeOptions):
     def check(self) -> None:
         """Raises InputError for what no option shows by itself."""
         if self.engine == "vllm" and importlib.util.find_spec("vllm") is None:
-            raise InputError("--engine vllm: vLLM is not installed; pip install -r requirements.txt, or use --engine hf")
+            raise InputError("--engine vllm: vLLM is not installed; pip install -r requirements.txt, or --engine hf")
 
     def judge_options(self) -> JudgeOptions:
         return JudgeOptions(**{name: getattr(self, name) for name in JudgeOptions.model_fields})
@@ -81,7 +81,7 @@ class TrainConfig(Shared):
     lr: float = Field(1e-6, ge=0, le=100, description="AdamW's learning rate, constant after the warm-up")
     warmup: int = Field(5, ge=0, description="steps of linear warm-up")
     tokens_per_microbatch: int = Field(16384, ge=1, description="most tokens in one forward: memory, not the gradient")
-    gradient_checkpointing: Literal["auto", "on", "off"] = Field("auto", description="recompute activations; auto: on GPUs")
+    gradient_checkpointing: Literal["auto", "on", "off"] = Field("auto", description="of activations; auto: on GPUs")
     eval_every: int = Field(0, ge=0, description="steps between evaluations; 0: before and after the run only")
     eval_prompts: int = Field(128, ge=0, description="held-out prompts, one sample each")
     save_every: str = Field("auto", pattern=r"^(auto|\d+)$", description="steps between checkpoints; auto: as often as "

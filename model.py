@@ -26,7 +26,7 @@ class Prompt(NamedTuple):
 
 @contextlib.contextmanager
 def readable(name: str):
-    """Whatever a broken checkpoint raises, of a dozen kinds from half a dozen libraries, becomes one InputError."""
+    """Whatever a broken checkpoint raises, from half a dozen libraries, becomes one InputError."""
     try:
         yield
     except InputError:
@@ -40,7 +40,7 @@ def resolve(name: str) -> Path:
     """--model -> a directory that transformers and vLLM both load: smollm2 (see local/models.py), a directory (a run's,
     too) or a hub id. Weights are not loaded. Raises InputError."""
     if name == "smollm2":
-        from local.models import smollm2
+        from local.smollm2 import smollm2
 
         return smollm2()
     path = Path(name).expanduser()
@@ -80,8 +80,8 @@ def load_tokenizer(path: Path):
 
 
 def stop_tokens(path: Path, tokenizer) -> list[int]:
-    """The ids that end a response: the tokenizer's and the generation config's, and the one that ends a turn in the
-    chat template. A base model's own end token is often another one than its template's."""
+    """The ids that end a response: the tokenizer's, the generation config's, and the one that ends a turn in the chat
+    template, of which a base model knows nothing."""
     try:
         configured = GenerationConfig.from_pretrained(path).eos_token_id
     except OSError:  # the file is optional
@@ -91,7 +91,7 @@ def stop_tokens(path: Path, tokenizer) -> list[int]:
     after = tokenizer(turn.rpartition("!")[2], add_special_tokens=False).input_ids[:1]
     ends_turn = [i for i in after if i in tokenizer.all_special_ids or i in tokenizer.added_tokens_decoder]
     configured = configured if isinstance(configured, list) else [configured]
-    return sorted({i for i in [tokenizer.eos_token_id, *configured, *ends_turn] if i is not None})
+    return sorted({tokenizer.eos_token_id, *configured, *ends_turn} - {None})
 
 
 def describe(name: str, max_tokens: int, trained: bool = False):

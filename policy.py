@@ -28,8 +28,7 @@ LOGITS = 512  # tokens whose logits exist at a time: 0.3 GB in float32 with 152,
 
 
 class Sequences(NamedTuple):
-    """Who sees whom in a row of S tokens: prompts and responses are sequences of their own as queries, and a response
-    has its prompt's keys in front of its own."""
+    """Who sees whom in a row of S tokens: a prompt itself, a response its prompt and itself."""
     queries: list[int]  # length of each sequence, S in all
     keys: list[int]  # and of the keys it sees; each query sees those up to itself, aligned at the end
     at: Tensor  # (sum of keys,): where in the row these keys are
@@ -78,8 +77,8 @@ def _prompt_once(module, query: Tensor, key: Tensor, value: Tensor, attention_ma
                  sequences: Sequences, **kwargs) -> tuple[Tensor, None]:
     """Attention as transformers calls it. query (1, H, S, D), key and value (1, fewer H, S, D) -> (1, S, H, D).
 
-    A prompt's keys and values are copied for each response (little beside the hidden states), so that an ordinary
-    kernel for sequences of different lengths does the rest, with no mask and no work that is thrown away.
+    A prompt's keys and values are copied for each response: then an ordinary kernel for sequences of different lengths
+    does the rest, with no mask and no work that is thrown away.
     """
     if query.is_cuda:
         return _attend_on_cuda(query[0], key[0], value[0], scaling, sequences), None
@@ -134,8 +133,7 @@ class Policy(nn.Module):
 
 
 def make_mesh(device: torch.device) -> DeviceMesh | None:
-    """How the policy is sharded: over the ranks of a node, with a replica on every node (HSDP). None on one CPU rank,
-    where there is nothing to shard or to cast."""
+    """How the policy is sharded: over a node's ranks, with a replica on every node (HSDP). None on one CPU rank."""
     if WORLD == 1 and device.type == "cpu":
         return None
     mesh = init_device_mesh(device.type, (WORLD // LOCAL_WORLD, LOCAL_WORLD), mesh_dim_names=("replicate", "shard"))
@@ -177,10 +175,9 @@ def load(path: Path, device: torch.device, mesh: DeviceMesh | None = None, dtype
     for name, parameter in lm.named_parameters():
         if name not in files:
             raise InputError(f"{path} lacks weights that its config.json asks for, {name} for one")
-        saved = files[name].get_slice(name)
-        if tuple(saved.get_shape()) != tuple(parameter.shape):
-            raise InputError(f"{path}: {name} has the shape {saved.get_shape()}, its config.json asks for "
-                             f"{[*parameter.shape]}")
+        saved, shape = files[name].get_slice(name), [*parameter.shape]
+        if saved.get_shape() != shape:
+            raise InputError(f"{path}: {name} has the shape {saved.get_shape()}, its config.json asks for {shape}")
         if isinstance(parameter, DTensor):  # rows are dealt out as torch.chunk does it
             rows = math.ceil(len(parameter) / mesh["shard"].size())
             first = min(len(parameter), rows * mesh["shard"].get_local_rank())

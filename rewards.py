@@ -47,8 +47,7 @@ class Task:
     clip = False  # eval.py clips means to 0 and 1
 
     def __init__(self, prompts: Callable, channels: list[Channel]):
-        """prompts: (n_train, n_test) -> (training examples, held-out examples), None: all. channels: K of them, those of
-        every prompt."""
+        """prompts: (n_train, n_test) -> (training examples, held-out examples); None: all. channels: every prompt's."""
         names = ["joint", *(channel.name for channel in channels)]  # what evaluation calls all of them
         if len({*names}) < max(2, len(names)):
             raise InputError(f"a task needs channels, each with a name of its own other than 'joint', got {names[1:]}")
@@ -103,12 +102,8 @@ class Task:
         return {}
 
 
-NUMBERS = int, float, np.integer, np.floating, np.bool_  # also True and False
-
-
 def score(channels: list[Channel], example: Example, responses: list[str]) -> np.ndarray:
-    """(G, K) float64: a row a response, a column a channel. Raises InputError naming a reward that fails or does not
-    return one number or NaN for each response."""
+    """(G, K) float64. Raises InputError naming a reward that fails or returns no list of a number a response."""
     prompts, references = [example.messages[-1]["content"]] * len(responses), [example.reference] * len(responses)
     columns = []
     for name, fn, *_ in channels:
@@ -123,7 +118,8 @@ def score(channels: list[Channel], example: Example, responses: list[str]) -> np
                              "list, one number a response")
         for i, value in enumerate(values):
             # Beyond 1e100 squares overflow, and the channel would lose its signal without a word.
-            if not isinstance(value, NUMBERS) or abs(value if isinstance(value, int) else float(value)) > 1e100:
+            number = isinstance(value, (int, float, np.integer, np.floating, np.bool_))
+            if not number or abs(value if isinstance(value, int) else float(value)) > 1e100:
                 raise InputError(f"reward '{name}' returned {value!r} for response {i}: return a finite number, or NaN "
                                  "if it is missing")
         columns.append(np.asarray(values, dtype=np.float64))
@@ -131,8 +127,7 @@ def score(channels: list[Channel], example: Example, responses: list[str]) -> np
 
 
 def satisfied(channels: list[Channel], rewards: np.ndarray) -> np.ndarray:
-    """(..., K) -> (...), 1.0 if every reward that is present and has weight has its full value, else 0.0; NaN if none
-    is present."""
+    """(..., K) -> (...), 1.0 if every reward that is present and has weight is full, else 0.0; NaN if there is none."""
     missing = np.isnan(rewards) | np.array([channel.weight == 0 for channel in channels])
     full = np.array([channel.full for channel in channels])
     return np.where(missing.all(-1), np.nan, (missing | (rewards >= full - 1e-6)).all(-1))

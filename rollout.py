@@ -47,9 +47,7 @@ class Group:
                      self.advantages[chosen])
 
 
-class Decoding(NamedTuple):
-    """How an engine samples a response, and reads it."""
-
+class Decoding(NamedTuple):  # how an engine samples a response, and reads it
     tokenizer: object
     stops: list[int]  # the tokens that end a response
     temperature: float
@@ -115,8 +113,8 @@ def kv_elements(config) -> int:
 
 
 class VLLMEngine:
-    """vLLM in this process, one engine a rank, holding a copy of the policy that `push` renews, or the checkpoint as it
-    is (fixed). All ranks build theirs together: the size of the KV cache is agreed on between them."""
+    """vLLM in this process, one engine a rank, with a copy of the policy that `push` renews, or the checkpoint as it is
+    (fixed). All ranks build theirs together: they agree on the size of the KV cache."""
 
     def __init__(self, path: Path, decoding: Decoding, max_len: int, gpu_memory: float, at_a_time: int = 32,
                  fixed: bool = False):
@@ -157,8 +155,7 @@ class VLLMEngine:
         )
 
     def generate(self, prompts: list[list[int]], group: int, seeds: list[int]) -> Iterator[tuple[int, list[Response]]]:
-        """Token ids of prompts -> (index of a prompt, its `group` responses), in the order in which they finish. A
-        prompt is computed once for its group."""
+        """Token ids of prompts -> (index of a prompt, its `group` responses), in the order in which they finish."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -178,8 +175,7 @@ class VLLMEngine:
             self.llm.sleep(level=2)
 
     def push(self, weights: Iterator[tuple[str, Tensor]]) -> None:
-        """Take the policy's weights over, (name, tensor) by (name, tensor), and drop what was cached under the old
-        ones."""
+        """Take the policy's weights over, (name, tensor) each, and drop what was cached under the old ones."""
         if self.sleeps:
             torch.cuda.empty_cache()  # vLLM needs back what the update had
             self.llm.wake_up(tags=["weights"])  # nothing to do when it is awake

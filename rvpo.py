@@ -32,8 +32,7 @@ def _check(rewards: Tensor) -> Tensor:
 
 
 def _float_like(scores: Tensor, rewards: Tensor) -> Tensor:
-    """To the rewards' type, but never below float32: integer rewards have fractional scores."""
-    return scores.to(torch.promote_types(rewards.dtype, torch.float32))
+    return scores.to(torch.promote_types(rewards.dtype, torch.float32))  # integer rewards have fractional scores
 
 
 def _varies(rewards: Tensor) -> Tensor:
@@ -71,8 +70,8 @@ def _above_min(z: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
 def soft_min(z: Tensor, beta: float, weights: Tensor | None = None) -> Tensor:
     """Step 2: (..., G, K) -> (..., G), -1/beta * log sum_j w_j exp(-beta * z_j) over the channels that are present.
 
-    beta = 0 is exactly the mean (GDPO), beta = inf exactly the minimum. With m the minimum the sum is rewritten by
-    expm1 and log1p, so that no beta overflows and none divides a rounding error by a small number.
+    beta = 0 is exactly the mean (GDPO), beta = inf the minimum. With m the minimum the sum is rewritten by expm1 and
+    log1p, so that no beta overflows and none divides a rounding error by a small number.
     """
     if not beta >= 0:
         raise ValueError(f"beta must be >= 0, got {beta}")
@@ -95,8 +94,7 @@ def soft_min_weights(z: Tensor, beta: float, weights: Tensor | None = None) -> T
     return p / p.sum(-1, keepdim=True).clamp(min=torch.finfo(z.dtype).tiny)
 
 
-# The aggregations. Each: raw rewards (G, K) or (P, G, K) -> scores (G,) or (P, G), not yet whitened. weights: optional,
-# (K,) or (P, K).
+# The aggregations: raw rewards (G, K) or (P, G, K) -> scores (G,) or (P, G), not yet whitened. weights: (K,) or (P, K).
 
 
 def rvpo_advantage(rewards: Tensor, beta: float, weights: Tensor | None = None) -> Tensor:
@@ -137,8 +135,8 @@ def grpo_advantage(rewards: Tensor, beta: float = 0.0, weights: Tensor | None = 
 
 
 def softmin_advantage(rewards: Tensor, beta: float, weights: Tensor | None = None) -> Tensor:
-    """This project's own, not the paper's: the two steps the other way round. The soft minimum of absolute rewards,
-    which must be on one scale (train.py makes each 0 at its worst, 1 at its best), then z-scored in the group."""
+    """This project's own, not the paper's: the soft minimum of absolute rewards, which must be on one scale (train.py
+    makes each 0 at its worst, 1 at its best), then z-scored in the group."""
     r = _check(rewards)
     s = soft_min(r, beta, weights).masked_fill(_channel_weights(r, weights).sum(-1) == 0, math.nan)
     return _float_like(zscore(s.unsqueeze(-1)).squeeze(-1).nan_to_num(0.0), rewards)
@@ -157,9 +155,8 @@ def has_signal(rewards: Tensor) -> Tensor:
 def whiten(scores: Tensor, signal: Tensor, eps: float = EPS) -> Tensor:
     """Step 3: (P, G) scores -> (P, G) advantages, z-scored over the rollouts with signal; exactly 0 for the others.
 
-    Call it on the whole batch: with several ranks gather the rewards first, they are small (train.py does). Rollouts
-    without signal score 0, but the soft minimum of the others is negative on average: counting them in, subtracting
-    the mean would reward them for nothing.
+    Call it on the whole batch, gathered from all ranks (train.py does). Rollouts without signal score 0, but the soft
+    minimum of the others is negative on average: counted in, they would be rewarded for nothing.
     """
     x = scores[signal].double()
     out = torch.zeros_like(scores)

@@ -93,17 +93,14 @@ def split(group: Group, limit: int) -> list[Group]:
 def deal(groups: list[Group], ranks: int, budget: int, pair: float) -> list[list[list[Group]]]:
     """For each rank its micro-batches: equally many, for sharded ranks wait for one another at every layer of each, and
     of at most `budget` tokens, unless one response with its prompt has more. The largest group goes first, to the
-    micro-batch with the least work.
-
-    A group stays whole unless it exceeds the budget, or its responses are more than a rank's share of all: then its
-    prompt is computed more than once.
-    """
+    micro-batch with the least work. A group stays whole unless it exceeds the budget, or its responses are more than a
+    rank's share of all: then its prompt is computed more than once."""
     if not groups:
         return [[] for _ in range(ranks)]
     share = math.ceil(sum(work(group, pair)[0] - len(group.prompt.ids) for group in groups) / ranks)
     parts = [part for group in groups for part in split(group, min(budget - len(group.prompt.ids), share))]
     sizes = [work(part, pair) for part in parts]
-    rounds = math.ceil(sum(min(tokens, budget) for tokens, _ in sizes) / ranks / budget)  # few: each gathers all weights
+    rounds = math.ceil(sum(min(tokens, budget) for tokens, _ in sizes) / ranks / budget)  # each gathers all weights
     while True:
         batches = [([], 0, 0.0)] * (rounds * ranks)  # parts, tokens, work
         for i in sorted(range(len(parts)), key=lambda i: -sizes[i][1]):
@@ -117,7 +114,7 @@ def deal(groups: list[Group], ranks: int, budget: int, pair: float) -> list[list
             break
         rounds += 1
     batches.sort(key=lambda batch: -batch[2])
-    turns = [*range(ranks), *reversed(range(ranks))]  # there and back: the largest of a round, the smallest of the next
+    turns = [*range(ranks), *reversed(range(ranks))]  # there and back: a round's largest, then the next's smallest
     return [[chosen for b, (chosen, _, _) in enumerate(batches) if turns[b % (2 * ranks)] == rank]
             for rank in range(ranks)]
 
@@ -150,8 +147,8 @@ def update(learner: Learner, groups: list[Group], updates: int, kl: float, tempe
 
     A prompt whose advantages are all 0, for want of signal, has no gradient and is not computed, unless there is a KL
     penalty. Returns the mean loss over all of the tokens, other means over those that were computed, the largest
-    gradient norm before clipping, and which of the updates were left out because their loss or gradient was not finite
-    (bad_updates, and bad_prompts: places in the batch). Raises checkpoint.Stop on all ranks, with the policy unchanged.
+    gradient norm before clipping, and which updates were left out because loss or gradient was not finite (bad_updates;
+    bad_prompts: places in the batch). Raises checkpoint.Stop on all ranks, with the policy unchanged.
     """
     policy, device = learner.policy, learner.device
     slots = np.array_split(np.arange(len(groups)), updates)
@@ -163,15 +160,16 @@ def update(learner: Learner, groups: list[Group], updates: int, kl: float, tempe
     mine = [deal(some, WORLD, budget, pair)[RANK] for some in kept]
     packed = [[row_of(batch or IDLE, device) for batch in batches] for batches in mine]
     with torch.no_grad():
-        # The first update's policy is the one that sampled: its old log-probs are logp.detach(). Only later ones need
-        # a forward of their own.
+        # The first update's policy is the one that sampled: its old log-probs are logp.detach(). Later ones need these.
         old_logp = [[check_signals() or policy(row, temperature) if u else None for row, *_ in batches]
                     for u, batches in enumerate(packed)]
     if isinstance(policy, FSDPModule):
         # A forward without backward leaves embeddings and head gathered: an update without a micro-batch would then
         # step on copies.
         policy.reshard()
-    sums, grad_norms, bad = {}, [], []
+    names = ["loss", "tokens", "clip_fraction", "is_weight", "sampler_gap", "entropy"]
+    names += ["kl"] * (learner.reference is not None)
+    sums, grad_norms, bad = {name: torch.zeros((), dtype=torch.float64, device=device) for name in names}, [], []
     for u, batches in enumerate(packed):
         losses = torch.zeros((), device=device)
         for (row, mask, sampler_logp, advantages), old in zip(batches, old_logp[u], strict=True):
@@ -190,11 +188,14 @@ def update(learner: Learner, groups: list[Group], updates: int, kl: float, tempe
             stats["loss"] = loss * n_tokens[u]
             (loss * WORLD).backward()  # fully_shard takes the mean over ranks, this is a sum
             losses += loss.detach()
-            for name, value in stats.items():
-                sums[name] = sums.get(name, 0.0) + value.detach().double()
+            for name in names:
+                sums[name] += stats[name].detach()
         norm = step(learner, losses)
         (bad if norm is None else grad_norms).append(u if norm is None else norm)
-    return {**means(sums, learner, sum(n_tokens)), "grad_norm": max(grad_norms, default=math.nan), "bad_updates": bad,
+    loss, tokens, *others = all_sum(torch.stack([*sums.values()])).tolist()
+    return {"loss": loss / max(1, sum(n_tokens)),
+            **{name: total / tokens if tokens else math.nan for name, total in zip(names[2:], others, strict=True)},
+            "grad_norm": max(grad_norms, default=math.nan), "bad_updates": bad,
             "bad_prompts": [slot for u in bad for slot in slots[u].tolist()],
             "skipped_prompts": len(groups) - sum(map(len, kept))}
 
@@ -212,17 +213,6 @@ def step(learner: Learner, loss: Tensor) -> float | None:
         learner.optimizer.step()
     learner.optimizer.zero_grad()
     return norm if finite else None
-
-
-def means(sums: dict[str, Tensor], learner: Learner, n_tokens: int) -> dict[str, float]:
-    """Sums over this rank's tokens -> means over those of all ranks; the loss over all n_tokens, also those of prompts
-    that were not computed."""
-    names = ["clip_fraction", "is_weight", "sampler_gap", "entropy"] + ["kl"] * (learner.reference is not None)
-    totals = all_sum(torch.stack([torch.as_tensor(sums.get(name, 0.0), dtype=torch.float64, device=learner.device)
-                                  for name in ["loss", "tokens", *names]])).tolist()
-    computed = {name: total / totals[1] if totals[1] else math.nan
-                for name, total in zip(names, totals[2:], strict=True)}
-    return {"loss": totals[0] / max(1, n_tokens), **computed}
 
 
 # The loop
@@ -260,21 +250,11 @@ class Evaluation:
         self.sampler, self.held_out, self.log = sampler, held_out, log
 
     def __call__(self, step: int) -> None:
-        """Logs mean and standard error over prompts of every channel and of the joint rate (all channels satisfied)."""
         groups = self.sampler.score(self.held_out, self.sampler.sample(self.held_out, 1, "eval"))
-        task, result = self.sampler.task, {}
-        scores = [task.result(group.prompt.example, group.responses[0].text, group.rewards[0].numpy())[0]
-                  for group in groups]
-        for name in dict.fromkeys(name for of_prompt in scores for name in of_prompt):
-            x = [of_prompt[name] for of_prompt in scores if not math.isnan(of_prompt.get(name, math.nan))]
-            if x:
-                result[name] = np.mean(x), np.std(x, ddof=1) / math.sqrt(len(x)) if len(x) > 1 else math.nan
-        if "joint" in result:  # the last word
-            result["joint"] = result.pop("joint")
-        report = task.report([group.rewards.numpy() for group in groups]) if groups else {}
-        self.log.metrics({"step": step, "eval": result, **({"judge": report} if report else {})})
-        task.check(report)
-        self.log.say(f"held out, {step} steps: " + " ".join(f"{name} {mean:.2f}" for name, (mean, _) in result.items()))
+        report = self.sampler.task.report([group.rewards.numpy() for group in groups]) if groups else {}
+        self.log.evaluation(step, [self.sampler.task.result(group.prompt.example, group.responses[0].text,
+                                                            group.rewards[0].numpy())[0] for group in groups], report)
+        self.sampler.task.check(report)
 
 
 def fit(config: TrainConfig, learner: Learner, sampler: Sampler, prompts: list[Prompt], log, evaluate,

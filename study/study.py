@@ -157,7 +157,7 @@ def result(run: Run) -> dict:
 
 def execute(runs: Iterable[Run], done: dict[Run, dict]) -> None:
     """Adds to `done` the result of each run that is not there, in a process a core."""
-    todo = sorted({*runs} - done.keys(), key=lambda run: run.seed)
+    todo = sorted((run for run in dict.fromkeys(runs) if run not in done), key=lambda run: run.seed)
     with get_context("fork").Pool() as pool:
         for run, out in zip(todo, tqdm(pool.imap(result, todo), total=len(todo), unit="run"), strict=True):
             done[run] = out
@@ -235,7 +235,7 @@ def main(out: Path, first_seed: int, searching: bool) -> None:
         (out / "search.md").write_text(search(seeds[0]))
         return
     done: dict[Run, dict] = {}
-    execute((Run(task, m, seed, lr) for task in TASKS for m in METHODS.keys() - TUNED.keys() for seed in TUNING
+    execute((Run(task, m, seed, lr) for task in TASKS for m in METHODS if m not in TUNED for seed in TUNING
              for lr in RATES), done)
     rates = choose_rates(done)
     panels = comparisons(rates, seeds)

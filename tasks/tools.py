@@ -8,7 +8,7 @@ import re
 
 from rewards import Channel, Example, Task
 
-OPTIONS = ()  # it reads none of those that only some tasks have
+OPTIONS = ()  # none of those that only some tasks read
 
 VALUES = {
     "city": "Paris Oslo Cairo Lima Tokyo Delhi Rome Berlin Madrid Dublin Vienna Prague Sydney Toronto Boston".split(),
@@ -117,8 +117,7 @@ def values(response: str, reference: str) -> dict[str, float]:
 
 
 def _channel(name: str) -> Channel:
-    return Channel(name, lambda prompts, responses, references: [
-        values(response, reference)[name] for response, reference in zip(responses, references, strict=True)])
+    return Channel(name, lambda prompts, *pairs: [values(*pair)[name] for pair in zip(*pairs, strict=True)])
 
 
 def prompts(n_train: int, n_test: int | None) -> tuple[list[Example], list[Example]]:

@@ -1,1 +1,0 @@
-from local.models import *  # noqa
