@@ -294,8 +294,8 @@ def channel_stats(groups: "list[Group]", beta: float) -> dict[str, dict[str, flo
             values[channel.name].append(group.rewards[:, k])
             present = group.rewards[~group.rewards[:, k].isnan(), k]
             constant[channel.name] += [float(present.amax() == present.amin())] if len(present) else []
-            binding[channel.name].append(largest[signal, k].sum().item())
-            weight[channel.name].append(shares[signal, k].sum().item())
+            binding[channel.name].append(largest[signal, k])
+            weight[channel.name].append(shares[signal, k])
     stats = {}
     for name, columns in values.items():
         column = torch.cat(columns)
@@ -306,8 +306,8 @@ def channel_stats(groups: "list[Group]", beta: float) -> dict[str, dict[str, flo
             "std": present.std(correction=min(1, len(present) - 1)).item() if len(present) else math.nan,
             "missing": 1 - len(present) / len(column),
             "constant": sum(constant[name]) / len(constant[name]) if constant[name] else math.nan,
-            "binding": sum(binding[name]) / rollouts if rollouts else math.nan,
-            "weight": sum(weight[name]) / rollouts if rollouts else math.nan,
+            "binding": torch.cat(binding[name]).sum().item() / rollouts if rollouts else math.nan,
+            "weight": torch.cat(weight[name]).sum().item() / rollouts if rollouts else math.nan,
         }
     return stats
 

@@ -7,6 +7,7 @@ parsed, never run.
 
 import importlib
 import importlib.util
+import math
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -84,11 +85,12 @@ class Task:
     def result(self, example: Example, response: str, rewards: np.ndarray) -> tuple[dict[str, float], dict]:
         """Of one evaluated response with its rewards (K,): (scores by name, channels with one name taken together; what
         else to write into samples.jsonl)."""
-        channels, scores = self.channels(example), {"joint": float(satisfied(self.channels(example), rewards))}
-        for name in dict.fromkeys(channel.name for channel in channels):
-            values = [x for channel, x in zip(channels, rewards, strict=True) if channel.name == name]
-            scores[name] = float(np.nanmean(values)) if not np.isnan(values).all() else float("nan")
-        return scores, {"response": response, "reference": example.reference}
+        channels, columns = self.channels(example), {}
+        for channel, value in zip(channels, rewards.tolist(), strict=True):
+            columns.setdefault(channel.name, []).extend([] if math.isnan(value) else [value])
+        scores = {name: sum(x) / len(x) if x else math.nan for name, x in columns.items()}
+        return ({"joint": float(satisfied(channels, rewards)), **scores},
+                {"response": response, "reference": example.reference})
 
     def report(self, rewards: list[np.ndarray]) -> dict:
         """What a judge did since the last call, over all ranks. rewards: of the whole batch, each (G, K)."""

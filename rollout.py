@@ -15,7 +15,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 
 from checkpoint import check_signals, interruptible
 from model import Prompt
@@ -105,13 +104,6 @@ class Sampler:
                 for prompt, (responses, rewards) in zip(prompts, scored, strict=True)]
 
 
-def kv_elements(config) -> int:
-    """Numbers that the KV cache holds for one token, over all layers. config: a transformers config."""
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * head_dim
-
-
 class VLLMEngine:
     """vLLM in this process, one engine a rank, with a copy of the policy that `push` renews, or the checkpoint as it is
     (fixed). All ranks build theirs together: they agree on the size of the KV cache."""
@@ -133,10 +125,10 @@ class VLLMEngine:
                          "stop_token_ids": decoding.stops, "detokenize": False}
         self.dtype = torch.bfloat16 if cuda else torch.float32
         self.sleeps = cuda and not fixed
-        # One sequence more, for blocks are not full. A CPU's KV cache is touched as a whole at the start.
-        kv_cache = 4 * kv_elements(AutoConfig.from_pretrained(path)) * (at_a_time + 1) * (max_len + 32)
         options = {"gpu_memory_utilization": gpu_memory, "enable_sleep_mode": self.sleeps} if cuda else {
-            "kv_cache_memory_bytes": kv_cache,
+            # A CPU's KV cache is touched as a whole at the start, hence small: room for one sequence more, for blocks are
+            # not full. Bytes that are given, however few, switch the measuring of memory off.
+            "num_gpu_blocks_override": (at_a_time + 1) * (max_len + 32) // 32, "kv_cache_memory_bytes": 2**20,
             # A seeded request whose prompt is cut into chunks crashes on a CPU ("CPU Generator does not use offset").
             "enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, max_len),
             "block_size": 32,  # the default of 128 leaves up to 127 prompt tokens to be computed again by each sample

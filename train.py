@@ -113,10 +113,8 @@ def deal(groups: list[Group], ranks: int, budget: int, pair: float) -> list[list
         else:
             break
         rounds += 1
-    batches.sort(key=lambda batch: -batch[2])
-    turns = [*range(ranks), *reversed(range(ranks))]  # there and back: a round's largest, then the next's smallest
-    return [[chosen for b, (chosen, _, _) in enumerate(batches) if turns[b % (2 * ranks)] == rank]
-            for rank in range(ranks)]
+    batches.sort(key=lambda batch: -batch[2])  # a round's micro-batches, which ranks compute together, are alike
+    return [[chosen for chosen, _, _ in batches[rank::ranks]] for rank in range(ranks)]
 
 
 # What a rank computes when the others have a micro-batch more: sharded layers need all ranks at every forward.
@@ -164,9 +162,7 @@ def update(learner: Learner, groups: list[Group], updates: int, kl: float, tempe
         old_logp = [[check_signals() or policy(row, temperature) if u else None for row, *_ in batches]
                     for u, batches in enumerate(packed)]
     if isinstance(policy, FSDPModule):
-        # A forward without backward leaves embeddings and head gathered: an update without a micro-batch would then
-        # step on copies.
-        policy.reshard()
+        policy.reshard()  # a forward without backward leaves embeddings and head gathered: a step would be on copies
     names = ["loss", "tokens", "clip_fraction", "is_weight", "sampler_gap", "entropy"]
     names += ["kl"] * (learner.reference is not None)
     sums, grad_norms, bad = {name: torch.zeros((), dtype=torch.float64, device=device) for name in names}, [], []

@@ -25,7 +25,6 @@ from transformers import AutoModelForCausalLM
 
 from local.models import QWEN, qwen
 from policy import LOGITS
-from rollout import kv_elements
 
 GIB = 2**30
 USABLE = 0.95  # of a GPU; the rest is lost to fragments
@@ -41,6 +40,13 @@ class Setting(NamedTuple):
     tokens: int = 16384  # of the largest micro-batch
     longest: int = 4096  # prompt and response
     gpu: float = 79.1  # GiB
+
+
+def kv_elements(config) -> int:
+    """Numbers that the KV cache holds for one token, over all layers. config: a transformers config."""
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * head_dim
 
 
 def count(config) -> tuple[int, int]:

@@ -18,8 +18,8 @@ from judge_server import Server, graded, names
 from test_train import read, run
 
 import model
-from bench import models
 from config import JudgeOptions, TaskOptions
+from local import models
 from ranks import InputError
 from rewards import Example
 from tasks import judge, rubrics
