@@ -1,7 +1,5 @@
 """The options of train.py, and those that it shares with eval.py, a line each: name, type, default, bounds, help.
-
-Nothing here takes long to import, so that --help and a wrong option are answered at once.
-"""
+Nothing here takes long to import, so that --help and a wrong option are answered at once."""
 
 import argparse
 import importlib.util
@@ -49,7 +47,7 @@ class Shared(JudgeOptions):
     model: str = Field("smollm2", description="smollm2, a hub id, or a directory (a run's, too)")
     task: str = Field("tools", description=f"{', '.join(rewards.tasks.FILES)}, or a file of your own, such as mine.py")
     data: str | None = Field(None, description="parquet, JSON, JSONL or CSV in the task's schema; default: public data")
-    engine: Literal["vllm", "hf"] = Field("vllm", description="hf: sample with transformers' generate, slower")
+    engine: Literal["vllm", "hf"] = Field("vllm", description="vllm, or hf: transformers' generate")
     gpu_memory: float = Field(0.4, ge=0.01, le=1, description="share of a GPU's memory that vLLM may take")
     seed: int = Field(0, ge=0, description="of all that is drawn at random")
     name: str | None = Field(None, pattern=r"^\w[\w.-]{0,99}$", description="results go to runs/NAME")
@@ -69,7 +67,8 @@ class TrainConfig(Shared):
     eval_data: str | None = Field(None, description="held-out prompts; default with --data: its last rows")
     weights: str | None = Field(None, description="of channels, NAME=NUMBER,...; 0: logged only. Of rubrics: uniform, "
                                                   "category or row")
-    agg: Literal["rvpo", "gdpo", "grpo", "explicit", "hardmin", "softmin"] = Field("rvpo", description="aggregation")
+    agg: Literal["rvpo", "gdpo", "grpo", "explicit", "hardmin", "softmin"] = Field(
+        "rvpo", description="rvpo, gdpo (mean), grpo (raw sum), explicit (mean - variance), hardmin, softmin (ours)")
     beta: str = Field("0.5:2", description="soft-min sharpness: a number, or START:END, linear over the run")
     group: int = Field(8, ge=2, le=10_000, description="G, rollouts a prompt")
     prompts: int = Field(128, ge=1, description="P, prompts a step, over all ranks")
@@ -81,7 +80,7 @@ class TrainConfig(Shared):
     lr: float = Field(1e-6, ge=0, le=100, description="AdamW's learning rate, constant after the warm-up")
     warmup: int = Field(5, ge=0, description="steps of linear warm-up")
     tokens_per_microbatch: int = Field(16384, ge=1, description="most tokens in one forward: memory, not the gradient")
-    gradient_checkpointing: Literal["auto", "on", "off"] = Field("auto", description="of activations; auto: on GPUs")
+    gradient_checkpointing: Literal["auto", "on", "off"] = Field("auto", description="on, off, auto (on GPUs)")
     eval_every: int = Field(0, ge=0, description="steps between evaluations; 0: before and after the run only")
     eval_prompts: int = Field(128, ge=0, description="held-out prompts, one sample each")
     save_every: str = Field("auto", pattern=r"^(auto|\d+)$", description="steps between checkpoints; auto: as often as "

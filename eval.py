@@ -162,10 +162,10 @@ def load_engine(config: EvalConfig, path: Path, decoding: rollout.Decoding, max_
     with model.readable(config.model):
         if config.engine == "vllm":
             return rollout.VLLMEngine(path, decoding, max_len, config.gpu_memory, fixed=True)
-        from local.hf import HFEngine
+        from local import hf
 
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        return HFEngine(model.load(path, device, dtype), decoding)
+        return hf.HFEngine(hf.load(path, device, dtype), decoding)
 
 
 def records(task: rewards.Task, groups: list[rollout.Group]) -> list[dict]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jinja2
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from ranks import InputError
@@ -125,11 +125,3 @@ def encode(tokenizer, examples: list[Example], limit: int) -> list[Prompt]:
                              f"for {limit}: leave it out of the data, or lower --max-tokens")
         prompts.append(Prompt(ids, example))
     return prompts
-
-
-def load(path: Path, device: torch.device, dtype: torch.dtype = torch.float32):
-    """As transformers has it, for sampling with its `generate`. What is trained is policy.load."""
-    model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
-    if info["missing_keys"]:  # transformers fills them with random numbers
-        raise InputError(f"{path} lacks weights that its config.json asks for, {min(info['missing_keys'])} for one")
-    return model.to(device).eval()

@@ -42,7 +42,7 @@ def join():
 
 
 def gather(local: list) -> list:
-    """Every rank's items of a list that was dealt out in turn, in the order of that list. Some ranks may have none."""
+    """Every rank's items of a list that was dealt out in turn, in the order of that list."""
     if WORLD == 1:
         return local
     import torch.distributed as dist

@@ -44,8 +44,7 @@ class Example(NamedTuple):
 class Task:
     """A rule-based one. Judged tasks and benchmarks (tasks/) replace what is different with them."""
 
-    temperature, max_tokens = 0.0, 1024  # how eval.py samples, unless it is told otherwise
-    clip = False  # eval.py clips means to 0 and 1
+    temperature, max_tokens, clip = 0.0, 1024, False  # of eval.py: how it samples, whether means are clipped to [0, 1]
 
     def __init__(self, prompts: Callable, channels: list[Channel]):
         """prompts: (n_train, n_test) -> (training examples, held-out examples); None: all. channels: every prompt's."""
@@ -158,7 +157,7 @@ def task_module(name: str):
 
 
 def load_task(options) -> Task:
-    """The task that config.TaskOptions name. Raises InputError."""
+    """The task that the options name. Raises InputError."""
     task = getattr(task_module(options.task), "task", lambda options: None)(options)
     if not isinstance(task, Task):
         raise InputError(f"--task {options.task}: its function `task(options)` must return a rewards.Task")

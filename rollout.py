@@ -126,8 +126,8 @@ class VLLMEngine:
         self.dtype = torch.bfloat16 if cuda else torch.float32
         self.sleeps = cuda and not fixed
         options = {"gpu_memory_utilization": gpu_memory, "enable_sleep_mode": self.sleeps} if cuda else {
-            # A CPU's KV cache is touched as a whole at the start, hence small: room for one sequence more, for blocks are
-            # not full. Bytes that are given, however few, switch the measuring of memory off.
+            # A CPU's KV cache is touched as a whole at the start, hence small: one sequence more, for blocks are not
+            # full. Bytes that are given, however few, switch the measuring of memory off.
             "num_gpu_blocks_override": (at_a_time + 1) * (max_len + 32) // 32, "kv_cache_memory_bytes": 2**20,
             # A seeded request whose prompt is cut into chunks crashes on a CPU ("CPU Generator does not use offset").
             "enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, max_len),

@@ -10,8 +10,8 @@ Copy this file: it needs torch only. Shapes: P prompts, G rollouts of each, K re
 4. `policy_loss` the clipped policy gradient, the advantage on every response token.
 
 `rvpo_advantage` is steps 1 and 2. GDPO, the hard minimum and the explicit penalty differ in step 2 alone; GRPO and
-`softmin` aggregate the raw rewards first and z-score the result. Steps 3 and 4 are the same for all. NaN means "this
-reward is missing": it is left out everywhere and never counts as 0. Pad prompts that have fewer channels with NaN.
+`softmin` aggregate the raw rewards first and z-score the result. NaN means "this reward is missing": it is left out
+everywhere and never counts as 0. Pad prompts that have fewer channels with NaN.
 """
 
 import math

@@ -3,9 +3,8 @@
     python train.py                                                              # SmolLM2-135M on a laptop
     torchrun --nproc_per_node=8 train.py --model Qwen/Qwen2.5-7B --agg rvpo      # one node with 8 GPUs
 
-Kept from GRPO: G rollouts a prompt instead of a critic, the clipped ratio, an optional KL penalty. Each rank samples
-its share of the step's prompts; responses and rewards are gathered, and the update is dealt out anew by work. Every
-number below is, but for rounding, the same for any number of ranks. Begin with `fit`.
+Kept from GRPO: G rollouts a prompt instead of a critic, the clipped ratio, an optional KL penalty. Every number is, but
+for rounding, the same for any number of ranks. Begin with `fit`.
 """
 
 import sys
@@ -49,9 +48,7 @@ BAD_STEPS = 5  # stop after as many steps in a row whose loss or gradient is not
 # The update: optimizer steps on a batch of groups, each prompt computed once, and none that has nothing to teach.
 
 @dataclass
-class Learner:
-    """What is trained, and what trains it."""
-
+class Learner:  # what is trained, and what trains it
     policy: policies.Policy
     reference: policies.Policy | None  # of the KL penalty
     optimizer: torch.optim.Optimizer
@@ -229,8 +226,7 @@ def set_advantages(groups: list[Group], agg: str, beta: float) -> None:
 
 def prompt_at(position: int, n: int, seed: int) -> int:
     """Index of the prompt at a position of the endless stream of shuffled epochs of n prompts."""
-    epoch, i = divmod(position, n)
-    return int(np.random.default_rng([seed, epoch]).permutation(n)[i])
+    return int(np.random.default_rng([seed, position // n]).permutation(n)[position % n])
 
 
 def seed_rewards(seed: int, step: int) -> None:
@@ -326,9 +322,9 @@ def setup(config: TrainConfig, device: torch.device, task: Task, train: list[Exa
             at_a_time = min(32, max(config.prompts * config.group, config.eval_prompts))
             engine = VLLMEngine(path, decoding, longest, config.gpu_memory, at_a_time)
         else:
-            from local.hf import HFEngine
+            from local import hf
 
-            engine = HFEngine(model.load(path, device, half), decoding)
+            engine = hf.HFEngine(hf.load(path, device, half), decoding)
     learner = Learner(policy, reference, make_optimizer(policy, config.lr), device)
     write_policy = functools.partial(checkpoint.save_policy, policy, tokenizer, dtype)
     return learner, Sampler(engine, task, config.seed), train, held_out, write_policy

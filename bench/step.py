@@ -126,9 +126,9 @@ def ours(args: argparse.Namespace) -> None:
                             at_a_time=min(32, args.prompts * args.group))
         engine.sampling |= {"ignore_eos": True, "stop_token_ids": []}
     else:
-        from local.hf import HFEngine
+        from local import hf
 
-        engine = HFEngine(model.load(path, device, policy.compute_dtype(device)), decoding)
+        engine = hf.HFEngine(hf.load(path, device, policy.compute_dtype(device)), decoding)
         engine.config.min_new_tokens = args.response_tokens
     task = Task(None, [Channel("vowels", lambda _, responses, references: vowels(responses)),
                        Channel("letters", lambda _, responses, references: letters(responses))])

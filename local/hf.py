@@ -1,11 +1,21 @@
 """Sampling with transformers' generate, for machines without vLLM (--engine hf). Slower; the same interface."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
+from ranks import InputError
 from rollout import Decoding, Response, make_response
+
+
+def load(path: Path, device: torch.device, dtype: torch.dtype = torch.float32):
+    """As transformers has it, for sampling with its `generate`."""
+    model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    if info["missing_keys"]:  # transformers fills them with random numbers
+        raise InputError(f"{path} lacks weights that its config.json asks for, {min(info['missing_keys'])} for one")
+    return model.to(device).eval()
 
 
 class HFEngine:

@@ -21,6 +21,7 @@ import local.hf
 import model
 import rollout
 from config import JudgeOptions, TaskOptions, parse
+from local import hf
 from ranks import InputError
 from rewards import Channel, Example, Task
 from tasks import bfcl, gpqa, healthbench, rows, tools
@@ -439,7 +440,7 @@ def test_a_wrong_option_does_not_wait_for_torch():
     (["--task", "healthbench", "--data", "h.jsonl", "--judge-url", "http://127.0.0.1:9/v1", "--judge-model", "m"], "cannot be used: "),
 ])
 def test_bad_input(evaluate, monkeypatch, tmp_path, args, message):
-    monkeypatch.setattr(model, "load", lambda *args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(hf, "load", lambda *args: pytest.fail("the model was loaded"))
     with pytest.raises(InputError) as error:
         evaluate(*args)
     assert message in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "runs/a").exists()

@@ -15,11 +15,10 @@ import pytest
 import torch
 from conftest import ROOT
 from judge_server import Server, graded, names
-from test_train import read, run
+from test_train import TINY, read, run
 
 import model
 from config import JudgeOptions, TaskOptions
-from local import models
 from ranks import InputError
 from rewards import Example
 from tasks import judge, rubrics
@@ -346,7 +345,7 @@ ROWS = [{"prompt": f"question {i}", "rubric": [{"description": f"c{k}", "weight"
 def train(tmp_path, server_url, *args, ranks: int = 1):
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     launcher = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return subprocess.run([*launcher, ROOT / "train.py", "--model", models.tiny(), "--engine", "hf", "--task", "rubric", "--data", "rows.jsonl",
+    return subprocess.run([*launcher, ROOT / "train.py", *TINY, "--task", "rubric", "--data", "rows.jsonl",
                            "--judge-url", server_url, "--judge-model", "m", "--eval-prompts", "2", "--prompts", "3", *map(str, args)],
                           cwd=tmp_path, capture_output=True, text=True, timeout=300)
 
@@ -420,10 +419,10 @@ def test_missing_verdicts_are_null_and_the_run_goes_on_if_it_may(monkeypatch, tm
 def test_options_of_the_judge(monkeypatch, tmp_path):
     rubric = ["--task", "rubric", "--data", "x.jsonl"]
     for args, message in [(rubric, "--judge-url None: --task rubric needs a judge"), ([*rubric, "--judge-url", "localhost:8000"], "name an OpenAI-compatible"),
-                          ([*rubric, "--judge-url", "http://h/v1"], "--judge-model"), (["--judge-mode", "x"], "--judge-mode x: must be one of 'each' or 'all'"), (["--judge-format", "text"], "--judge-format"),
+                          ([*rubric, "--judge-url", "http://h/v1"], "--judge-model"), (["--judge-mode", "x"], "--judge-mode x: should be 'each' or 'all'"), (["--judge-format", "text"], "--judge-format"),
                           ([*rubric, "--judge-url", "http://h/v1", "--judge-model", "m", "--judge-cache", "no/such/file"], "--judge-cache no/such/file cannot be read and written"),
                           (["--judge-url", "http://h/v1"], "the task tools does not use it"), (["--data", ""], "--data is empty"), ([*rubric, "--judge-url", Server(vowels).url, "--judge-model", "m", "--weights", "x"], "--weights x"),
-                          (["--judge-concurrency", 0], "--judge-concurrency 0"), (["--judge-max-missing", 2], "at most 1"), (["--judge-timeout", "inf"], "at most 100000")]:
+                          (["--judge-concurrency", 0], "--judge-concurrency 0"), (["--judge-max-missing", 2], "--judge-max-missing 2: should be less than or equal to 1"), (["--judge-timeout", "inf"], "less than or equal to 100000")]:
         with pytest.raises(InputError) as error:
             run(monkeypatch, tmp_path, *args)
         assert message in str(error.value)

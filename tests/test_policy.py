@@ -19,6 +19,7 @@ from transformers import (
 import checkpoint
 import model
 import policy as policies
+from local import hf
 from policy import pack
 from ranks import InputError
 
@@ -67,7 +68,7 @@ def test_one_row_is_exactly_separate_sequences(request, architecture, checkpoint
     assert n > policies.LOGITS
     weights = torch.randn(n, generator=torch.Generator().manual_seed(0))
     packed = policies.load(path, CPU, gradient_checkpointing=checkpointing)
-    for module, logp in ((packed, packed(pack(GROUPS, CPU), 0.7)), (lm := model.load(path, CPU), separate_logp(lm, GROUPS, 0.7))):
+    for module, logp in ((packed, packed(pack(GROUPS, CPU), 0.7)), (lm := hf.load(path, CPU), separate_logp(lm, GROUPS, 0.7))):
         assert logp.dtype == torch.float32
         (weights * logp).mean().backward()
         results.append((logp.detach(), gradient(module)))
@@ -88,7 +89,7 @@ def test_other_architectures(config, tmp_path):
             max_position_embeddings=512, bos_token_id=None, eos_token_id=2, pad_token_id=0)).save_pretrained(tmp_path)
     assert config.model_type in model.TRAINABLE
     with torch.no_grad():
-        packed, exact = policies.load(tmp_path, CPU)(pack(GROUPS, CPU), 0.7), separate_logp(model.load(tmp_path, CPU), GROUPS, 0.7)
+        packed, exact = policies.load(tmp_path, CPU)(pack(GROUPS, CPU), 0.7), separate_logp(hf.load(tmp_path, CPU), GROUPS, 0.7)
     torch.testing.assert_close(packed, exact, atol=1e-4, rtol=0)
 
 
@@ -141,7 +142,7 @@ class Vocabulary(TorchDispatchMode):
 def test_memory_does_not_grow_with_tokens_times_vocabulary(monkeypatch, llama, vocabulary):
     """Forward and backward: no more than LOGITS rows of logits at a time, however many tokens there are."""
     monkeypatch.setattr(policies, "LOGITS", 128)
-    policy, lm, seen = policies.load(llama, CPU), model.load(llama, CPU), {}
+    policy, lm, seen = policies.load(llama, CPU), hf.load(llama, CPU), {}
     for n in (512, 1024):
         groups = [(tokens(20), [tokens(n // 4, first) for first in (1, 2, 3, 4)])]
         with Vocabulary(vocabulary) as seen[n]:
@@ -158,11 +159,11 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary(monkeypatch, llama, v
 def test_full_weights_and_a_saved_checkpoint_are_the_policy(request, tmp_path, architecture, tiny):
     """Names and numbers as transformers has them, tied ones under both names."""
     path = request.getfixturevalue(architecture)
-    policy, lm = policies.load(path, CPU), model.load(path, CPU)
+    policy, lm = policies.load(path, CPU), hf.load(path, CPU)
     for checkpointed in (False, True):
         if checkpointed:
             checkpoint.save_policy(policy, AutoTokenizer.from_pretrained(tiny), torch.float32, tmp_path / "saved")
-            lm = model.load(tmp_path / "saved", CPU)
+            lm = hf.load(tmp_path / "saved", CPU)
         full, expected = dict(policies.full_weights(policy, torch.float32)), dict(lm.named_parameters(remove_duplicate=False))
         assert full.keys() == expected.keys() and "lm_head.weight" in full
         assert all(torch.equal(full[name], expected[name]) for name in full)
@@ -175,7 +176,7 @@ def test_full_weights_and_a_saved_checkpoint_are_the_policy(request, tmp_path, a
 def test_a_loaded_policy_is_what_transformers_loads(tiny):
     """Buffers that are in no file, too, and no dropout, which gradient checkpointing would switch on."""
     for checkpointing in (False, True):
-        policy, lm = policies.load(tiny, CPU, gradient_checkpointing=checkpointing), model.load(tiny, CPU)
+        policy, lm = policies.load(tiny, CPU, gradient_checkpointing=checkpointing), hf.load(tiny, CPU)
         assert all(torch.equal(value, dict(policy.lm.named_buffers())[name]) for name, value in lm.named_buffers())
         assert logp_of(policy, GROUPS)[0][0].equal(logp_of(policy, GROUPS)[0][0])
     assert {p.dtype for p in policies.load(tiny, CPU, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}

@@ -12,7 +12,7 @@ import model
 import policy as policies
 import rollout
 import train
-from local.hf import HFEngine
+from local import hf
 from model import Prompt
 from policy import pack
 from ranks import gather
@@ -42,8 +42,8 @@ def policy(tiny):
 
 
 @pytest.fixture
-def hf(tiny):
-    return HFEngine(model.load(tiny, torch.device("cpu")), decoding(tiny))
+def transformers(tiny):
+    return hf.HFEngine(hf.load(tiny, torch.device("cpu")), decoding(tiny))
 
 
 def push(engine, policy):
@@ -117,25 +117,25 @@ def test_training_with_vllm_is_the_same_when_activations_are_recomputed(vllm, mo
     assert samples == again and max((plain[key] - recomputed[key]).abs().max().item() for key in plain) < 1e-6
 
 
-def test_hf_log_probs_match_before_and_after_an_update(hf, policy):
-    check_before_and_after_an_update(hf, policy)
+def test_hf_log_probs_match_before_and_after_an_update(transformers, policy):
+    check_before_and_after_an_update(transformers, policy)
 
 
-def test_hf_seeds(hf):
+def test_hf_seeds(transformers):
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    once = generate(hf, PROMPTS, 8, [1, 2, 3])
+    once = generate(transformers, PROMPTS, 8, [1, 2, 3])
     assert torch.equal(torch.get_rng_state(), state)  # the trainer's own random numbers are left alone
-    assert generate(hf, PROMPTS, 8, [1, 2, 3]) == once
-    assert generate(hf, PROMPTS[1:2], 8, [2])[0] == once[1]
-    assert generate(hf, PROMPTS, 8, [4, 5, 6])[0] != once[0]
+    assert generate(transformers, PROMPTS, 8, [1, 2, 3]) == once
+    assert generate(transformers, PROMPTS[1:2], 8, [2])[0] == once[1]
+    assert generate(transformers, PROMPTS, 8, [4, 5, 6])[0] != once[0]
 
 
-def test_a_checkpoints_generation_config_does_not_shape_the_samples(hf):
+def test_a_checkpoints_generation_config_does_not_shape_the_samples(transformers):
     """Qwen2.5's has top_k 20, top_p 0.8 and a repetition penalty: they would make the log-probs another policy's."""
-    once = generate(hf, PROMPTS[1:2], 8, [1])
-    hf.model.generation_config.update(do_sample=True, top_k=2, top_p=0.1, min_p=0.5, repetition_penalty=2.0, temperature=0.1)
-    assert generate(hf, PROMPTS[1:2], 8, [1]) == once
+    once = generate(transformers, PROMPTS[1:2], 8, [1])
+    transformers.model.generation_config.update(do_sample=True, top_k=2, top_p=0.1, min_p=0.5, repetition_penalty=2.0, temperature=0.1)
+    assert generate(transformers, PROMPTS[1:2], 8, [1]) == once
 
 
 def test_text_shows_special_tokens_but_not_the_stop_token(tiny):

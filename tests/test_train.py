@@ -21,7 +21,7 @@ import policy as policies
 import rvpo
 import train
 from config import TrainConfig, parse
-from local import models
+from local import hf, models
 from policy import pack
 from ranks import InputError
 from rewards import Channel
@@ -77,7 +77,7 @@ def assert_same(a, b, tolerance: float = 0.0):
 @pytest.fixture(scope="module")
 def checkpoints(tiny, llama, tmp_path_factory):
     """Policy, reference, another architecture."""
-    reference, generator = model.load(tiny, updates.CPU), torch.Generator().manual_seed(0)
+    reference, generator = hf.load(tiny, updates.CPU), torch.Generator().manual_seed(0)
     for parameter in reference.parameters():
         parameter.data += 0.01 * torch.randn(parameter.shape, generator=generator)
     path = tmp_path_factory.mktemp("reference")
@@ -136,7 +136,7 @@ def test_several_updates_a_batch_clip(one):
 def test_each_rank_holds_its_shard_of_the_checkpoint(many):
     """And no more in memory; gathered, the shards are the checkpoint, tied names included."""
     for path, shards in many["shards"].items():
-        lm = model.load(path, updates.CPU)
+        lm = hf.load(path, updates.CPU)
         total = sum(p.numel() for p in lm.parameters())
         padding = sum(p[0].numel() for p in lm.parameters())  # at most a row of each
         for node in range(0, len(shards), many["node"]):
@@ -148,7 +148,7 @@ def test_each_rank_holds_its_shard_of_the_checkpoint(many):
 
 
 def test_a_checkpoint_saved_by_several_ranks_is_the_policy(many, tiny):
-    lm, start = model.load(many["checkpoint"], updates.CPU), model.load(tiny, updates.CPU)
+    lm, start = hf.load(many["checkpoint"], updates.CPU), hf.load(tiny, updates.CPU)
     for name, parameter in lm.named_parameters(remove_duplicate=False):
         assert torch.equal(many["saved"][name], parameter)
     assert not torch.equal(lm.lm_head.weight, start.lm_head.weight)
@@ -306,7 +306,7 @@ def test_vllm_on_two_ranks_and_its_checkpoint(tmp_path):
     out = subprocess.run([sys.executable, tmp_path / "load.py"], capture_output=True, text=True, timeout=300)
     assert "TOKENS" in out.stdout, out.stderr[-3000:]
     got = json.loads(out.stdout.rpartition("TOKENS ")[2].splitlines()[0])
-    policy = model.load(checkpoint, torch.device("cpu"))
+    policy = hf.load(checkpoint, torch.device("cpu"))
     expected = policy.generate(torch.tensor([list(range(40, 200))]), do_sample=False, max_new_tokens=8)[0, 160:]
     assert got == expected.tolist()
 
@@ -314,7 +314,7 @@ def test_vllm_on_two_ranks_and_its_checkpoint(tmp_path):
 # Bad input: one sentence, before the model is loaded
 
 def nothing_is_loaded(monkeypatch):
-    for module in (model, policies):
+    for module in (hf, policies):
         monkeypatch.setattr(module, "load", lambda *args, **options: pytest.fail("the model was loaded"))
 
 
@@ -372,7 +372,7 @@ def test_a_checkpoint_without_some_weights(monkeypatch, tmp_path):
     with pytest.raises(InputError, match="lacks weights that its config.json asks for, model.layers.3"):
         run(monkeypatch, tmp_path, "--model", "./holes")
     with pytest.raises(InputError, match="lacks weights that its config.json asks for, model.layers.3"):
-        model.load(tmp_path / "holes", updates.CPU)  # what evaluation loads
+        hf.load(tmp_path / "holes", updates.CPU)  # what evaluation loads
 
 
 def test_runs_cannot_be_made(monkeypatch, tmp_path):
