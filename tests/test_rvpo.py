@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import rvpo
+from config import parse_beta
 
 NAN = math.nan
 
@@ -176,28 +177,6 @@ def test_soft_min_weights_are_its_gradient():
     assert rvpo.soft_min_weights(torch.tensor([[1.0, 0.0, 0.0]]), math.inf).tolist() == [[0.0, 0.5, 0.5]]
 
 
-def test_channel_stats_by_hand():
-    rewards = torch.tensor([[[1.0, 0.0, NAN], [0.0, 0.0, NAN]], [[1.0, 1.0, 2.0], [1.0, 1.0, 2.0]]])
-    stats = rvpo.channel_stats(rewards, 2.0, [["a", "b", "c"]] * 2)
-    assert [stats[name]["mean"] for name in "abc"] == [0.75, 0.5, 2.0]
-    assert [stats[name]["std"] for name in "abc"] == pytest.approx([0.5, 3**-0.5, 0.0])
-    assert [stats[name]["constant"] for name in "abc"] == [0.5, 1.0, 1.0]
-    assert [stats[name]["missing"] for name in "abc"] == [0.0, 0.0, 0.5]
-    # Only the first group has signal: z = (+a, 0), (-a, 0). Channel 0 binds in its second rollout, channel 1 in the first.
-    assert [stats[name]["binding"] for name in "abc"] == [0.5, 0.5, 0.0]
-    assert sum(stats[name]["weight"] for name in "abc") == pytest.approx(1.0) and stats["c"]["weight"] == 0
-
-
-def test_channel_stats_of_channels_with_one_name():
-    """Two criteria of one category in the first prompt; the second has one criterion, and padding that is not missing."""
-    rewards = torch.tensor([[[1.0, 0.0], [0.0, NAN]], [[1.0, NAN], [1.0, NAN]]])
-    stats = rvpo.channel_stats(rewards, 1.0, [["x", "x"], ["y"]])
-    assert stats["x"] == pytest.approx({"mean": 1 / 3, "std": 3**-0.5, "missing": 0.25, "constant": 0.5, "binding": 1.0, "weight": 1.0})
-    assert stats["y"]["missing"] == 0 and stats["y"]["mean"] == 1 and stats["y"]["binding"] == 0
-    empty = rvpo.channel_stats(torch.full((1, 2, 1), NAN), 1.0, [["z"]])["z"]
-    assert empty["missing"] == 1 and all(math.isnan(empty[key]) for key in ("mean", "std", "constant", "binding"))
-
-
 @pytest.mark.parametrize("rewards", [torch.zeros(4), torch.zeros(1, 3), torch.zeros(2, 0), torch.tensor([[1.0], [math.inf]])])
 def test_bad_rewards_are_refused(rewards):
     with pytest.raises(ValueError, match="rewards"):
@@ -219,12 +198,12 @@ def test_integer_rewards_and_bad_settings():
 
 
 def test_beta_schedule():
-    assert rvpo.parse_beta("2") == (2.0, 2.0) and rvpo.parse_beta("0.5:2") == (0.5, 2.0) and rvpo.parse_beta("inf")[0] == math.inf
+    assert parse_beta("2") == (2.0, 2.0) and parse_beta("0.5:2") == (0.5, 2.0) and parse_beta("inf")[0] == math.inf
     assert [rvpo.beta_at((0.5, 2.0), step, 4) for step in range(4)] == [0.5, 1.0, 1.5, 2.0]
     assert rvpo.beta_at((2.0, 2.0), 0, 1) == 2.0 and rvpo.beta_at((math.inf, math.inf), 1, 3) == math.inf
     for text in ("", "x", "-1", "nan", "1:nan", "1:2:3", "0:inf", "1:"):
         with pytest.raises(ValueError, match="beta"):
-            rvpo.parse_beta(text)
+            parse_beta(text)
 
 
 def test_policy_loss_by_hand():

@@ -1,0 +1,75 @@
+"""What is logged of a step."""
+
+import math
+
+import pytest
+import torch
+
+from checkpoint import Log, channel_stats
+from model import Prompt
+from rewards import Channel, Example
+from rollout import Group, Response
+
+NAN = math.nan
+
+
+def make(rewards, *names: str, weights=None) -> Group:
+    rewards = torch.tensor(rewards, dtype=torch.float64)
+    channels = [Channel(name, weight=weight) for name, weight in zip(names, weights or [1.0] * len(names), strict=True)]
+    return Group(Prompt([1], Example([{"role": "user", "content": "q"}])), channels, [Response([1, 2], [], [], "stop", "r")] * len(rewards), rewards,
+                 torch.zeros(len(rewards)))
+
+
+def test_channel_stats_by_hand():
+    stats = channel_stats([make([[1.0, 0.0, NAN], [0.0, 0.0, NAN]], "a", "b", "c"), make([[1.0, 1.0, 2.0], [1.0, 1.0, 2.0]], "a", "b", "c")], 2.0)
+    assert [stats[name]["mean"] for name in "abc"] == [0.75, 0.5, 2.0]
+    assert [(stats[name]["min"], stats[name]["max"]) for name in "abc"] == [(0, 1), (0, 1), (2, 2)]
+    assert [stats[name]["std"] for name in "abc"] == pytest.approx([0.5, 3**-0.5, 0.0])
+    assert [stats[name]["constant"] for name in "abc"] == [0.5, 1.0, 1.0]
+    assert [stats[name]["missing"] for name in "abc"] == [0.0, 0.0, 0.5]
+    # Only the first group has signal: z = (+a, 0), (-a, 0). Channel 0 binds in its second rollout, channel 1 in the first.
+    assert [stats[name]["binding"] for name in "abc"] == [0.5, 0.5, 0.0]
+    assert sum(stats[name]["weight"] for name in "abc") == pytest.approx(1.0) and stats["c"]["weight"] == 0
+
+
+def test_channel_stats_of_channels_with_one_name():
+    """Two criteria of one category in the first prompt; the second has one criterion."""
+    stats = channel_stats([make([[1.0, 0.0], [0.0, NAN]], "x", "x"), make([[1.0], [1.0]], "y")], 1.0)
+    expected = {"mean": 1 / 3, "min": 0, "max": 1, "std": 3**-0.5, "missing": 0.25, "constant": 0.5, "binding": 1.0, "weight": 1.0}
+    assert stats["x"] == pytest.approx(expected)
+    assert stats["y"]["missing"] == 0 and stats["y"]["mean"] == 1 and stats["y"]["binding"] == 0
+    empty = channel_stats([make([[NAN], [NAN]], "z")], 1.0)["z"]
+    assert empty["missing"] == 1 and all(math.isnan(empty[key]) for key in ("mean", "std", "min", "constant", "binding"))
+
+
+def test_a_channel_without_weight_is_logged_and_neither_binds_nor_counts():
+    stats = channel_stats([make([[1.0, 0.0], [0.0, 1.0]], "a", "b", weights=[1.0, 0.0])], 1.0)
+    assert stats["b"]["mean"] == 0.5 and stats["b"]["binding"] == stats["b"]["weight"] == 0 and stats["a"]["weight"] == 1
+    assert math.isnan(channel_stats([make([[1.0, 0.0], [1.0, 1.0]], "a", "b", weights=[1.0, 0.0])], 1.0)["a"]["binding"])  # no signal
+
+
+class Lines(Log):
+    def __init__(self):
+        self.records = []
+
+    def metrics(self, record):
+        self.records.append(record)
+
+    def say(self, line):
+        self.line = line
+
+
+def test_a_line_of_an_evaluation():
+    log = Lines()
+    log.evaluation(3, [{"joint": 1.0, "a": 0.5}, {"joint": NAN, "a": 1.0}, {"b": NAN}], {})
+    assert log.records == [{"step": 3, "eval": {"a": (0.75, 0.25), "joint": (1.0, pytest.approx(NAN, nan_ok=True))}}]
+    log.evaluation(0, [], {})
+    assert log.records[-1] == {"step": 0, "eval": {}} and log.line == "held out, 0 steps: "
+
+
+def test_a_line_of_a_step():
+    log, group = Lines(), make([[1.0, 0.0], [1.0, 1.0], [NAN, NAN]], "a", "b")
+    log.step(1, [group], {"grad_norm": 1.0, "entropy": 2.0, "beta": 1.0, "bad_updates": [0], "seconds": {"sample": 1.0, "save": 9.0}})
+    record = log.records[0]
+    assert record["joint"] == 0.5 and record["no_signal"] == pytest.approx(1 / 3) and record["tokens_per_second"] == 6 and record["length_max"] == 2
+    assert "updates left out: [0]" in log.line
