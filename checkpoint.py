@@ -122,7 +122,9 @@ def publish(part: Path, path: Path) -> None:
 
 def retire(path: Path) -> None:
     """Delete a directory that must not be seen half deleted."""
-    path.rename(gone := path.with_name(path.name + ".old"))
+    gone = path.with_name(path.name + ".old")
+    shutil.rmtree(gone, ignore_errors=True)  # left by a run that was killed here
+    path.rename(gone)
     shutil.rmtree(gone)
 
 
@@ -251,6 +253,9 @@ def open_run(options: dict, given: set[str]):
     (its directory, its options, its state), made before anything is loaded. Ends the program if it is finished. Raises
     InputError."""
     run = find_run(options["resume"], options["name"])
+    if len({*gather([run])}) > 1:
+        raise InputError(f"--resume {options['resume']}: not all ranks see the same checkpoint; runs/ must be on a "
+                         "file system that all nodes share")
     if run:
         saved = read_config(run, {name: value for name, value in options.items() if name in given})
         options = {name: saved.get(name, value) for name, value in options.items()}

@@ -25,9 +25,7 @@ class JudgeOptions(BaseModel):
     judge_max_missing: float = Field(0.2, ge=0, le=1, description="stop if a larger share of verdicts is missing")
 
 
-class TaskOptions(NamedTuple):
-    """What a task may ask of the command line: the function `task` of its file is given this."""
-
+class TaskOptions(NamedTuple):  # what a task may ask of the command line: its function `task` is given this
     task: str
     train_data: str | None
     test_data: str | None
@@ -38,9 +36,7 @@ class TaskOptions(NamedTuple):
     seed: int = 0
 
 
-class Shared(JudgeOptions):
-    """What both programs have."""
-
+class Shared(JudgeOptions):  # what both programs have
     model_config = ConfigDict(extra="forbid")
     _given: set[str] = PrivateAttr(default_factory=set)  # the options that the command line had
 
@@ -61,9 +57,7 @@ class Shared(JudgeOptions):
         return JudgeOptions(**{name: getattr(self, name) for name in JudgeOptions.model_fields})
 
 
-class TrainConfig(Shared):
-    """The options of train.py."""
-
+class TrainConfig(Shared):  # the options of train.py
     eval_data: str | None = Field(None, description="held-out prompts; default with --data: its last rows")
     weights: str | None = Field(None, description="of channels, NAME=NUMBER,...; 0: logged only. Of rubrics: uniform, "
                                                   "category or row")
@@ -145,10 +139,12 @@ def parse(kind: type[Shared], description: str, argv: list[str] | None = None) -
     except ValidationError as error:
         wrong = error.errors()[0]
         raise InputError(f"{option(wrong['loc'][0])} {wrong['input']}: {wrong['msg'].removeprefix('Input ')}") from None
+    config._given = {*given}
+    if given.get("resume", "auto") != "auto":
+        return config  # the run's own options count
     config.check()
     reads = getattr(rewards.task_module(config.task), "OPTIONS", None)  # a user's file need not say
     for name in ("data", "eval_data", "subset", "repeats", *JudgeOptions.model_fields):
-        if name in given and reads is not None and name not in reads and given.get("resume", "auto") == "auto":
+        if name in given and reads is not None and name not in reads:
             raise InputError(f"{option(name)} {given[name]}: the task {config.task} does not use it; leave it out")
-    config._given = {*given}
     return config

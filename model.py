@@ -105,6 +105,9 @@ def describe(name: str, max_tokens: int, trained: bool = False):
         room = min(config.max_position_embeddings, getattr(config, "sliding_window", None) or math.inf) - max_tokens
     if room < 1:
         raise InputError(f"--max-tokens {max_tokens}: the model's context has no room for a prompt beside them")
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+    if trained and rope in ("longrope", "dynamic"):  # they depend on the longest sequence of a micro-batch
+        raise InputError(f"--model {name}: training with {rope} position embeddings is not supported")
     if trained and config.model_type not in TRAINABLE:
         raise InputError(f"--model {name}: training {config.model_type} models is not supported; "
                          f"{', '.join(TRAINABLE)} are")

@@ -27,8 +27,7 @@ from ranks import LOCAL_WORLD, WORLD, InputError
 LOGITS = 512  # tokens whose logits exist at a time: 0.3 GB in float32 with 152,000 words
 
 
-class Sequences(NamedTuple):
-    """Who sees whom in a row of S tokens: a prompt itself, a response its prompt and itself."""
+class Sequences(NamedTuple):  # who sees whom in a row of S tokens: a prompt itself, a response its prompt and itself
     queries: list[int]  # length of each sequence, S in all
     keys: list[int]  # and of the keys it sees; each query sees those up to itself, aligned at the end
     at: Tensor  # (sum of keys,): where in the row these keys are

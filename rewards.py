@@ -19,11 +19,9 @@ import tasks
 from ranks import InputError
 
 
-class Channel(NamedTuple):
-    """One reward. fn: (prompts, responses, references) -> one float or NaN each; None where a judge decides."""
-
+class Channel(NamedTuple):  # one reward
     name: str
-    fn: Callable[[list[str], list[str], list[str]], list[float]] | None = None
+    fn: Callable[[list[str], list[str], list[str]], list[float]] | None = None  # see `score`; None: a judge decides
     full: float = 1.0  # the value that satisfies it
     bounds: tuple[float, float] = (0.0, 1.0)  # its worst and its best value, which only --agg softmin asks for
     weight: float = 1.0  # in the aggregation; 0: it is logged, and nothing else
@@ -49,8 +47,10 @@ class Task:
     def __init__(self, prompts: Callable, channels: list[Channel]):
         """prompts: (n_train, n_test) -> (training examples, held-out examples); None: all. channels: every prompt's."""
         names = ["joint", *(channel.name for channel in channels)]  # what evaluation calls all of them
-        if len({*names}) < max(2, len(names)):
-            raise InputError(f"a task needs channels, each with a name of its own other than 'joint', got {names[1:]}")
+        weights = [channel.weight for channel in channels]
+        if len({*names}) < len(names) or not any(weights) or min(weights) < 0:
+            raise InputError("a task needs channels, each with a name of its own other than 'joint' and a weight of at "
+                             f"least 0, not all 0, got {names[1:]} with {weights}")
         self.prompts, self._channels = prompts, channels
 
     def weigh(self, text: str) -> None:
@@ -104,7 +104,8 @@ class Task:
 
 
 def score(channels: list[Channel], example: Example, responses: list[str]) -> np.ndarray:
-    """(G, K) float64. Raises InputError naming a reward that fails or returns no list of a number a response."""
+    """(G, K) float64. A channel's fn: (prompts, responses, references), G texts each -> a list of G numbers, NaN for a
+    missing one. Raises InputError naming a reward that fails or returns something else."""
     prompts, references = [example.messages[-1]["content"]] * len(responses), [example.reference] * len(responses)
     columns = []
     for name, fn, *_ in channels:

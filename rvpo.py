@@ -98,7 +98,7 @@ def soft_min_weights(z: Tensor, beta: float, weights: Tensor | None = None) -> T
 
 
 def rvpo_advantage(rewards: Tensor, beta: float, weights: Tensor | None = None) -> Tensor:
-    """RVPO: z-score each channel in its group, then the soft minimum over the channels, see `soft_min`."""
+    """RVPO's scores: z-score each channel in its group, then the soft minimum; `advantages` whitens them, too."""
     return _float_like(soft_min(zscore(_check(rewards)), beta, weights), rewards)
 
 

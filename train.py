@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=8 train.py --model Qwen/Qwen2.5-7B --agg rvpo      # one node with 8 GPUs
 
 Kept from GRPO: G rollouts a prompt instead of a critic, the clipped ratio, an optional KL penalty. Every number is, but
-for rounding, the same for any number of ranks. Begin with `fit`.
+for rounding and random rewards, the same for any number of ranks. Begin with `fit`.
 """
 
 import sys
@@ -147,17 +147,18 @@ def update(learner: Learner, groups: list[Group], updates: int, kl: float, tempe
     """
     policy, device = learner.policy, learner.device
     slots = np.array_split(np.arange(len(groups)), updates)
-    # Sampled tokens of each update, on all ranks. Counted first: any split into micro-batches and ranks then gives the
-    # same mean over tokens, and losses and gradients simply add up.
+    # Sampled tokens of each update, also of prompts that are not computed. Counted first, over all ranks: any split into
+    # micro-batches and ranks then gives the same mean over tokens, and losses and gradients simply add up.
     n_tokens = [sum(sum(response.mask) for slot in share for response in groups[slot].responses) for share in slots]
     pair = attention_cost(policy.lm.base_model.layers[0])
     kept = [[groups[slot] for slot in share if kl or groups[slot].advantages.any()] for share in slots]
     mine = [deal(some, WORLD, budget, pair)[RANK] for some in kept]
     packed = [[row_of(batch or IDLE, device) for batch in batches] for batches in mine]
+    # Old log-probs. None for the first update: its policy is the one that sampled, and logp.detach() stands in.
+    old_logp = [[None] * len(packed[0])]
     with torch.no_grad():
-        # The first update's policy is the one that sampled: its old log-probs are logp.detach(). Later ones need these.
-        old_logp = [[check_signals() or policy(row, temperature) if u else None for row, *_ in batches]
-                    for u, batches in enumerate(packed)]
+        for batches in packed[1:]:
+            old_logp.append([check_signals() or policy(row, temperature) for row, *_ in batches])
     if isinstance(policy, FSDPModule):
         policy.reshard()  # a forward without backward leaves embeddings and head gathered: a step would be on copies
     names = ["loss", "tokens", "clip_fraction", "is_weight", "sampler_gap", "entropy"]
@@ -166,7 +167,7 @@ def update(learner: Learner, groups: list[Group], updates: int, kl: float, tempe
     for u, batches in enumerate(packed):
         losses = torch.zeros((), device=device)
         for (row, mask, sampler_logp, advantages), old in zip(batches, old_logp[u], strict=True):
-            if u == 0:
+            if u == 0:  # afterwards the policy has changed, and the step is finished
                 check_signals()
             logp = policy(row, temperature)
             loss, stats = rvpo.policy_loss(logp, logp.detach() if old is None else old, sampler_logp, advantages, mask,
@@ -235,9 +236,7 @@ def seed_rewards(seed: int, step: int) -> None:
         generator(request_seed(seed, f"rewards {step}", RANK))
 
 
-class Evaluation:
-    """One sample for each held-out prompt, with the same request seeds each time."""
-
+class Evaluation:  # one sample for each held-out prompt, with the same request seeds each time
     def __init__(self, sampler: Sampler, held_out: list[Prompt], log):
         self.sampler, self.held_out, self.log = sampler, held_out, log
 
@@ -246,7 +245,8 @@ class Evaluation:
         report = self.sampler.task.report([group.rewards.numpy() for group in groups]) if groups else {}
         self.log.evaluation(step, [self.sampler.task.result(group.prompt.example, group.responses[0].text,
                                                             group.rewards[0].numpy())[0] for group in groups], report)
-        self.sampler.task.check(report)
+        if groups:
+            self.sampler.task.check(report)
 
 
 def fit(config: TrainConfig, learner: Learner, sampler: Sampler, prompts: list[Prompt], log, evaluate,
@@ -269,6 +269,7 @@ def fit(config: TrainConfig, learner: Learner, sampler: Sampler, prompts: list[P
         seed_rewards(config.seed, state.step)
         if state.step in (0, config.steps) or (config.eval_every and state.step % config.eval_every == 0):
             evaluate(state.step)
+            seed_rewards(config.seed, state.step)  # the step's rewards do not depend on --eval-every
         if state.step == config.steps:
             return
 

@@ -85,7 +85,7 @@ def prompts(options, public: str | None, from_row: Callable[[dict, str], Example
     the steps draw from all of them; 0: they are not read."""
     def load(n_train: int | None, n_test: int | None) -> tuple[list[Example], list[Example]]:
         if not public and not options.train_data and (n_train != 0 or not options.test_data):
-            raise InputError(f"--task {options.task} needs --data FILE, see README.md for its schema")
+            raise InputError(f"--task {options.task} needs --data FILE, see docs/rubrics.md for its schema")
         train_path = options.train_data or (public and public.format(split="train"))
         if options.train_data and not options.test_data:
             rows = read(train_path, from_row)

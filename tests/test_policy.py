@@ -81,7 +81,7 @@ def test_one_row_is_exactly_separate_sequences(request, architecture, checkpoint
 
 @pytest.mark.parametrize("config", [Qwen3Config, MistralConfig, Phi3Config], ids=lambda config: config.model_type)
 def test_other_architectures(config, tmp_path):
-    """That are not refused (model.check_architecture): log-probs."""
+    """That are not refused (model.TRAINABLE): log-probs."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config(
