@@ -147,8 +147,8 @@ def update(learner: Learner, groups: list[Group], updates: int, kl: float, tempe
     """
     policy, device = learner.policy, learner.device
     slots = np.array_split(np.arange(len(groups)), updates)
-    # Sampled tokens of each update, also of prompts that are not computed. Counted first, over all ranks: any split into
-    # micro-batches and ranks then gives the same mean over tokens, and losses and gradients simply add up.
+    # Sampled tokens of each update, also of prompts that are not computed. Counted first, over all ranks: any split
+    # into micro-batches and ranks then gives the same mean over tokens, and losses and gradients simply add up.
     n_tokens = [sum(sum(response.mask) for slot in share for response in groups[slot].responses) for share in slots]
     pair = attention_cost(policy.lm.base_model.layers[0])
     kept = [[groups[slot] for slot in share if kl or groups[slot].advantages.any()] for share in slots]

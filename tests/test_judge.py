@@ -378,7 +378,7 @@ def test_every_rubric_option_changes_the_policy(monkeypatch, tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     for number, option in enumerate(([], ["--weights", "row"], ["--weights", "category"])):
         *_, weights = run(monkeypatch, tmp_path, "--task", "rubric", "--data", "rows.json", "--judge-url", server.url, "--judge-model", "m",
-                          "--eval-prompts", 1, "--steps", 1, *option, name=str(number))
+                          "--eval-prompts", 0, "--steps", 1, *option, name=str(number))
         for other, before in seen.items():
             assert any(not torch.equal(weights[key], before[key]) for key in before), (option, other)
         seen[str(option)] = weights

@@ -246,6 +246,14 @@ def test_a_checkpoint_of_some_ranks_is_loaded_by_others(tmp_path, llama, total):
     assert not [*tmp_path.rglob("*.metadata"), *tmp_path.rglob("*.pt"), *tmp_path.rglob("*.distcp")]  # no pickle
 
 
+def test_a_directory_that_was_half_deleted_does_not_block_the_next(tmp_path):
+    for name in ("x", "x.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    checkpoint.retire(tmp_path / "x")
+    assert not [*tmp_path.iterdir()]
+
+
 # What is refused
 
 @pytest.fixture

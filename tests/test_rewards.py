@@ -138,3 +138,9 @@ def test_a_bad_task_file_is_named(tmp_path, code, message):
     (tmp_path / "mine.py").write_text(code)
     with pytest.raises(InputError, match=f"--task .*mine.py.*{message}"):
         rewards.load_task(TaskOptions(str(tmp_path / "mine.py"), None, None, JudgeOptions()))
+
+
+@pytest.mark.parametrize("weights", [[], [0.0], [1.0, -1.0], [0.0, 0.0]])
+def test_a_task_needs_weights(weights):
+    with pytest.raises(InputError, match="a weight of at least 0, not all 0"):
+        rewards.Task(None, [rewards.Channel(str(i), weight=weight) for i, weight in enumerate(weights)])

@@ -339,6 +339,7 @@ def nothing_is_loaded(monkeypatch):
     (["--gradient-checkpointing", "maybe"], "--gradient-checkpointing maybe: should be 'auto', 'on' or 'off'"),
     (["--model", "./capped"], "--model ./capped: training gemma2 models is not supported"),
     (["--model", "./linear"], "--model ./linear: training qwen3_next models is not supported"),
+    (["--model", "./stretched"], "--model ./stretched: training with dynamic position embeddings is not supported"),
 ])
 def test_bad_input(monkeypatch, tmp_path, args, message):
     (tmp_path / "runs/there").mkdir(parents=True)
@@ -350,11 +351,13 @@ def test_bad_input(monkeypatch, tmp_path, args, message):
     (tmp_path / "good.json").write_text(json.dumps([good] * 9))
     (tmp_path / "none.json").write_text("[]")
     (tmp_path / "odd.json").write_text(json.dumps([{**good, "prompt": [{"role": "user", "content": "\ud800"}]}] * 9))
-    for broken in ("json", "cut", "wordless", "capped", "linear"):
+    for broken in ("json", "cut", "wordless", "capped", "linear", "stretched"):
         shutil.copytree(models.tiny(), tmp_path / broken)
     (tmp_path / "json" / "config.json").write_text("no json")
     (tmp_path / "cut" / "model.safetensors").write_bytes((tmp_path / "json" / "model.safetensors").read_bytes()[:1000])
     (tmp_path / "wordless" / "tokenizer.json").unlink()
+    config = json.loads((tmp_path / "stretched/config.json").read_text())
+    (tmp_path / "stretched/config.json").write_text(json.dumps({**config, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}))
     Gemma2Config().save_pretrained(tmp_path / "capped")
     Qwen3NextConfig().save_pretrained(tmp_path / "linear")
     nothing_is_loaded(monkeypatch)
@@ -391,8 +394,9 @@ def test_a_bad_reward_is_found_before_the_model_is_loaded(monkeypatch, tmp_path)
 def test_vllm_missing_when_asked_for(monkeypatch, tmp_path):
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "vllm" else real(name, *a))
-    with pytest.raises(InputError, match="--engine vllm: vLLM is not installed; pip install -r requirements.txt, or use --engine hf"):
+    with pytest.raises(InputError, match="--engine vllm: vLLM is not installed; pip install -r requirements.txt, or --engine hf"):
         run(monkeypatch, tmp_path, "--engine", "vllm")
+    assert parse(TrainConfig, "", ["--resume", "runs/a"]).resume == "runs/a"  # which may have another engine
 
 
 def test_aggregations_are_those_of_the_method():
