@@ -1,5 +1,6 @@
 """What README and docs show, typed: options exist, files are there, and what can run without a GPU and a network runs."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -18,8 +19,8 @@ def commands() -> list[str]:
     return sorted({line for line in lines if re.match(r"(python|torchrun|make|pip|vllm) ", line)})
 
 
-RUN = ["python train.py --task examples/polite.py --steps 2 --name polite",
-       "python eval.py --task examples/polite.py --model runs/polite --limit 16",
+RUN = ["python train.py --task examples/polite.py --steps 1 --prompts 2 --name polite",
+       "python eval.py --task examples/polite.py --model runs/polite",
        "python bench/plot.py runs/polite runs/polite --out both.png"]  # `runs/A runs/B` in README
 NOT_HERE = {  # why
     "make demo": "minutes", "make study": "minutes", "python study/study.py": "minutes", "python bench/step.py": "minutes",
@@ -63,6 +64,11 @@ def test_the_commands_as_typed(tmp_path):
         out = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True)
         assert out.returncode == 0 and "Traceback" not in out.stderr, (line, out.stderr[-3000:])
     assert (tmp_path / "both.png").exists() and (tmp_path / "runs/polite/checkpoint").is_dir()
+    lines = [json.loads(line) for line in (tmp_path / "runs/polite/metrics.jsonl").read_text().splitlines()]
+    assert all(set(line["eval"]) == {"joint", "polite", "short"} for line in lines if "eval" in line)
+    assert {*lines[1]["channels"]} == {"polite", "short"}
+    results = json.loads(next(tmp_path.glob("runs/polite-eval*/results.json")).read_text())
+    assert {*results["metrics"]} == {"joint", "polite", "short"} and results["metrics"]["short"]["n"] == 2
 
 
 def test_readme_is_short():

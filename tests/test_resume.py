@@ -199,7 +199,7 @@ def test_a_late_rank_without_a_name(tmp_path):
     (tmp_path / "late.py").write_text("import ranks, time\ntime.sleep(2.2 * ranks.RANK)\n" + GRADED)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
     options = {"cwd": tmp_path, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
-    process = subprocess.Popen([*launcher, *TINY, "--task", "late.py", "--max-tokens", "8", "--save-every", "1", "--steps", "40"], **options)
+    process = subprocess.Popen([*launcher, *TINY, "--task", "late.py", "--max-tokens", "8", "--save-every", "1", "--steps", "15"], **options)
     kill_and_resume.wait(lambda: [*tmp_path.glob("runs/*/state/step-[1-9]")], process)
     process.terminate()
     process.wait(60)
