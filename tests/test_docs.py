@@ -67,7 +67,7 @@ def test_the_commands_as_typed(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "runs/polite/metrics.jsonl").read_text().splitlines()]
     assert all(set(line["eval"]) == {"joint", "polite", "short"} for line in lines if "eval" in line)
     assert {*lines[1]["channels"]} == {"polite", "short"}
-    results = json.loads(next(tmp_path.glob("runs/polite-eval*/results.json")).read_text())
+    results = json.loads(next(tmp_path.glob("runs/eval-polite-*/results.json")).read_text())
     assert {*results["metrics"]} == {"joint", "polite", "short"} and results["metrics"]["short"]["n"] == 2
 
 
