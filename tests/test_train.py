@@ -324,7 +324,7 @@ def nothing_is_loaded(monkeypatch):
     (["--group", 1], "--group 1: should be greater than or equal to 2"), (["--prompts", 0], "--prompts 0: should be greater than or equal to 1"),
     (["--temperature", 0], "--temperature 0: should be"), (["--lr", "nan"], "--lr nan"), (["--max-tokens", "many"], "--max-tokens many: should be a valid integer"),
     (["--kl", -1], "--kl -1: should be"), (["--updates", 3], "--updates 3: at most --prompts"),
-    (["--name", "there"], "runs/there exists"), (["--name", "a/b"], "--name a/b: should match"), (["--weights", "tool"], "--weights tool: must be NAME=NUMBER"),
+    (["--name", "there"], "runs/there exists"), (["--name", "a/b"], "--name a/b: String should match"), (["--weights", "tool"], "--weights tool: must be NAME=NUMBER"),
     (["--weights", "tool=1,x=2"], "--weights x=2: must be NAME=NUMBER, the number at least 0 and the name one of format, tool"), (["--weights", "tool=-1"], "--weights tool=-1"),
     (["--weights", ",".join(f"{name}=0" for name in "format tool arg_names arg_values no_invented clean brief".split())], "all channels have weight 0"),
     (["--task", "broken.py"], "--task broken.py cannot be imported: NameError: name 'x' is not defined"), (["--task", "empty.py"], "must return a rewards.Task"),
@@ -416,7 +416,7 @@ def test_help(tmp_path, script):
 @pytest.mark.parametrize("script", ["train.py", "eval.py"])
 def test_help_and_wrong_options_do_not_wait_for_torch(tmp_path, script):
     for args, said in ((["--help"], "usage: "), (["--task", "x"], "error: --task x: choose one of tools, rlla")):
-        code = "import runpy, sys; sys.argv = sys.argv[1:]\ntry: runpy.run_path(sys.argv[0], run_name='__main__')\nexcept SystemExit as end: print(end, file=sys.stderr)\n" \
+        code = f"import runpy, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, {str(ROOT)!r})\ntry: runpy.run_path(sys.argv[0], run_name='__main__')\nexcept SystemExit as end: print(end, file=sys.stderr)\n" \
                "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
         result = subprocess.run([sys.executable, "-c", code, ROOT / script, *args], cwd=tmp_path, capture_output=True, text=True)
         assert result.returncode == 0 and (result.stdout + result.stderr).startswith(said), result.stderr
