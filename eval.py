@@ -14,7 +14,7 @@ import sys
 from pydantic import Field
 
 from config import Shared, TaskOptions, parse
-from ranks import RANK, InputError, join
+from ranks import RANK, InputError, join, leave
 
 
 class EvalConfig(Shared):
@@ -249,3 +249,4 @@ if __name__ == "__main__":
         main(CONFIG) if CONFIG else print_comparison(sys.argv[2:])
     except InputError as error:
         sys.exit(f"error: {error}")
+    leave()

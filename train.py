@@ -10,7 +10,7 @@ for rounding and random rewards, the same for any number of ranks. Begin with `f
 import sys
 
 from config import TrainConfig, parse
-from ranks import RANK, WORLD, InputError, join
+from ranks import RANK, WORLD, InputError, join, leave
 
 try:  # before torch is imported: a wrong option must not wait for it
     CONFIG = parse(TrainConfig, __doc__) if __name__ == "__main__" else None
@@ -357,3 +357,4 @@ if __name__ == "__main__":
         main(CONFIG)
     except InputError as error:
         sys.exit(f"error: {error}")
+    leave()
