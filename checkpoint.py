@@ -291,7 +291,8 @@ def channel_stats(groups: "list[Group]", beta: float) -> dict[str, dict[str, flo
     for group in groups:
         weights = torch.tensor([channel.weight for channel in group.channels])
         signal = has_signal(group)
-        shares = rvpo.soft_min_weights(rvpo.zscore(group.rewards), beta, weights)  # (G, K)
+        z = rvpo.zscore(group.rewards).requires_grad_()
+        shares, = torch.autograd.grad(rvpo.soft_min(z, beta, weights).sum(), z)  # (G, K), each rollout's sum to 1
         largest = (shares == shares.amax(-1, keepdim=True)).to(shares)
         largest = largest / largest.sum(-1, keepdim=True)
         rollouts += signal.sum().item()
@@ -473,16 +474,12 @@ class NoCheckpoints:
 
 
 def tensors(policy, optimizer) -> dict[str, Tensor]:
-    """Name -> what is saved of the policy and of AdamW, whose moments are made here where it has none yet, as it would
-    make them itself."""
+    """Name -> what is saved of the policy and of AdamW."""
     if isinstance(policy, FSDPModule):
         policy.reshard()  # an update that was broken off may have left embeddings and head gathered
     out = {}
     for name, parameter in policy.named_parameters():
         state = optimizer.state[parameter]
-        if not state:
-            state |= {"step": torch.zeros((), device=parameter.device), "exp_avg": torch.zeros_like(parameter),
-                      "exp_avg_sq": torch.zeros_like(parameter)}
         out |= {f"policy.{name}": parameter.detach(), f"exp_avg.{name}": state["exp_avg"],
                 f"exp_avg_sq.{name}": state["exp_avg_sq"]}
     return out

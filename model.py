@@ -2,6 +2,8 @@
 
 import contextlib
 import math
+import tempfile
+import traceback
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,14 +28,17 @@ class Prompt(NamedTuple):
 
 @contextlib.contextmanager
 def readable(name: str):
-    """Whatever a broken checkpoint raises, from half a dozen libraries, becomes one InputError."""
+    """Whatever a broken checkpoint, vLLM or CUDA raises becomes one InputError, and its traceback a file."""
     try:
         yield
     except InputError:
         raise
     except Exception as error:
         reason = (str(error).strip() or "no reason given").splitlines()[0]
-        raise InputError(f"--model {name} cannot be loaded ({type(error).__name__}: {reason})") from error
+        with tempfile.NamedTemporaryFile("w", prefix="rvpo-", suffix=".txt", delete=False) as file:
+            traceback.print_exc(file=file)
+        raise InputError(f"--model {name} cannot be loaded ({type(error).__name__}: {reason}); all of it is in "
+                         f"{file.name}") from error
 
 
 def resolve(name: str) -> Path:

@@ -18,21 +18,20 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.varlen import varlen_attn
-from torch.nn.functional import cross_entropy, scaled_dot_product_attention
-from torch.utils.checkpoint import checkpoint
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from ranks import LOCAL_WORLD, WORLD, InputError
 
-LOGITS = 512  # tokens whose logits exist at a time: 0.3 GB in float32 with 152,000 words
+LOGITS = 512, 2048  # tokens whose logits exist at a time, on a CPU and on a GPU: 1.2 GB with 152,000 words
 
 
 class Sequences(NamedTuple):  # who sees whom in a row of S tokens: a prompt itself, a response its prompt and itself
-    queries: list[int]  # length of each sequence, S in all
-    keys: list[int]  # and of the keys it sees; each query sees those up to itself, aligned at the end
-    at: Tensor  # (sum of keys,): where in the row these keys are
-    query_ends: Tensor  # int32, cumulated from 0, as the CUDA kernel wants them
-    key_ends: Tensor
+    at: Tensor  # where in the row the keys are that the sequences see, one sequence after another
+    query_ends: Tensor  # int32, cumulated from 0: where each sequence's queries end, S in all,
+    key_ends: Tensor  # and its keys in `at`; each query sees those up to itself, aligned at the end
+    queries: int  # of the longest sequence. No lists: a compiled layer would be compiled again for each row
+    keys: int
 
 
 class Row(NamedTuple):
@@ -69,7 +68,7 @@ def pack(groups: list[tuple[list[int], list[list[int]]]], device: torch.device) 
     ends = [torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32) for lengths in (queries, keys)]
     tokens, positions, predictors, targets, at = (torch.tensor(x, dtype=torch.long, device=device)
                                                   for x in ([tokens], [positions], predictors, targets, at))
-    return Row(tokens, positions, predictors, targets, Sequences(queries, keys, at, *ends))
+    return Row(tokens, positions, predictors, targets, Sequences(at, *ends, max(queries), max(keys)))
 
 
 def _prompt_once(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, scaling: float,
@@ -79,34 +78,67 @@ def _prompt_once(module, query: Tensor, key: Tensor, value: Tensor, attention_ma
     A prompt's keys and values are copied for each response: then an ordinary kernel for sequences of different lengths
     does the rest, with no mask and no work that is thrown away.
     """
-    if query.is_cuda:
-        return _attend_on_cuda(query[0], key[0], value[0], scaling, sequences), None
-    # The copies are made again in the backward pass: kept, they took a fifth to a quarter of a CPU update's memory.
-    return checkpoint(_attend_on_cpu, query[0], key[0], value[0], scaling, sequences, use_reentrant=False), None
+    attend = _attend_on_cuda if query.is_cuda else _attend_on_cpu
+    return attend(query[0], key[0], value[0], scaling, sequences), None
 
 
 def _attend_on_cuda(query: Tensor, key: Tensor, value: Tensor, scaling: float, sequences: Sequences) -> Tensor:
     """(H, S, D) -> (1, S, H, D), by FlashAttention's kernel, which wants (S, H, D) in half precision."""
     query, key, value = (x.transpose(0, 1) for x in (query, key, value))
     return varlen_attn(query, key.index_select(0, sequences.at), value.index_select(0, sequences.at),
-                       sequences.query_ends, sequences.key_ends, max(sequences.queries), max(sequences.keys),
+                       sequences.query_ends, sequences.key_ends, sequences.queries, sequences.keys,
                        scale=scaling, window_size=(-1, 0), enable_gqa=True)[None]  # (-1, 0): causal
 
 
 def _attend_on_cpu(query: Tensor, key: Tensor, value: Tensor, scaling: float, sequences: Sequences) -> Tensor:
     """The same, sequence by sequence, in any precision."""
-    key, value = (x.index_select(1, sequences.at).repeat_interleave(len(query) // len(x), 0) for x in (key, value))
-    out = []
-    for q, k, v in zip(query.split(sequences.queries, 1), key.split(sequences.keys, 1),
-                       value.split(sequences.keys, 1), strict=True):
+    key, value = (x.index_select(1, sequences.at) for x in (key, value))
+    out, queries, keys = [], sequences.query_ends.diff().tolist(), sequences.key_ends.diff().tolist()
+    for q, k, v in zip(query.split(queries, 1), key.split(keys, 1), value.split(keys, 1), strict=True):
         n, seen = q.shape[1], k.shape[1]
         mask = None if n == seen else torch.ones(n, seen, dtype=torch.bool).tril(seen - n)
         out.append(scaled_dot_product_attention(q[None], k[None], v[None], mask, is_causal=mask is None,
-                                                scale=scaling)[0])
+                                                scale=scaling, enable_gqa=True)[0])
     return torch.cat(out, 1).transpose(0, 1)[None]
 
 
 AttentionInterface.register("prompt_once", _prompt_once)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, summed and returned in float32 also where a and b are in half precision."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda and a.dtype != torch.float32 else a.float() @ b.float()
+
+
+class LogProbs(torch.autograd.Function):
+    """hidden (N, H), output head (V, H), targets (N,), temperature -> log-probs (N,) of the targets, float32.
+
+    LOGITS tokens at a time: memory does not grow with N times V. Logits are in float32, for rounded to bfloat16 they
+    alone would move a log-prob by .01 to .04; they are computed again in the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor, temperature: float) -> Tensor:
+        logp, total, size = [], [], LOGITS[hidden.is_cuda]
+        for h, target in zip(hidden.split(size), targets.split(size), strict=True):
+            logits = product(h, head.T) / temperature  # (some of N, V)
+            total.append(logits.logsumexp(-1))
+            logp.append(logits.gather(-1, target[:, None]).squeeze(-1) - total[-1])
+        ctx.temperature, ctx.size = temperature, size
+        ctx.save_for_backward(hidden, head, targets, torch.cat(total))
+        return torch.cat(logp)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        hidden, head, targets, total = ctx.saved_tensors
+        grad, d_hidden, d_head = grad / ctx.temperature, [], torch.zeros_like(head, dtype=torch.float32)
+        for h, target, z, g in zip(*(x.split(ctx.size) for x in (hidden, targets, total, grad)), strict=True):
+            # d logp / d logits = [token is the target] - its probability
+            d = (product(h, head.T) / ctx.temperature).sub_(z[:, None]).exp_().mul_(-g[:, None])
+            d = d.scatter_add_(-1, target[:, None], g[:, None]).to(h.dtype)
+            d_hidden.append(d @ head)
+            d_head += product(d.T, h)
+        return torch.cat(d_hidden), d_head, None, None
 
 
 class Policy(nn.Module):
@@ -120,15 +152,20 @@ class Policy(nn.Module):
         """Log-probs (N,) of the responses' tokens at that temperature, float32."""
         hidden = self.lm.base_model(input_ids=row.tokens, position_ids=row.positions, use_cache=False,
                                     sequences=row.sequences).last_hidden_state[0]  # (S, H)
-        hidden = hidden.index_select(0, row.predictors)  # (N, H)
+        head = self.lm.get_output_embeddings().weight  # (V, H)
+        return LogProbs.apply(hidden.index_select(0, row.predictors), head, row.targets, temperature)
 
-        def logp(hidden: Tensor, targets: Tensor) -> Tensor:
-            logits = self.lm.get_output_embeddings()(hidden).float() / temperature  # (some of N, V)
-            return -cross_entropy(logits, targets, reduction="none")
 
-        # Each chunk's logits are computed again in the backward pass: memory does not grow with N times V.
-        return torch.cat([checkpoint(logp, *chunk, use_reentrant=False)
-                          for chunk in zip(hidden.split(LOGITS), row.targets.split(LOGITS), strict=True)])
+    def has_room(self, tokens: int) -> bool:
+        """Can a micro-batch of so many tokens keep its activations? About 20 times the hidden and 8 times the
+        intermediate size, in bytes a token and layer (bench/simulate.py counts them), may be 0.4 of the GPU."""
+        c, total = self.lm.config, torch.cuda.get_device_properties().total_memory
+        return tokens * c.num_hidden_layers * (20 * c.hidden_size + 8 * c.intermediate_size) < 0.4 * total
+
+    def recompute(self) -> None:
+        """From now on a layer's activations are computed again in the backward pass: a third more work for less memory."""
+        self.lm.gradient_checkpointing_enable({"use_reentrant": False})
+        self.lm.train()
 
 
 def make_mesh(device: torch.device) -> DeviceMesh | None:
@@ -144,7 +181,7 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 
 def load(path: Path, device: torch.device, mesh: DeviceMesh | None = None, dtype: torch.dtype = torch.float32,
-         gradient_checkpointing: bool = False) -> Policy:
+         trained: bool = True) -> Policy:
     """The checkpoint's weights in `dtype`; each rank reads its own shard, and never holds more. On GPUs a layer is
     gathered, computed and reduced in bfloat16 (gradients in float32). Without dropout: the log-probs must be those of
     the policy that sampled. Raises InputError for missing weights."""
@@ -156,14 +193,14 @@ def load(path: Path, device: torch.device, mesh: DeviceMesh | None = None, dtype
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     lm.eval()
-    if gradient_checkpointing:
-        lm.gradient_checkpointing_enable({"use_reentrant": False})
-        lm.train()
-    policy = Policy(lm, path)
+    policy = Policy(lm, path).requires_grad_(trained)
     if mesh:
+        # What is gathered for a forward is given up after it, but for embeddings and head, which the backward needs
+        # first. A model that has no backward gives all up; one that has a GPU to itself keeps all until then.
+        reshard = None if mesh["shard"].size() > 1 else False
         precision = MixedPrecisionPolicy(compute_dtype(device), reduce_dtype=torch.float32)
         for unit in [*lm.base_model.layers, policy]:
-            fully_shard(unit, mesh=mesh, mp_policy=precision)
+            fully_shard(unit, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard if trained else True)
     buffers = dict(lm.named_buffers())
     policy.to_empty(device=device)
     for name, buffer in buffers.items():  # computed, not loaded, such as the rotary frequencies

@@ -9,6 +9,8 @@ import sys
 import weakref
 from collections.abc import Callable
 
+# Read when torch is imported: freed memory goes back in pieces of any size, or vLLM may not wake up for want of it.
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 LOCAL_RANK, LOCAL_WORLD = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
@@ -18,13 +20,18 @@ class InputError(ValueError):
 
 
 def join():
-    """Meets the other ranks. Returns this rank's torch.device."""
+    """Meets the other ranks. Returns this rank's torch.device. Raises InputError for a GPU that cannot be used."""
     import torch
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
 
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", LOCAL_RANK) if cuda else torch.device("cpu")
+    if torch.version.cuda and not cuda and os.path.exists("/proc/driver/nvidia/version"):
+        raise InputError(f"there is a GPU, but CUDA {torch.version.cuda} cannot use it: it needs a newer driver (580 for "
+                         "CUDA 13; nvidia-smi shows yours), and CUDA_VISIBLE_DEVICES must not hide it")
+    if cuda and torch.cuda.get_device_capability(device) < (8, 0):
+        raise InputError(f"{torch.cuda.get_device_name(device)} is too old: compute capability 8.0 (A100) is needed")
     if cuda:
         torch.cuda.set_device(device)
     elif WORLD == 1:

@@ -125,7 +125,11 @@ class VLLMEngine:
                          "stop_token_ids": decoding.stops, "detokenize": False}
         self.dtype = torch.bfloat16 if cuda else torch.float32
         self.sleeps = cuda and not fixed
-        options = {"gpu_memory_utilization": gpu_memory, "enable_sleep_mode": self.sleeps} if cuda else {
+        options = {
+            "gpu_memory_utilization": gpu_memory, "enable_sleep_mode": self.sleeps,
+            # The defaults of large GPUs, 1024 and 16384, cost gigabytes that a 14B model needs for its KV cache.
+            "max_num_seqs": 256, "max_num_batched_tokens": 8192,
+        } if cuda else {
             # A CPU's KV cache is touched as a whole at the start, hence small: one sequence more, for blocks are not
             # full. Bytes that are given, however few, switch the measuring of memory off.
             "num_gpu_blocks_override": (at_a_time + 1) * (max_len + 32) // 32, "kv_cache_memory_bytes": 2**20,
@@ -139,7 +143,9 @@ class VLLMEngine:
         if not fixed:
             # The first push fills the weights. Untied, so that it fills the output head, too: a reload would leave a
             # head that is tied to the embeddings stale on a CPU.
-            options |= {"load_format": "dummy", "hf_overrides": {"tie_word_embeddings": False}}
+            # Its product in float32, as in policy.LogProbs: rounded to bfloat16 logits move a log-prob by .01 to .04.
+            options |= {"load_format": "dummy",
+                        "hf_overrides": {"tie_word_embeddings": False, "head_dtype": "float32"}}
         self.llm = LLM(
             str(path), dtype=self.dtype, max_model_len=max_len, disable_log_stats=True,
             logprobs_mode="processed_logprobs",  # at temperature T; the default reports them at 1

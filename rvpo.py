@@ -60,13 +60,6 @@ def _channel_weights(z: Tensor, weights: Tensor | None) -> Tensor:
     return w / w.sum(-1, keepdim=True).clamp(min=torch.finfo(z.dtype).tiny)
 
 
-def _above_min(z: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """The minimum over channels with weight (..., G, 1), 0 if there is none, and the distances to it (..., G, K)."""
-    m = z.masked_fill(w == 0, math.inf).amin(-1, keepdim=True)
-    m = m.masked_fill(m == math.inf, 0.0)
-    return m, torch.where(w > 0, z - m, 0.0)
-
-
 def soft_min(z: Tensor, beta: float, weights: Tensor | None = None) -> Tensor:
     """Step 2: (..., G, K) -> (..., G), -1/beta * log sum_j w_j exp(-beta * z_j) over the channels that are present.
 
@@ -76,7 +69,9 @@ def soft_min(z: Tensor, beta: float, weights: Tensor | None = None) -> Tensor:
     if not beta >= 0:
         raise ValueError(f"beta must be >= 0, got {beta}")
     w = _channel_weights(z, weights)
-    m, d = _above_min(z, w)  # a rollout without any reward scores 0
+    m = z.masked_fill(w == 0, math.inf).amin(-1, keepdim=True)  # (..., G, 1)
+    m = m.masked_fill(m == math.inf, 0.0)  # a rollout without any reward scores 0
+    d = torch.where(w > 0, z - m, 0.0)
     if beta == 0:
         above = (w * d).sum(-1)
     elif beta == math.inf:
@@ -84,14 +79,6 @@ def soft_min(z: Tensor, beta: float, weights: Tensor | None = None) -> Tensor:
     else:
         above = -torch.log1p((w * torch.expm1(-beta * d)).sum(-1)) / beta
     return m.squeeze(-1) + above
-
-
-def soft_min_weights(z: Tensor, beta: float, weights: Tensor | None = None) -> Tensor:
-    """(..., G, K) -> (..., G, K): the gradient of soft_min with respect to z; 0 for a missing channel."""
-    w = _channel_weights(z, weights)
-    _, d = _above_min(z, w)
-    p = w * (d == 0) if beta == math.inf else w * torch.exp(-beta * d)
-    return p / p.sum(-1, keepdim=True).clamp(min=torch.finfo(z.dtype).tiny)
 
 
 # The aggregations: raw rewards (G, K) or (P, G, K) -> scores (G,) or (P, G), not yet whitened. weights: (K,) or (P, K).

@@ -56,62 +56,56 @@ class Learner:  # what is trained, and what trains it
 
 
 def make_optimizer(policy, lr: float) -> torch.optim.AdamW:
-    """With ToolRL's settings, in one fused kernel."""
-    return torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=0.01, fused=True)
+    """With ToolRL's settings, in one fused kernel. Its moments are made now, as its first step would make them: by then
+    vLLM is there, and would not get back the blocks that they are cut from."""
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=0.01, fused=True)
+    for parameter in policy.parameters():
+        optimizer.state[parameter] |= {"step": torch.zeros((), device=parameter.device),
+                                       "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+    return optimizer
 
 
-def attention_cost(layer) -> float:
-    """Work of one (query, key) pair in a decoder layer, in units of a token's work beside attention: 4 operations for
-    each element of a query against 2 for each weight."""
-    weights = sum(parameter.numel() for parameter in layer.parameters() if parameter.dim() == 2)
-    return 2 * layer.self_attn.o_proj.in_features / weights
-
-
-def work(group: Group, pair: float) -> tuple[int, float]:
-    """Tokens of a prompt with its responses, and their work, attention included, in units of a token's. A response's
-    last token predicts nothing and is not computed. pair: see attention_cost."""
-    prompt, lengths = len(group.prompt.ids), [max(0, len(response.tokens) - 1) for response in group.responses]
-    pairs = prompt**2 / 2 + sum(n * (prompt + n / 2) for n in lengths)
-    return prompt + sum(lengths), prompt + sum(lengths) + pair * pairs
+def computed(group: Group) -> int:
+    """Tokens of a prompt and its responses that go through the model: a response's last one predicts nothing."""
+    return len(group.prompt.ids) + sum(max(0, len(response.tokens) - 1) for response in group.responses)
 
 
 def split(group: Group, limit: int) -> list[Group]:
-    """Parts whose responses have at most `limit` tokens; a single one may have more."""
+    """Parts whose responses have at most `limit` computed tokens; a single one may have more."""
     parts, tokens = [[]], 0
     for i, response in enumerate(group.responses):
-        computed = max(0, len(response.tokens) - 1)
-        if parts[-1] and tokens + computed > limit:
+        n = max(0, len(response.tokens) - 1)
+        if parts[-1] and tokens + n > limit:
             parts, tokens = [*parts, []], 0
         parts[-1].append(i)
-        tokens += computed
+        tokens += n
     return [group.part(chosen) for chosen in parts]
 
 
-def deal(groups: list[Group], ranks: int, budget: int, pair: float) -> list[list[list[Group]]]:
+def deal(groups: list[Group], ranks: int, budget: int) -> list[list[list[Group]]]:
     """For each rank its micro-batches: equally many, for sharded ranks wait for one another at every layer of each, and
     of at most `budget` tokens, unless one response with its prompt has more. The largest group goes first, to the
-    micro-batch with the least work. A group stays whole unless it exceeds the budget, or its responses are more than a
-    rank's share of all: then its prompt is computed more than once."""
+    micro-batch with the fewest tokens. A group stays whole unless it exceeds the budget, or its responses are more than
+    a rank's share of all: then its prompt is computed more than once."""
     if not groups:
         return [[] for _ in range(ranks)]
-    share = math.ceil(sum(work(group, pair)[0] - len(group.prompt.ids) for group in groups) / ranks)
+    share = math.ceil(sum(computed(group) - len(group.prompt.ids) for group in groups) / ranks)
     parts = [part for group in groups for part in split(group, min(budget - len(group.prompt.ids), share))]
-    sizes = [work(part, pair) for part in parts]
-    rounds = math.ceil(sum(min(tokens, budget) for tokens, _ in sizes) / ranks / budget)  # each gathers all weights
+    parts.sort(key=computed, reverse=True)
+    rounds = math.ceil(sum(min(computed(part), budget) for part in parts) / ranks / budget)  # each gathers all weights
     while True:
-        batches = [([], 0, 0.0)] * (rounds * ranks)  # parts, tokens, work
-        for i in sorted(range(len(parts)), key=lambda i: -sizes[i][1]):
-            room = [b for b, (chosen, tokens, _) in enumerate(batches) if not chosen or tokens + sizes[i][0] <= budget]
-            if not room:
+        batches, tokens = [[] for _ in range(rounds * ranks)], [0] * (rounds * ranks)
+        for part in parts:
+            b = tokens.index(min(tokens))
+            if batches[b] and tokens[b] + computed(part) > budget:
                 break
-            b = min(room, key=lambda b: batches[b][2])
-            chosen, tokens, done = batches[b]
-            batches[b] = [*chosen, parts[i]], tokens + sizes[i][0], done + sizes[i][1]
+            batches[b].append(part)
+            tokens[b] += computed(part)
         else:
             break
         rounds += 1
-    batches.sort(key=lambda batch: -batch[2])  # a round's micro-batches, which ranks compute together, are alike
-    return [[chosen for chosen, _, _ in batches[rank::ranks]] for rank in range(ranks)]
+    batches.sort(key=lambda batch: -sum(map(computed, batch)))  # those that ranks compute at one time are alike
+    return [batches[rank::ranks] for rank in range(ranks)]
 
 
 # What a rank computes when the others have a micro-batch more: sharded layers need all ranks at every forward.
@@ -150,9 +144,8 @@ def update(learner: Learner, groups: list[Group], updates: int, kl: float, tempe
     # Sampled tokens of each update, also of prompts that are not computed. Counted first, over all ranks: any split
     # into micro-batches and ranks then gives the same mean over tokens, and losses and gradients simply add up.
     n_tokens = [sum(sum(response.mask) for slot in share for response in groups[slot].responses) for share in slots]
-    pair = attention_cost(policy.lm.base_model.layers[0])
     kept = [[groups[slot] for slot in share if kl or groups[slot].advantages.any()] for share in slots]
-    mine = [deal(some, WORLD, budget, pair)[RANK] for some in kept]
+    mine = [deal(some, WORLD, budget)[RANK] for some in kept]
     packed = [[row_of(batch or IDLE, device) for batch in batches] for batches in mine]
     # Old log-probs. None for the first update: its policy is the one that sampled, and logp.detach() stands in.
     old_logp = [[None] * len(packed[0])]
@@ -166,7 +159,7 @@ def update(learner: Learner, groups: list[Group], updates: int, kl: float, tempe
     sums, grad_norms, bad = {name: torch.zeros((), dtype=torch.float64, device=device) for name in names}, [], []
     for u, batches in enumerate(packed):
         losses = torch.zeros((), device=device)
-        for (row, mask, sampler_logp, advantages), old in zip(batches, old_logp[u], strict=True):
+        for i, ((row, mask, sampler_logp, advantages), old) in enumerate(zip(batches, old_logp[u], strict=True)):
             if u == 0:  # afterwards the policy has changed, and the step is finished
                 check_signals()
             logp = policy(row, temperature)
@@ -180,6 +173,8 @@ def update(learner: Learner, groups: list[Group], updates: int, kl: float, tempe
                 stats["kl"] = (rvpo.kl_k3(logp, ref_logp) * mask).sum()
                 loss = loss + kl * stats["kl"] / max(1, n_tokens[u])
             stats["loss"] = loss * n_tokens[u]
+            if isinstance(policy, FSDPModule):  # gradients go from node to node once, with those of the last batch
+                policy.set_requires_all_reduce(i == len(batches) - 1)
             (loss * WORLD).backward()  # fully_shard takes the mean over ranks, this is a sum
             losses += loss.detach()
             for name in names:
@@ -315,10 +310,13 @@ def setup(config: TrainConfig, device: torch.device, task: Task, train: list[Exa
     longest = max(len(prompt.ids) for prompt in train + held_out) + config.max_tokens
     decoding = Decoding(tokenizer, stops, config.temperature, config.max_tokens)
     mesh, half = policies.make_mesh(device), policies.compute_dtype(device)
-    recompute = {"on": True, "off": False, "auto": device.type == "cuda"}[config.gradient_checkpointing]
     with model.readable(config.model):
-        policy = policies.load(path, device, mesh, gradient_checkpointing=recompute)
-        reference = policies.load(path, device, mesh, half).requires_grad_(False) if config.kl else None
+        policy = policies.load(path, device, mesh)
+        reference = policies.load(path, device, mesh, half, trained=False) if config.kl else None
+        optimizer = make_optimizer(policy, config.lr)
+        if config.gradient_checkpointing == "on" or (config.gradient_checkpointing == "auto" and device.type == "cuda"
+                                                     and not policy.has_room(config.tokens_per_microbatch)):
+            policy.recompute()
         if config.engine == "vllm":
             at_a_time = min(32, max(config.prompts * config.group, config.eval_prompts))
             engine = VLLMEngine(path, decoding, longest, config.gpu_memory, at_a_time)
@@ -326,7 +324,7 @@ def setup(config: TrainConfig, device: torch.device, task: Task, train: list[Exa
             from local import hf
 
             engine = hf.HFEngine(hf.load(path, device, half), decoding)
-    learner = Learner(policy, reference, make_optimizer(policy, config.lr), device)
+    learner = Learner(policy, reference, optimizer, device)
     write_policy = functools.partial(checkpoint.save_policy, policy, tokenizer, dtype)
     return learner, Sampler(engine, task, config.seed), train, held_out, write_policy
 

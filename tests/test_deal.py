@@ -1,7 +1,5 @@
 """Every response is dealt out exactly once, in micro-batches that fit and that give each rank as much to do."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -12,7 +10,7 @@ import train
 from model import Prompt
 from rollout import Group, Response
 
-PAIR = 3e-5  # of Qwen2.5-7B: 2 x 3584 operations of 233 million weights
+PAIR = 3e-5  # work of a (query, key) pair of Qwen2.5-7B: 2 x 3584 operations against those of 233 million weights
 GROUPS = st.lists(st.tuples(st.integers(1, 300), st.lists(st.integers(0, 200), min_size=1, max_size=8)), max_size=12)
 
 
@@ -30,8 +28,14 @@ def skewed(prompts: int, group: int, seed: int) -> list[tuple[int, list[int]]]:
             for p in range(prompts)]
 
 
+def work(group: Group) -> float:
+    """What a rank does for it, in units of a token's work beside attention: dealt out are tokens alone."""
+    prompt, lengths = len(group.prompt.ids), [max(0, len(response.tokens) - 1) for response in group.responses]
+    return train.computed(group) + PAIR * (prompt**2 / 2 + sum(n * (prompt + n / 2) for n in lengths))
+
+
 def done(dealt) -> list[float]:
-    return [sum(train.work(part, PAIR)[1] for batch in batches for part in batch) for batches in dealt]
+    return [sum(work(part) for batch in batches for part in batch) for batches in dealt]
 
 
 def names(dealt) -> list:
@@ -44,30 +48,20 @@ def check(dealt, groups, ranks: int, budget: int):
     everywhere = [batch for batches in dealt for batch in batches]
     assert sorted(r.text for batch in everywhere for part in batch for r in part.responses) == sorted(r.text for group in groups for r in group.responses)
     for batch in everywhere:
-        assert sum(train.work(part, PAIR)[0] for part in batch) <= budget or sum(len(part.responses) for part in batch) == 1
+        assert sum(train.computed(part) for part in batch) <= budget or sum(len(part.responses) for part in batch) == 1
 
 
-def test_attention_cost_by_hand():
-    # Weights of a layer: queries and output 8 x 8, keys and values 8 x 4, three of the MLP 8 x 16; 2 operations each a token.
-    # A pair: 2 x 8 operations for its score, as many for its share of the values.
-    linear = {"q": (8, 8), "k": (8, 4), "v": (8, 4), "o": (8, 8), "gate": (8, 16), "up": (8, 16), "down": (16, 8)}
-    layer = torch.nn.ModuleDict({name: torch.nn.Linear(*shape) for name, shape in linear.items()})
-    layer.self_attn = SimpleNamespace(o_proj=layer["o"])
-    assert train.attention_cost(layer) == 32 / (2 * (2 * 64 + 2 * 32 + 3 * 128))
-
-
-def test_work_by_hand():
-    # Computed of the responses: 2, 0, 0 and 4 tokens. Pairs: 10 x 10 / 2 and, of a response, its own and the prompt's.
+def test_computed_by_hand():
     (group,) = make([(10, [3, 1, 0, 5])])
-    assert train.work(group, 0.5) == (16, 16 + 0.5 * (50 + 2 * (10 + 1) + 4 * (10 + 2)))
+    assert train.computed(group) == 10 + 2 + 0 + 0 + 4
 
 
 @given(GROUPS, st.integers(1, 9), st.integers(1, 2000))
 def test_each_response_once_within_the_budget_and_equally_many_micro_batches(lengths, ranks, budget):
     groups = make(lengths)
-    dealt = train.deal(groups, ranks, budget, PAIR)
+    dealt = train.deal(groups, ranks, budget)
     check(dealt, groups, ranks, budget)
-    assert names(dealt) == names(train.deal(groups, ranks, budget, PAIR))  # each rank makes the plan for itself
+    assert names(dealt) == names(train.deal(groups, ranks, budget))  # each rank makes the plan for itself
 
 
 @pytest.mark.parametrize(("lengths", "ranks", "budget", "expected"), [
@@ -79,7 +73,7 @@ def test_each_response_once_within_the_budget_and_equally_many_micro_batches(len
     ([(4, [3]), (9, [3]), (7, [3])], 1, 100, [[[(1, [0]), (2, [0]), (0, [0])]]]),  # the largest first
 ])
 def test_plans_by_hand(lengths, ranks, budget, expected):
-    assert names(train.deal(make(lengths), ranks, budget, 0.0)) == expected
+    assert names(train.deal(make(lengths), ranks, budget)) == expected
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -87,9 +81,9 @@ def test_prompts_are_computed_once_where_that_is_fair(seed):
     """128 prompts of 8 on 8 ranks: no prompt is computed twice, and no rank waits for long."""
     rng = np.random.default_rng(seed)
     groups = make([(int(rng.integers(100, 900)), rng.integers(20, 400, 8).tolist()) for _ in range(128)])
-    dealt = train.deal(groups, 8, 16384, PAIR)
+    dealt = train.deal(groups, 8, 16384)
     check(dealt, groups, 8, 16384)
-    assert sum(done(dealt)) == pytest.approx(sum(train.work(group, PAIR)[1] for group in groups), rel=1e-12)
+    assert sum(done(dealt)) == pytest.approx(sum(work(group) for group in groups), rel=1e-12)
     assert max(done(dealt)) <= 1.05 * min(done(dealt))
 
 
@@ -97,19 +91,19 @@ def test_prompts_are_computed_once_where_that_is_fair(seed):
 @pytest.mark.parametrize(("prompts", "group"), [(128, 8), (512, 4)])
 def test_skewed_lengths_are_dealt_out_within_a_twelfth(prompts, group, seed):
     groups = make(skewed(prompts, group, seed))
-    dealt = train.deal(groups, 8, 16384, PAIR)
+    dealt = train.deal(groups, 8, 16384)
     check(dealt, groups, 8, 16384)
     shares = done(dealt)
-    extra = sum(shares) / sum(train.work(own, PAIR)[1] for own in groups) - 1
+    extra = sum(shares) / sum(work(own) for own in groups) - 1
     print(f"ranks {max(shares) / min(shares) - 1:.1%} apart, {extra:.1%} more work than each prompt once")
     assert max(shares) <= 1.08 * min(shares)
-    naive = [sum(train.work(own, PAIR)[1] for own in groups[rank::8]) for rank in range(8)]
+    naive = [sum(work(own) for own in groups[rank::8]) for rank in range(8)]
     assert max(shares) < max(naive)
 
 
 def test_few_prompts_on_many_ranks_are_parted():
     """Four prompts on eight ranks: better computed twice than not at all on half of the ranks."""
     groups = make([(50, [400] * 8)] * 4)
-    dealt = train.deal(groups, 8, 16384, PAIR)
+    dealt = train.deal(groups, 8, 16384)
     check(dealt, groups, 8, 16384)
     assert max(done(dealt)) <= 1.05 * min(done(dealt))

@@ -217,13 +217,13 @@ def test_a_checkpoint_that_lacks_the_shards_of_a_rank(monkeypatch, tmp_path, tin
     """As on nodes that do not share a file system: the other rank sees a file that is not here."""
     monkeypatch.setattr(checkpoint, "gather", lambda local: [*local, ["shard-00002-model-00001-of-00001.safetensors"]] if local and isinstance(local[0], list) else local)
     with pytest.raises(InputError, match="could not be saved: shard-00002-model-00001-of-00001.safetensors of another rank is not in .*must be on a file system that all share"):
-        checkpoint.save(tmp_path, tiny_policy, torch.optim.AdamW(tiny_policy.parameters()), State(step=3))
+        checkpoint.save(tmp_path, tiny_policy, train.make_optimizer(tiny_policy, 0.0), State(step=3))
     assert not [*tmp_path.glob("state/step-*")]
 
 
 def moments(policy, seed: int = 0):
     """An AdamW that has taken a step on gradients that depend on names only."""
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.01, fused=True)
+    optimizer = train.make_optimizer(policy, 0.01)
     for i, parameter in enumerate(policy.parameters()):
         parameter.grad = torch.full_like(parameter, 0.1 + i)
     optimizer.step()
@@ -238,7 +238,7 @@ def test_a_checkpoint_of_some_ranks_is_loaded_by_others(tmp_path, llama, total):
     checkpoint.save(tmp_path / "one", policy, optimizer, State(step=3, optimizer_steps=1))
     on_ranks(total, total, tmp_path / "many", llama, llama, tmp_path / "one")
     again = policies.load(llama, updates.CPU)
-    other = torch.optim.AdamW(again.parameters(), fused=True)
+    other = train.make_optimizer(again, 0.01)
     assert checkpoint.load(tmp_path / "many/state/step-4", again, other).step == 4
     assert json.loads((tmp_path / "many/state/step-4/state.json").read_text())["world_size"] == total
     saved, loaded = checkpoint.tensors(policy, optimizer), checkpoint.tensors(again, other)
@@ -327,7 +327,7 @@ def test_a_checkpoint_of_another_model(tiny, llama, tmp_path):
     checkpoint.save(tmp_path, policy, moments(policy), State(step=3, optimizer_steps=1))
     other = policies.load(tiny, updates.CPU)
     with pytest.raises(InputError) as error:
-        checkpoint.load(tmp_path / "state/step-3", other, torch.optim.AdamW(other.parameters()))
+        checkpoint.load(tmp_path / "state/step-3", other, train.make_optimizer(other, 0.01))
     assert str(error.value).startswith(f"{tmp_path}/state/step-3 is no checkpoint of this model: ") and "\n" not in str(error.value)
     print(error.value)
 

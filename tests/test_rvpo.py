@@ -169,12 +169,16 @@ def test_weights():
     assert tiny_weight.item() == pytest.approx(-(1000 + math.log(1e-8)) / 1000, abs=1e-6)
 
 
-def test_soft_min_weights_are_its_gradient():
-    z = torch.randn(4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+def test_the_gradient_of_soft_min_is_each_channel_s_weight():
+    """As metrics.jsonl reports it: exp(-beta z) in shares; a missing channel has none, and so has a rollout without any."""
+    z = torch.randn(4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    z[0, 2], z[3] = NAN, NAN
     for beta in (0.0, 0.5, 3.0):
-        gradient, = torch.autograd.grad(rvpo.soft_min(z, beta).sum(), z)
-        torch.testing.assert_close(rvpo.soft_min_weights(z.detach(), beta), gradient)
-    assert rvpo.soft_min_weights(torch.tensor([[1.0, 0.0, 0.0]]), math.inf).tolist() == [[0.0, 0.5, 0.5]]
+        gradient, = torch.autograd.grad(rvpo.soft_min(z.requires_grad_(), beta).sum(), z)
+        shares = (-beta * z.detach()).exp().nan_to_num(0.0)
+        torch.testing.assert_close(gradient, shares / shares.sum(-1, keepdim=True).clamp(min=1e-300))
+    z = torch.tensor([[1.0, 0.0, 0.0]], requires_grad=True)
+    assert torch.autograd.grad(rvpo.soft_min(z, math.inf).sum(), z)[0].tolist() == [[0.0, 0.5, 0.5]]
 
 
 @pytest.mark.parametrize("rewards", [torch.zeros(4), torch.zeros(1, 3), torch.zeros(2, 0), torch.tensor([[1.0], [math.inf]])])

@@ -60,7 +60,9 @@ def run(path: Path, reference_path: Path, mesh=None, prompts: int = 5, group: in
         limit: int = 100_000, kl: float = 0.1, updates: int = 1) -> dict:
     """One case. Returns every rank's metrics, the gradient of each update, and for every rank and micro-batch the
     number of its prompts."""
-    policy = policies.load(path, CPU, mesh, gradient_checkpointing=checkpointing)
+    policy = policies.load(path, CPU, mesh)
+    if checkpointing:
+        policy.recompute()
     reference = policies.load(reference_path, CPU, mesh).requires_grad_(False) if kl else None
     # Steps must be small, where there are several: rounding differences grow with each.
     optimizer, dealt, deal = Recorder(policy.parameters(), lr=0.1, weight_decay=0.1), [], train.deal
