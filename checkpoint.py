@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # on one rank, as asked for
 
+BAD_STEPS = 5  # stop after as many steps in a row whose loss or gradient is not finite
 FIRST_SAVE = 600.0  # seconds until --save-every auto saves for the first time
 CONSTANT = 10  # after as many steps a reward that has always been the same is pointed out
 LOGS = "metrics.jsonl", "samples.jsonl"
@@ -275,7 +276,7 @@ def open_run(options: dict, given: set[str]):
 def has_signal(group: "Group") -> Tensor:
     """(G,) bool: the rollout has a reward with weight in a channel that is not constant in its group."""
     weights = torch.tensor([channel.weight for channel in group.channels])
-    return rvpo.has_signal(rvpo.weighted(group.rewards, weights))
+    return rvpo.has_signal(group.rewards, weights)
 
 
 def channel_stats(groups: "list[Group]", beta: float) -> dict[str, dict[str, float]]:
@@ -474,12 +475,16 @@ class NoCheckpoints:
 
 
 def tensors(policy, optimizer) -> dict[str, Tensor]:
-    """Name -> what is saved of the policy and of AdamW."""
+    """Name -> what is saved of the policy and of AdamW, whose moments are made here where it has none yet, as it would
+    make them itself."""
     if isinstance(policy, FSDPModule):
         policy.reshard()  # an update that was broken off may have left embeddings and head gathered
     out = {}
     for name, parameter in policy.named_parameters():
         state = optimizer.state[parameter]
+        if not state:
+            state |= {"step": torch.zeros((), device=parameter.device), "exp_avg": torch.zeros_like(parameter),
+                      "exp_avg_sq": torch.zeros_like(parameter)}
         out |= {f"policy.{name}": parameter.detach(), f"exp_avg.{name}": state["exp_avg"],
                 f"exp_avg_sq.{name}": state["exp_avg_sq"]}
     return out
@@ -577,13 +582,19 @@ class Checkpoints:
         return max((int(moments["step"]) for moments in self.optimizer.state.values()), default=0)
 
     def save_if_due(self) -> float:
-        """Called between two steps: what is known now is what a checkpoint holds. Returns the seconds it took."""
+        """Called between two steps: what is known now is what a checkpoint holds. Returns the seconds it took. Raises
+        InputError if that fails, or if there is no sense in going on."""
         self.state.lengths, self.state.optimizer_steps = self.log.lengths(), self.optimizer_steps()
         if self.every == "auto":  # so that it takes 1% of the time
             due = gather([time.perf_counter() - self.saved_at >= (100 * self.took or FIRST_SAVE)])[0]
         else:
             due = int(self.every) and self.state.step % int(self.every) == 0
-        if not due or self.state.step == self.begun:
+        if self.state.step == self.begun:
+            return 0.0
+        if self.state.bad_steps >= BAD_STEPS:
+            raise InputError(f"a loss or gradient was not finite in each of the last {self.state.bad_steps} steps: see "
+                             "bad_prompts in metrics.jsonl, and try a lower --lr")
+        if not due:
             return 0.0
         began = time.perf_counter()
         self.save()

@@ -5,7 +5,6 @@ torch is imported where it is needed: config.py imports this file, and a wrong o
 
 import datetime
 import os
-import sys
 import weakref
 from collections.abc import Callable
 
@@ -28,8 +27,8 @@ def join():
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", LOCAL_RANK) if cuda else torch.device("cpu")
     if torch.version.cuda and not cuda and os.path.exists("/proc/driver/nvidia/version"):
-        raise InputError(f"there is a GPU, but CUDA {torch.version.cuda} cannot use it: it needs a newer driver (580 for "
-                         "CUDA 13; nvidia-smi shows yours), and CUDA_VISIBLE_DEVICES must not hide it")
+        raise InputError(f"CUDA {torch.version.cuda} cannot use the GPU: see CUDA_VISIBLE_DEVICES, and the driver's "
+                         "version in nvidia-smi (580 or newer for CUDA 13)")
     if cuda and torch.cuda.get_device_capability(device) < (8, 0):
         raise InputError(f"{torch.cuda.get_device_name(device)} is too old: compute capability 8.0 (A100) is needed")
     if cuda:
@@ -50,11 +49,9 @@ def join():
 
 
 def leave() -> None:
-    """Ends this process, all of whose work is done, at once. While the interpreter is taken down a thread of gloo's that
-    has not let go of its last tensor aborts the process (pytorch#190489): torchrun would call the run a failure."""
+    """Ends this process, whose work is done. While Python is taken down gloo's threads may abort it (pytorch#190489)."""
     if WORLD > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        print(end="", flush=True)
         os._exit(0)
 
 

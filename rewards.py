@@ -8,6 +8,7 @@ parsed, never run.
 import importlib
 import importlib.util
 import math
+import re
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -55,17 +56,14 @@ class Task:
 
     def weigh(self, text: str) -> None:
         """--weights NAME=NUMBER,...: the channels that are not named keep their weight."""
+        known = {channel.name: channel.weight for channel in self._channels}
         for part in text.split(","):
             name, _, number = part.partition("=")
-            known = [channel.name for channel in self._channels]
-            try:
-                weight = float(number)
-            except ValueError:
-                weight = -1.0
-            if name not in known or not 0 <= weight <= 1e6:
+            if name not in known or not re.fullmatch(r"(\d+\.?\d*|\.\d+)(e-?\d+)?", number) or float(number) > 1e6:
                 raise InputError(f"--weights {part}: must be NAME=NUMBER, the number at least 0 and the name one of "
                                  + ", ".join(known))
-            self._channels = [c._replace(weight=weight) if c.name == name else c for c in self._channels]
+            known[name] = float(number)
+        self._channels = [channel._replace(weight=known[channel.name]) for channel in self._channels]
         if not any(channel.weight for channel in self._channels):
             raise InputError(f"--weights {text}: all channels have weight 0, so there is nothing to learn from")
 

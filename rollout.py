@@ -125,19 +125,13 @@ class VLLMEngine:
                          "stop_token_ids": decoding.stops, "detokenize": False}
         self.dtype = torch.bfloat16 if cuda else torch.float32
         self.sleeps = cuda and not fixed
-        options = {
-            "gpu_memory_utilization": gpu_memory, "enable_sleep_mode": self.sleeps,
-            # The defaults of large GPUs, 1024 and 16384, cost gigabytes that a 14B model needs for its KV cache.
-            "max_num_seqs": 256, "max_num_batched_tokens": 8192,
-        } if cuda else {
-            # A CPU's KV cache is touched as a whole at the start, hence small: one sequence more, for blocks are not
-            # full. Bytes that are given, however few, switch the measuring of memory off.
-            "num_gpu_blocks_override": (at_a_time + 1) * (max_len + 32) // 32, "kv_cache_memory_bytes": 2**20,
-            # A seeded request whose prompt is cut into chunks crashes on a CPU ("CPU Generator does not use offset").
-            "enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, max_len),
-            "block_size": 32,  # the default of 128 leaves up to 127 prompt tokens to be computed again by each sample
-            "enforce_eager": True,  # compiling takes longer than a short run gains from it
-        }
+        if cuda:  # by default large GPUs have 1024 and 16384 here, which takes gigabytes of a 14B model's KV cache
+            options = {"gpu_memory_utilization": gpu_memory, "enable_sleep_mode": self.sleeps, "max_num_seqs": 256,
+                       "max_num_batched_tokens": 8192}
+        else:
+            from local import cpu
+
+            options = cpu.vllm_options(max_len, at_a_time)
         if "RANK" in os.environ:  # under torchrun: this rank's device, not device 0 for all
             options["distributed_executor_backend"] = "external_launcher"
         if not fixed:

@@ -85,18 +85,9 @@ def soft_min(z: Tensor, beta: float, weights: Tensor | None = None) -> Tensor:
 
 
 def rvpo_advantage(rewards: Tensor, beta: float, weights: Tensor | None = None) -> Tensor:
-    """RVPO's scores: z-score each channel in its group, then the soft minimum; `advantages` whitens them, too."""
+    """RVPO's scores: z-score each channel in its group, then the soft minimum; `advantages` whitens them, too. With
+    beta = 0, the mean, they are GDPO's (arXiv 2601.05242)."""
     return _float_like(soft_min(zscore(_check(rewards)), beta, weights), rewards)
-
-
-def gdpo_advantage(rewards: Tensor, beta: float = 0.0, weights: Tensor | None = None) -> Tensor:
-    """GDPO (arXiv 2601.05242): the mean of the z-scores. beta is not used."""
-    return rvpo_advantage(rewards, 0.0, weights)
-
-
-def hardmin_advantage(rewards: Tensor, beta: float = 0.0, weights: Tensor | None = None) -> Tensor:
-    """The minimum of the z-scores. beta is not used."""
-    return rvpo_advantage(rewards, math.inf, weights)
 
 
 def explicit_advantage(rewards: Tensor, beta: float, weights: Tensor | None = None) -> Tensor:
@@ -116,7 +107,7 @@ def grpo_advantage(rewards: Tensor, beta: float = 0.0, weights: Tensor | None = 
     """
     r = _check(rewards)
     w = _channel_weights(r, weights)
-    channels = (~r.isnan()).any(-2).sum(-1)[..., None]  # (..., 1): padding is no channel
+    channels = (w > 0).any(-2).sum(-1)[..., None]  # (..., 1): padding is no channel, nor is one without weight
     total = ((w * r).nansum(-1) * channels).masked_fill(w.sum(-1) == 0, math.nan)
     return _float_like(zscore(total.unsqueeze(-1)).squeeze(-1).nan_to_num(0.0), rewards)
 
@@ -129,14 +120,16 @@ def softmin_advantage(rewards: Tensor, beta: float, weights: Tensor | None = Non
     return _float_like(zscore(s.unsqueeze(-1)).squeeze(-1).nan_to_num(0.0), rewards)
 
 
-AGGREGATIONS = {"rvpo": rvpo_advantage, "gdpo": gdpo_advantage, "grpo": grpo_advantage, "explicit": explicit_advantage,
-                "hardmin": hardmin_advantage, "softmin": softmin_advantage}
+AGGREGATIONS = {
+    "rvpo": rvpo_advantage, "explicit": explicit_advantage, "grpo": grpo_advantage, "softmin": softmin_advantage,
+    "gdpo": lambda rewards, beta=0.0, weights=None: rvpo_advantage(rewards, 0.0, weights),
+    "hardmin": lambda rewards, beta=math.inf, weights=None: rvpo_advantage(rewards, math.inf, weights)}
 
 
-def has_signal(rewards: Tensor) -> Tensor:
-    """(..., G, K) -> (..., G) bool: the rollout has a reward in a channel that is not constant in its group."""
-    rewards = _check(rewards)
-    return (~rewards.isnan() & _varies(rewards).unsqueeze(-2)).any(-1)
+def has_signal(rewards: Tensor, weights: Tensor | None = None) -> Tensor:
+    """(..., G, K) -> (..., G) bool: the rollout has a reward in a channel with weight that varies in its group."""
+    r = _check(rewards)
+    return (~r.isnan() & _varies(r).unsqueeze(-2) & (_channel_weights(r, weights) > 0)).any(-1)
 
 
 def whiten(scores: Tensor, signal: Tensor, eps: float = EPS) -> Tensor:
@@ -152,15 +145,10 @@ def whiten(scores: Tensor, signal: Tensor, eps: float = EPS) -> Tensor:
     return out
 
 
-def weighted(rewards: Tensor, weights: Tensor | None) -> Tensor:
-    """(..., G, K) -> (..., G, K): NaN where a channel has no weight, for it is no signal either."""
-    return rewards if weights is None else rewards.masked_fill(torch.as_tensor(weights).unsqueeze(-2) == 0, math.nan)
-
-
 def advantages(rewards: Tensor, agg: str, beta: float, weights: Tensor | None = None) -> Tensor:
     """Steps 1 to 3: raw rewards (P, G, K) of the whole batch -> advantages (P, G). agg: a key of AGGREGATIONS."""
-    r = weighted(_check(rewards), weights)
-    return _float_like(whiten(AGGREGATIONS[agg](r, beta, weights), has_signal(r)), rewards)
+    r = _check(rewards)
+    return _float_like(whiten(AGGREGATIONS[agg](r, beta, weights), has_signal(r, weights)), rewards)
 
 
 def beta_at(schedule: tuple[float, float], step: int, steps: int) -> float:

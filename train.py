@@ -42,7 +42,6 @@ from rollout import Decoding, Group, Response, Sampler, VLLMEngine, request_seed
 
 GRAD_CLIP = 1.0  # the gradient norm is clipped to this, as in ToolRL
 PHASES = "sample", "score", "advantage", "write", "update", "sync"  # of a step, in metrics.jsonl
-BAD_STEPS = 5  # stop after as many steps in a row whose loss or gradient is not finite
 
 
 # The update: optimizer steps on a batch of groups, each prompt computed once, and none that has nothing to teach.
@@ -56,13 +55,8 @@ class Learner:  # what is trained, and what trains it
 
 
 def make_optimizer(policy, lr: float) -> torch.optim.AdamW:
-    """With ToolRL's settings, in one fused kernel. Its moments are made now, as its first step would make them: by then
-    vLLM is there, and would not get back the blocks that they are cut from."""
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=0.01, fused=True)
-    for parameter in policy.parameters():
-        optimizer.state[parameter] |= {"step": torch.zeros((), device=parameter.device),
-                                       "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
-    return optimizer
+    """With ToolRL's settings, in one fused kernel."""
+    return torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=0.01, fused=True)
 
 
 def computed(group: Group) -> int:
@@ -92,7 +86,7 @@ def deal(groups: list[Group], ranks: int, budget: int) -> list[list[list[Group]]
     share = math.ceil(sum(computed(group) - len(group.prompt.ids) for group in groups) / ranks)
     parts = [part for group in groups for part in split(group, min(budget - len(group.prompt.ids), share))]
     parts.sort(key=computed, reverse=True)
-    rounds = math.ceil(sum(min(computed(part), budget) for part in parts) / ranks / budget)  # each gathers all weights
+    rounds = 1  # as few as will do: each gathers all weights
     while True:
         batches, tokens = [[] for _ in range(rounds * ranks)], [0] * (rounds * ranks)
         for part in parts:
@@ -231,36 +225,30 @@ def seed_rewards(seed: int, step: int) -> None:
         generator(request_seed(seed, f"rewards {step}", RANK))
 
 
-class Evaluation:  # one sample for each held-out prompt, with the same request seeds each time
-    def __init__(self, sampler: Sampler, held_out: list[Prompt], log):
-        self.sampler, self.held_out, self.log = sampler, held_out, log
-
-    def __call__(self, step: int) -> None:
-        groups = self.sampler.score(self.held_out, self.sampler.sample(self.held_out, 1, "eval"))
-        report = self.sampler.task.report([group.rewards.numpy() for group in groups]) if groups else {}
-        self.log.evaluation(step, [self.sampler.task.result(group.prompt.example, group.responses[0].text,
-                                                            group.rewards[0].numpy())[0] for group in groups], report)
-        if groups:
-            self.sampler.task.check(report)
+def evaluate(sampler: Sampler, held_out: list[Prompt], log, step: int) -> None:
+    """One sample for each held-out prompt, with the same request seeds each time."""
+    groups, task = sampler.score(held_out, sampler.sample(held_out, 1, "eval")), sampler.task
+    report = task.report([group.rewards.numpy() for group in groups]) if groups else {}
+    log.evaluation(step, [task.result(group.prompt.example, group.responses[0].text, group.rewards[0].numpy())[0]
+                          for group in groups], report)
+    if groups:
+        task.check(report)
 
 
 def fit(config: TrainConfig, learner: Learner, sampler: Sampler, prompts: list[Prompt], log, evaluate,
         checkpoints) -> None:
-    """The run itself, from checkpoints.state on. log, evaluate, checkpoints: as checkpoint.Log, Evaluation and
-    checkpoint.Checkpoints. Raises InputError if rewards fail or something cannot be written, and checkpoint.Stop."""
+    """The run itself, from checkpoints.state on. log, checkpoints: as checkpoint.Log and checkpoint.Checkpoints.
+    evaluate: a function of the step. Raises InputError if rewards fail, losses are not finite or something cannot be
+    written, and checkpoint.Stop."""
     def now() -> float:
         if learner.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
     state, engine, beta_schedule = checkpoints.state, sampler.engine, parse_beta(config.beta)
-    begun = state.step
     engine.push(policies.full_weights(learner.policy, engine.dtype))
     while True:
         saving = checkpoints.save_if_due()
-        if state.bad_steps >= BAD_STEPS and state.step > begun:
-            raise InputError(f"a loss or gradient was not finite in each of the last {state.bad_steps} steps: see "
-                             "bad_prompts in metrics.jsonl, and try a lower --lr")
         seed_rewards(config.seed, state.step)
         if state.step in (0, config.steps) or (config.eval_every and state.step % config.eval_every == 0):
             evaluate(state.step)
@@ -314,6 +302,7 @@ def setup(config: TrainConfig, device: torch.device, task: Task, train: list[Exa
         policy = policies.load(path, device, mesh)
         reference = policies.load(path, device, mesh, half, trained=False) if config.kl else None
         optimizer = make_optimizer(policy, config.lr)
+        checkpoint.tensors(policy, optimizer)  # AdamW's moments, too: made later they would take blocks that vLLM needs
         if config.gradient_checkpointing == "on" or (config.gradient_checkpointing == "auto" and device.type == "cuda"
                                                      and not policy.has_room(config.tokens_per_microbatch)):
             policy.recompute()
@@ -345,7 +334,7 @@ def main(config: TrainConfig) -> None:
         log.begin(state, {**config.model_dump(), "data_sha256": digest, "device": str(device)})
         catch_signals()
         with checkpoints.saving_what_can_be(write_policy):
-            fit(config, learner, sampler, train, log, Evaluation(sampler, held_out, log), checkpoints)
+            fit(config, learner, sampler, train, log, functools.partial(evaluate, sampler, held_out, log), checkpoints)
             write_policy(run / "checkpoint")
     checkpoint.finish(run, len(held_out))
 

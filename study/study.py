@@ -133,7 +133,7 @@ def result(run: Run) -> dict:
     log, sampler = Records(), Sampler(toy.engine(policy), Task(None, channels), run.seed)  # fit is handed the prompts
     train.fit(config, train.Learner(policy, None, train.make_optimizer(policy, run.lr), toy.CPU), sampler,
               toy.make_prompts(STEPS * config.prompts, f"train {run.seed}"), log,
-              train.Evaluation(sampler, toy.make_prompts(200, "held out"), log), NoCheckpoints())
+              functools.partial(train.evaluate, sampler, toy.make_prompts(200, "held out"), log), NoCheckpoints())
     evals, steps = [x["eval"] for x in log.records if "eval" in x], [x for x in log.records if "channels" in x]
     rewards = torch.tensor([[*s["rewards"].values()] for s in log.rollouts], dtype=torch.float64)
     rewards = rewards.view(-1, run.group, len(channels))  # (prompts of all steps, G, K)

@@ -397,7 +397,7 @@ def test_a_directory_that_can_only_be_read(monkeypatch, tmp_path, small):
 def test_a_loss_that_is_not_finite(tmp_path):
     """On one rank only, in the second update of steps 2, 4, 5, 6: all leave it out, three such steps in a row end the run."""
     (tmp_path / "nan.py").write_text(GRADED.replace("def task(options):", """def task(options):
-    import ranks, rvpo
+    import checkpoint, ranks, rvpo
     real, calls = rvpo.policy_loss, []
 
     def loss(*args):
@@ -407,7 +407,7 @@ def test_a_loss_that_is_not_finite(tmp_path):
         return value * (float("nan") if ranks.RANK == ranks.WORLD - 1 and u == 1 and step + 1 in (2, 4, 5, 6) else 1), stats
 
     rvpo.policy_loss = loss
-    sys.modules["__main__"].BAD_STEPS = 3""").replace("from rewards", "import sys\nfrom rewards", 1))
+    checkpoint.BAD_STEPS = 3"""))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     result = subprocess.run([*launcher, ROOT / "train.py", *TINY, "--task", "nan.py", "--name", "a", "--steps", "9", "--max-tokens", "8", "--updates", "2",
                              "--prompts", "4"], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})

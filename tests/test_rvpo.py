@@ -29,8 +29,8 @@ def test_by_hand():
     a = 0.5 / (math.sqrt(1 / 3) + 1e-4)
     mixed = -math.log(math.cosh(2 * a)) / 2  # -1/beta log((e^(-beta a) + e^(beta a)) / 2) with beta = 2
     torch.testing.assert_close(rvpo.rvpo_advantage(rewards, 2.0), torch.tensor([mixed, mixed, a, -a]))
-    torch.testing.assert_close(rvpo.gdpo_advantage(rewards), torch.tensor([0.0, 0.0, a, -a]))
-    torch.testing.assert_close(rvpo.hardmin_advantage(rewards), torch.tensor([-a, -a, a, -a]))
+    torch.testing.assert_close(rvpo.AGGREGATIONS["gdpo"](rewards), torch.tensor([0.0, 0.0, a, -a]))
+    torch.testing.assert_close(rvpo.AGGREGATIONS["hardmin"](rewards), torch.tensor([-a, -a, a, -a]))
     torch.testing.assert_close(rvpo.explicit_advantage(rewards, 0.5), torch.tensor([-a * a / 2, -a * a / 2, a, -a]))
     b = 1 / (math.sqrt(2 / 3) + 1e-4)  # sums 1, 1, 2, 0
     torch.testing.assert_close(rvpo.grpo_advantage(rewards), torch.tensor([0.0, 0.0, b, -b]))
@@ -41,8 +41,8 @@ def test_missing_reward_by_hand():
     rewards = torch.tensor([[1.0, NAN], [0.0, 1.0], [1.0, 0.0], [NAN, NAN]])
     p = (1 / 3) / (math.sqrt(1 / 3) + 1e-4)  # channel 0 over rollouts 0 to 2: mean 2/3, std sqrt(1/3)
     q = 0.5 / (math.sqrt(0.5) + 1e-4)
-    torch.testing.assert_close(rvpo.gdpo_advantage(rewards), torch.tensor([p, (-2 * p + q) / 2, (p - q) / 2, 0.0]))
-    torch.testing.assert_close(rvpo.hardmin_advantage(rewards), torch.tensor([p, -2 * p, -q, 0.0]))
+    torch.testing.assert_close(rvpo.AGGREGATIONS["gdpo"](rewards), torch.tensor([p, (-2 * p + q) / 2, (p - q) / 2, 0.0]))
+    torch.testing.assert_close(rvpo.AGGREGATIONS["hardmin"](rewards), torch.tensor([p, -2 * p, -q, 0.0]))
     # grpo: rollout 0 counts as its mean over what it has, times two channels: 2, 1, 1
     r = 1 / (math.sqrt(1 / 3) + 1e-4)
     torch.testing.assert_close(rvpo.grpo_advantage(rewards), torch.tensor([r * 2 / 3, -r / 3, -r / 3, 0.0]))
@@ -57,7 +57,7 @@ def test_gdpo_is_trl_normalize_then_sum(rewards):
     channels; then whitening per sample. A sum and a mean whiten alike where nothing is missing."""
     rewards = rewards.nan_to_num(0.5)
     z = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
-    torch.testing.assert_close(rvpo.gdpo_advantage(rewards), z.mean(-1), atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(rvpo.AGGREGATIONS["gdpo"](rewards), z.mean(-1), atol=1e-9, rtol=1e-9)
     if rvpo.has_signal(rewards).all() and z.mean(-1).std() > 0.01:  # TRL counts groups without signal in, we do not
         scores = z.mean(-1)
         expected = (scores - scores.mean()) / (scores.std() + 1e-4)
@@ -151,7 +151,7 @@ def test_a_rollout_whose_only_rewards_are_constant_has_no_signal():
 def test_opposed_rewards_cancel_in_the_mean_but_not_in_the_soft_min():
     r = torch.tensor([1.0, 1.0, 0.0, 0.0])
     rewards = torch.stack([r, 1 - r], -1)
-    assert (rvpo.gdpo_advantage(rewards) == 0).all()
+    assert (rvpo.AGGREGATIONS["gdpo"](rewards) == 0).all()
     a = 0.5 / (math.sqrt(1 / 3) + 1e-4)
     torch.testing.assert_close(rvpo.rvpo_advantage(rewards, 1.0), torch.full((4,), -math.log(math.cosh(a))))
 
