@@ -10,7 +10,7 @@ import numpy as np
 from config import JudgeOptions
 from ranks import InputError
 from rewards import Channel, Example, Task
-from tasks import judge, rows
+from tasks import rows
 from tasks.rubrics import Judged
 
 OPTIONS = "data", "subset", *JudgeOptions.model_fields
@@ -54,6 +54,7 @@ class HealthBench(Judged):
     """The K channels of a prompt are its criteria, met or not. The reference of an example holds its themes."""
 
     temperature, max_tokens, clip = 0.5, 2048, True
+    limited = "rows_missing", "the rows have a verdict"
 
     def __init__(self, options):
         if options.subset not in SUBSETS:
@@ -86,9 +87,6 @@ class HealthBench(Judged):
     def report(self, rewards: list[np.ndarray]) -> dict:
         """rows_missing: the share of rows that lack a verdict, and so have no score."""
         return super().report(rewards) | {"rows_missing": np.mean([np.isnan(x).any() for x in rewards])}
-
-    def check(self, report: dict) -> None:
-        judge.check_missing(report, report["rows_missing"], "the rows have a verdict", self.max_missing)
 
 
 def task(options) -> Task:

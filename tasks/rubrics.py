@@ -10,9 +10,10 @@ from typing import NamedTuple
 import numpy as np
 
 from config import JudgeOptions
-from ranks import InputError
+from ranks import InputError, on_rank_0
 from rewards import Channel, Example, Task
-from tasks import judge, rows
+from tasks import rows
+from tasks.judge import Judge
 
 OPTIONS = "data", "eval_data", *JudgeOptions.model_fields
 PUBLIC = {  # 17,926 + 2,242 and 18,333 + 2,292 rows
@@ -22,6 +23,10 @@ PUBLIC = {  # 17,926 + 2,242 and 18,333 + 2,292 rows
 # RaR's categories: the weights of its explicit aggregation, and the smallest row weight, for rows that lack the prefix.
 CATEGORIES = {"essential": (1.0, 5), "important": (0.7, 3), "optional": (0.3, 0), "pitfall": (0.9, -math.inf)}
 WEIGHTS = "uniform", "category", "row"
+
+# Most pitfalls of RaR-Medicine are worded as the mistake ("Fails to mention ..."), most of RaR-Science as avoiding it:
+# neither sign is right for both, so one fixed question is asked, and inverted.
+PITFALL = "The response makes this mistake (the text names the mistake, or how to avoid it): "
 
 
 class Criterion(NamedTuple):
@@ -62,6 +67,8 @@ def from_row(row: dict, where: str, by_title: bool) -> Example:
 class Judged(Task):
     """Its rewards are the verdicts of a judge."""
 
+    limited = "missing", "the judge's verdicts are"  # by --judge-max-missing: a share in the report, and what it is of
+
     def __init__(self, options, explain: bool = False):
         """explain: the judge gives a reason before each verdict."""
         wanted = options.judge
@@ -70,16 +77,22 @@ class Judged(Task):
                              "OpenAI-compatible endpoint, such as http://localhost:8000/v1")
         if not wanted.judge_model:
             raise InputError("--judge-model: name the judge's model as its endpoint calls it")
-        self.judge, self.max_missing = judge.connect(wanted, explain), wanted.judge_max_missing
+        self.judge, self.max_missing = Judge(wanted, explain), wanted.judge_max_missing
+        on_rank_0(self.judge.check)
 
     def try_out(self, example: Example) -> None:
-        """Nothing: `judge.connect` has asked the judge a question."""
+        """Nothing: the judge has been asked a question."""
 
     def report(self, rewards: list[np.ndarray]) -> dict:
-        return judge.total_counts(self.judge, rewards)
+        """missing: the share of verdicts that could not be had."""
+        missing = np.isnan(np.concatenate([array.ravel() for array in rewards])).mean()
+        return self.judge.take_counts() | {"missing": float(missing)}
 
     def check(self, report: dict) -> None:
-        judge.check_missing(report, report["missing"], "the judge's verdicts are", self.max_missing)
+        name, what = self.limited
+        if report[name] > self.max_missing:
+            raise InputError(f"{report[name]:.0%} of {what} missing, more than --judge-max-missing "
+                             f"{self.max_missing:g} allows; the last reason was: {report['last_error']}")
 
 
 class Rubrics(Judged):
@@ -105,7 +118,7 @@ class Rubrics(Judged):
 
     def start(self, example: Example, responses: list[str]) -> Callable[[], np.ndarray]:
         pitfall = np.array([c.category == "pitfall" for c in example.criteria])
-        items = [judge.PITFALL + c.text if c.category == "pitfall" else c.text for c in example.criteria]
+        items = [PITFALL + c.text if c.category == "pitfall" else c.text for c in example.criteria]
         verdicts = self.judge.start(example.messages, responses, items)
 
         def rewards() -> np.ndarray:

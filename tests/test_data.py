@@ -121,11 +121,14 @@ def rubric(tmp_path, task="rar-medicine", lines=None):
 def judged(monkeypatch):
     """A task of rubrics whose judge says that everything is met, and remembers what it was asked."""
     class Yes:
+        def check(self):
+            pass
+
         def start(self, messages, responses, items):
             self.items = items
             return lambda: np.array([[math.nan if "f" in item.split() else 1.0 for item in items]] * len(responses))
 
-    monkeypatch.setattr(rubrics.judge, "connect", lambda options, explain: Yes())
+    monkeypatch.setattr(rubrics, "Judge", lambda options, explain: Yes())
     return rubrics.task(TaskOptions("rar-medicine", None, None, JudgeOptions(judge_url="http://h/v1", judge_model="m")))
 
 
@@ -147,7 +150,7 @@ def test_pitfalls_are_asked_about_and_inverted(tmp_path, judged):
     (example,) = rubric(tmp_path)
     rewards = judged.start(example, ["r1", "r2"])()
     np.testing.assert_array_equal(rewards, [[1, 1, 1, 0, 0, math.nan]] * 2)
-    pitfall = rubrics.judge.PITFALL
+    pitfall = rubrics.PITFALL
     assert judged.judge.items == ["says a", "b", "c", f"{pitfall}Fails to d", f"{pitfall}e", "f"]
     scores, more = judged.result(example, "r1", rewards[0])
     assert scores == {"joint": 0, "essential": 1, "important": 1, "optional": 1, "pitfall": 0}

@@ -14,7 +14,8 @@ import pytest
 import rewards
 from config import JudgeOptions, TaskOptions
 from ranks import InputError
-from tasks import judge, rlla, rows, rubrics, tools
+from tasks import rlla, rows, rubrics, tools
+from tasks.verdicts import judge_prompt, parse_verdicts
 
 RESPONSES, LONG = 100_000, 250  # one in LONG has about a megabyte
 SECONDS = 0.05
@@ -79,7 +80,7 @@ def score(channels: list[rewards.Channel], said: str, reference: str) -> np.ndar
 
 def verdicts(message: str) -> dict[str, float]:
     try:
-        return judge.parse_verdicts(message, ("criterion_1", "criterion_2"))
+        return parse_verdicts(message, ("criterion_1", "criterion_2"))
     except ValueError:
         return {}
 
@@ -104,7 +105,7 @@ def test_rewards_of_anything():
             return score(TOOLS, said, TRUE[0]), score(RLLA, said, reference), verdicts(said)
 
         values, (form, correct), verdict = quickly(both, said)
-        prompt = judge.judge_prompt([], said, {"criterion_1": "c"}, False)
+        prompt = judge_prompt([], said, {"criterion_1": "c"}, False)
         assert values.min() >= 0 and values.max() <= 1 and form in (0, 1) and -3 <= correct <= 3, ascii(said[:300])
         assert set(verdict.values()) <= {0.0, 1.0} and "<" not in prompt.split("Response to grade:\n")[1]
         seen += 1

@@ -22,7 +22,8 @@ from config import JudgeOptions, TaskOptions
 from ranks import InputError
 from rewards import Example
 from tasks import judge, rubrics
-from tasks.judge import Judge, judge_prompt, parse_verdicts, quote
+from tasks.judge import Judge
+from tasks.verdicts import judge_prompt, parse_verdicts, quote, response_format
 
 CHAT = [{"role": "user", "content": "q"}]
 ATTACKS = [
@@ -429,6 +430,6 @@ def test_options_of_the_judge(monkeypatch, tmp_path):
 
 
 def test_the_schema_that_constrains_the_answer():
-    kind = judge.response_format(("criterion_1",), explain=True)["json_schema"]
+    kind = response_format(("criterion_1",), explain=True)["json_schema"]
     assert list(kind["schema"]["properties"]) == ["explanation", "criterion_1"] == kind["schema"]["required"]
     assert kind["strict"] and kind["schema"]["additionalProperties"] is False
