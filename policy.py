@@ -156,16 +156,17 @@ class Policy(nn.Module):
         return LogProbs.apply(hidden.index_select(0, row.predictors), head, row.targets, temperature)
 
 
-    def has_room(self, tokens: int) -> bool:
-        """Can a micro-batch of so many tokens keep its activations? About 20 times the hidden and 8 times the
-        intermediate size, in bytes a token and layer (bench/simulate.py counts them), may be 0.4 of the GPU."""
-        c, total = self.lm.config, torch.cuda.get_device_properties().total_memory
-        return tokens * c.num_hidden_layers * (20 * c.hidden_size + 8 * c.intermediate_size) < 0.4 * total
-
-    def recompute(self) -> None:
-        """From now on a layer's activations are computed again in the backward pass: a third more work for less memory."""
-        self.lm.gradient_checkpointing_enable({"use_reentrant": False})
-        self.lm.train()
+    def recompute(self, mode: str, tokens: int) -> None:
+        """From now on, activations are computed again in the backward pass. mode: on, off, or auto: if those of a
+        micro-batch of so many tokens would take more than 0.4 of a GPU. They have about 20 times the hidden and 8 times
+        the intermediate size, in bytes a token and layer (bench/simulate.py counts them)."""
+        c, device = self.lm.config, next(self.parameters()).device
+        kept = tokens * c.num_hidden_layers * (20 * c.hidden_size + 8 * c.intermediate_size)
+        if mode == "auto" and device.type == "cuda" and kept > 0.4 * torch.cuda.get_device_properties(device).total_memory:
+            mode = "on"
+        if mode == "on":
+            self.lm.gradient_checkpointing_enable({"use_reentrant": False})
+            self.lm.train()  # or transformers does not
 
 
 def make_mesh(device: torch.device) -> DeviceMesh | None:

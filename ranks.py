@@ -49,7 +49,7 @@ def join():
 
 
 def leave() -> None:
-    """Ends this process, whose work is done. While Python is taken down gloo's threads may abort it (pytorch#190489)."""
+    """Ends this process, whose work is done, before gloo's threads abort it while Python ends (pytorch#190489)."""
     if WORLD > 1:
         print(end="", flush=True)
         os._exit(0)

@@ -133,9 +133,9 @@ def satisfied(channels: list[Channel], rewards: np.ndarray) -> np.ndarray:
     return np.where(missing.all(-1), np.nan, (missing | (rewards >= full - 1e-6)).all(-1))
 
 
-def unit(channels: list[Channel], rewards: np.ndarray) -> np.ndarray:
+def unit(channels: list[Channel], rewards):
     """(..., K) -> (..., K): each channel 0 at its worst and 1 at its best."""
-    worst, best = np.array([channel.bounds for channel in channels]).T
+    worst, best = rewards.new_tensor([channel.bounds for channel in channels]).T
     return (rewards - worst) / (best - worst)
 
 

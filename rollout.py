@@ -6,6 +6,7 @@ another distribution, and bias the update.
 
 import hashlib
 import os
+import random
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -74,6 +75,8 @@ class Sampler:
         """`group` responses to each prompt of this rank's share, and a function that returns their rewards (G, K).
         Scoring a prompt begins as soon as it is finished, so that a judge is at work while others are being sampled.
         Raises checkpoint.Stop on all ranks."""
+        for generator in (random.seed, np.random.seed, torch.manual_seed):  # a reward may draw at random: the same
+            generator(request_seed(self.seed, f"rewards {step}", RANK))  # in a run that was resumed at this step
         mine = prompts[RANK::WORLD]
         seeds = [request_seed(self.seed, step, slot) for slot in range(RANK, len(prompts), WORLD)]
         out = [None] * len(mine)

@@ -19,7 +19,6 @@ except InputError as error:
 
 import functools
 import math
-import random
 import time
 from dataclasses import dataclass
 
@@ -38,7 +37,7 @@ from checkpoint import catch_signals, check_signals
 from config import parse_beta
 from model import Prompt
 from rewards import Example, Task, load_task, unit
-from rollout import Decoding, Group, Response, Sampler, VLLMEngine, request_seed
+from rollout import Decoding, Group, Response, Sampler, VLLMEngine
 
 GRAD_CLIP = 1.0  # the gradient norm is clipped to this, as in ToolRL
 PHASES = "sample", "score", "advantage", "write", "update", "sync"  # of a step, in metrics.jsonl
@@ -207,7 +206,7 @@ def set_advantages(groups: list[Group], agg: str, beta: float) -> None:
     weights = torch.zeros(len(groups), width, dtype=torch.float64)  # (P, K)
     for p, group in enumerate(groups):
         # softmin takes absolute rewards: each channel 0 at its worst, 1 at its best
-        values = torch.from_numpy(unit(group.channels, group.rewards.numpy())) if agg == "softmin" else group.rewards
+        values = unit(group.channels, group.rewards) if agg == "softmin" else group.rewards
         rewards[p, :, :len(group.channels)] = values
         weights[p, :len(group.channels)] = torch.tensor([channel.weight for channel in group.channels])
     for group, advantages in zip(groups, rvpo.advantages(rewards, agg, beta, weights), strict=True):
@@ -217,12 +216,6 @@ def set_advantages(groups: list[Group], agg: str, beta: float) -> None:
 def prompt_at(position: int, n: int, seed: int) -> int:
     """Index of the prompt at a position of the endless stream of shuffled epochs of n prompts."""
     return int(np.random.default_rng([seed, position // n]).permutation(n)[position % n])
-
-
-def seed_rewards(seed: int, step: int) -> None:
-    """A reward may draw at random: the same numbers, whether or not the run was resumed at this step."""
-    for generator in (random.seed, np.random.seed, torch.manual_seed):
-        generator(request_seed(seed, f"rewards {step}", RANK))
 
 
 def evaluate(sampler: Sampler, held_out: list[Prompt], log, step: int) -> None:
@@ -249,10 +242,8 @@ def fit(config: TrainConfig, learner: Learner, sampler: Sampler, prompts: list[P
     engine.push(policies.full_weights(learner.policy, engine.dtype))
     while True:
         saving = checkpoints.save_if_due()
-        seed_rewards(config.seed, state.step)
         if state.step in (0, config.steps) or (config.eval_every and state.step % config.eval_every == 0):
             evaluate(state.step)
-            seed_rewards(config.seed, state.step)  # the step's rewards do not depend on --eval-every
         if state.step == config.steps:
             return
 
@@ -303,9 +294,7 @@ def setup(config: TrainConfig, device: torch.device, task: Task, train: list[Exa
         reference = policies.load(path, device, mesh, half, trained=False) if config.kl else None
         optimizer = make_optimizer(policy, config.lr)
         checkpoint.tensors(policy, optimizer)  # AdamW's moments, too: made later they would take blocks that vLLM needs
-        if config.gradient_checkpointing == "on" or (config.gradient_checkpointing == "auto" and device.type == "cuda"
-                                                     and not policy.has_room(config.tokens_per_microbatch)):
-            policy.recompute()
+        policy.recompute(config.gradient_checkpointing, config.tokens_per_microbatch)
         if config.engine == "vllm":
             at_a_time = min(32, max(config.prompts * config.group, config.eval_prompts))
             engine = VLLMEngine(path, decoding, longest, config.gpu_memory, at_a_time)

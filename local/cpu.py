@@ -2,11 +2,10 @@
 
 
 def vllm_options(max_len: int, at_a_time: int) -> dict:
-    """Of vllm.LLM. max_len: tokens of the longest prompt and response. at_a_time: responses that the KV cache is to have
-    room for."""
+    """Of vllm.LLM. max_len: prompt and response. at_a_time: responses that the KV cache is to have room for."""
     return {
-        # The KV cache is touched as a whole at the start, hence small: one sequence more, for blocks are not full. Bytes
-        # that are given, however few, switch the measuring of memory off.
+        # The KV cache is touched as a whole at the start, hence small: one sequence more, for blocks are not full.
+        # Bytes that are given, however few, switch the measuring of memory off.
         "num_gpu_blocks_override": (at_a_time + 1) * (max_len + 32) // 32, "kv_cache_memory_bytes": 2**20,
         # A seeded request whose prompt is cut into chunks crashes on a CPU ("CPU Generator does not use offset").
         "enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, max_len),

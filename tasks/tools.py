@@ -116,16 +116,13 @@ def values(response: str, reference: str) -> dict[str, float]:
     }
 
 
-def _channel(name: str) -> Channel:
-    return Channel(name, lambda prompts, *pairs: [values(*pair)[name] for pair in zip(*pairs, strict=True)])
-
-
 def prompts(n_train: int, n_test: int | None) -> tuple[list[Example], list[Example]]:
     return examples(n_train, "train"), examples(200 if n_test is None else n_test, "test")
 
 
 def task(options) -> Task:
     names = "format", "tool", "arg_names", "arg_values", "no_invented", "clean", "brief"
-    made = Task(prompts, [_channel(name) for name in names])
+    made = Task(prompts, [Channel(name, lambda _, *pairs, name=name: [values(*pair)[name] for pair in
+                                                                      zip(*pairs, strict=True)]) for name in names])
     made.max_tokens = 256  # in an evaluation
     return made

@@ -69,7 +69,7 @@ def test_one_row_is_exactly_separate_sequences(request, architecture, checkpoint
     weights = torch.randn(n, generator=torch.Generator().manual_seed(0))
     packed = policies.load(path, CPU)
     if checkpointing:
-        packed.recompute()
+        packed.recompute("on", 0)
     for module, logp in ((packed, packed(pack(GROUPS, CPU), 0.7)), (lm := hf.load(path, CPU), separate_logp(lm, GROUPS, 0.7))):
         assert logp.dtype == torch.float32
         (weights * logp).mean().backward()
@@ -180,7 +180,7 @@ def test_a_loaded_policy_is_what_transformers_loads(tiny):
     for checkpointing in (False, True):
         policy, lm = policies.load(tiny, CPU), hf.load(tiny, CPU)
         if checkpointing:
-            policy.recompute()
+            policy.recompute("on", 0)
         assert all(torch.equal(value, dict(policy.lm.named_buffers())[name]) for name, value in lm.named_buffers())
         assert logp_of(policy, GROUPS)[0][0].equal(logp_of(policy, GROUPS)[0][0])
     assert {p.dtype for p in policies.load(tiny, CPU, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}

@@ -62,7 +62,7 @@ def run(path: Path, reference_path: Path, mesh=None, prompts: int = 5, group: in
     number of its prompts."""
     policy = policies.load(path, CPU, mesh)
     if checkpointing:
-        policy.recompute()
+        policy.recompute("on", 0)
     reference = policies.load(reference_path, CPU, mesh).requires_grad_(False) if kl else None
     # Steps must be small, where there are several: rounding differences grow with each.
     optimizer, dealt, deal = Recorder(policy.parameters(), lr=0.1, weight_decay=0.1), [], train.deal
