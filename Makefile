@@ -11,7 +11,7 @@ study: .venv/ready  ## every aggregation on three small tasks: 17 minutes on two
 
 test: .venv/ready
 	.venv/bin/ruff check .
-	.venv/bin/python -m pytest -q
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist loadfile  # threads of several tests would get in each other's way
 
 # Made again whenever a list changes. uv only because it installs the lists in a fraction of pip's time.
 .venv/ready: requirements-cpu.txt requirements-bench.txt requirements-verl.txt
