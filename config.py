@@ -73,7 +73,7 @@ class TrainConfig(Shared):  # the options of train.py
     steps: int = Field(100, ge=1, description="batches to sample and train on")
     lr: float = Field(1e-6, ge=0, le=100, description="AdamW's learning rate, constant after the warm-up")
     warmup: int = Field(5, ge=0, description="steps of linear warm-up")
-    tokens_per_microbatch: int = Field(16384, ge=1, description="most tokens in one forward: memory, not the gradient")
+    tokens_per_microbatch: int = Field(8192, ge=1, description="most tokens in one forward: memory, not the gradient")
     gradient_checkpointing: Literal["auto", "on", "off"] = Field("auto", description="on, off, or auto: on a GPU "
                                                                                          "that has no room without")
     eval_every: int = Field(0, ge=0, description="steps between evaluations; 0: before and after the run only")

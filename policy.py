@@ -160,11 +160,9 @@ class Policy(nn.Module):
         """From now on, activations are computed again in the backward pass. mode: on, off, or auto: if those of a
         micro-batch of so many tokens would take more than 0.4 of a GPU. They have about 20 times the hidden and 8 times
         the intermediate size, in bytes a token and layer (bench/simulate.py counts them)."""
-        c, device = self.lm.config, next(self.parameters()).device
+        c, gpu = self.lm.config, next(self.parameters()).device.type == "cuda"
         kept = tokens * c.num_hidden_layers * (20 * c.hidden_size + 8 * c.intermediate_size)
-        if mode == "auto" and device.type == "cuda" and kept > 0.4 * torch.cuda.get_device_properties(device).total_memory:
-            mode = "on"
-        if mode == "on":
+        if mode == "on" or (mode == "auto" and gpu and kept > 0.4 * torch.cuda.get_device_properties().total_memory):
             self.lm.gradient_checkpointing_enable({"use_reentrant": False})
             self.lm.train()  # or transformers does not
 
@@ -196,8 +194,8 @@ def load(path: Path, device: torch.device, mesh: DeviceMesh | None = None, dtype
     lm.eval()
     policy = Policy(lm, path).requires_grad_(trained)
     if mesh:
-        # What is gathered for a forward is given up after it, but for embeddings and head, which the backward needs
-        # first. A model that has no backward gives all up; one that has a GPU to itself keeps all until then.
+        # What is gathered for a forward is given up after it, but for embeddings and head (None), which the backward
+        # needs first. On a single GPU all is kept until then; a model without a backward keeps nothing.
         reshard = None if mesh["shard"].size() > 1 else False
         precision = MixedPrecisionPolicy(compute_dtype(device), reduce_dtype=torch.float32)
         for unit in [*lm.base_model.layers, policy]:

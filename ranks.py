@@ -8,8 +8,7 @@ import os
 import weakref
 from collections.abc import Callable
 
-# Read when torch is imported: freed memory goes back in pieces of any size, or vLLM may not wake up for want of it.
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # else vLLM may lack memory that is in pieces
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 LOCAL_RANK, LOCAL_WORLD = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 

@@ -60,8 +60,9 @@ def make_response(tokens: list[int], logp: list[float], finish: str, decoding: D
 
 
 def request_seed(seed: int, step: int | str, slot: int) -> int:
-    """Seed of one prompt's G samples, from (run seed, step, the prompt's place in the step): the same command gives the
-    same rollouts on any number of ranks. vLLM adds the sample's number, hence the hash: neighbours hardly meet."""
+    """Seed of one prompt's G samples, from (run seed, step, the prompt's place in the step): on a CPU the same command
+    gives the same rollouts on any number of ranks (GPUs round differently in batches of another shape). vLLM adds the
+    sample's number, hence the hash: neighbours hardly meet."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{slot}".encode()).digest()[:4]) >> 1
 
 

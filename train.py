@@ -18,9 +18,10 @@ except InputError as error:
     sys.exit(f"error: {error}")
 
 import functools
+import itertools
 import math
 import time
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,13 +41,12 @@ from rewards import Example, Task, load_task, unit
 from rollout import Decoding, Group, Response, Sampler, VLLMEngine
 
 GRAD_CLIP = 1.0  # the gradient norm is clipped to this, as in ToolRL
-PHASES = "sample", "score", "advantage", "write", "update", "sync"  # of a step, in metrics.jsonl
+PHASES = "sample", "score", "advantage", "write", "update", "sync", "save"  # of a step, in metrics.jsonl
 
 
 # The update: optimizer steps on a batch of groups, each prompt computed once, and none that has nothing to teach.
 
-@dataclass
-class Learner:  # what is trained, and what trains it
+class Learner(NamedTuple):  # what is trained, and what trains it
     policy: policies.Policy
     reference: policies.Policy | None  # of the KL penalty
     optimizer: torch.optim.Optimizer
@@ -76,17 +76,14 @@ def split(group: Group, limit: int) -> list[Group]:
 
 
 def deal(groups: list[Group], ranks: int, budget: int) -> list[list[list[Group]]]:
-    """For each rank its micro-batches: equally many, for sharded ranks wait for one another at every layer of each, and
-    of at most `budget` tokens, unless one response with its prompt has more. The largest group goes first, to the
-    micro-batch with the fewest tokens. A group stays whole unless it exceeds the budget, or its responses are more than
-    a rank's share of all: then its prompt is computed more than once."""
-    if not groups:
-        return [[] for _ in range(ranks)]
+    """For each rank its micro-batches, at least one and equally many, for sharded ranks wait for one another at every
+    layer: of at most `budget` tokens, unless one response with its prompt has more. The largest group goes first, to
+    the micro-batch with the fewest tokens. A group stays whole unless it exceeds the budget, or its responses are more
+    than a rank's share of all: then its prompt is computed more than once."""
     share = math.ceil(sum(computed(group) - len(group.prompt.ids) for group in groups) / ranks)
     parts = [part for group in groups for part in split(group, min(budget - len(group.prompt.ids), share))]
     parts.sort(key=computed, reverse=True)
-    rounds = 1  # as few as will do: each gathers all weights
-    while True:
+    for rounds in itertools.count(1):  # as few as will do: each gathers all weights
         batches, tokens = [[] for _ in range(rounds * ranks)], [0] * (rounds * ranks)
         for part in parts:
             b = tokens.index(min(tokens))
@@ -96,12 +93,12 @@ def deal(groups: list[Group], ranks: int, budget: int) -> list[list[list[Group]]
             tokens[b] += computed(part)
         else:
             break
-        rounds += 1
     batches.sort(key=lambda batch: -sum(map(computed, batch)))  # those that ranks compute at one time are alike
     return [batches[rank::ranks] for rank in range(ranks)]
 
 
-# What a rank computes when the others have a micro-batch more: sharded layers need all ranks at every forward.
+# What a rank computes when it has nothing to compute: sharded layers need all ranks at every forward, and AdamW wants
+# gradients, of 0, to go on with its momentum.
 IDLE = [Group(Prompt([0], None), [], [Response([0], [0.0], [0], "", "")], torch.zeros(1, 0), torch.zeros(1))]
 
 
@@ -147,8 +144,7 @@ def update(learner: Learner, groups: list[Group], updates: int, kl: float, tempe
             old_logp.append([check_signals() or policy(row, temperature) for row, *_ in batches])
     if isinstance(policy, FSDPModule):
         policy.reshard()  # a forward without backward leaves embeddings and head gathered: a step would be on copies
-    names = ["loss", "tokens", "clip_fraction", "is_weight", "sampler_gap", "entropy"]
-    names += ["kl"] * (learner.reference is not None)
+    names = [*"loss tokens clip_fraction is_weight sampler_gap entropy".split(), *["kl"] * bool(learner.reference)]
     sums, grad_norms, bad = {name: torch.zeros((), dtype=torch.float64, device=device) for name in names}, [], []
     for u, batches in enumerate(packed):
         losses = torch.zeros((), device=device)
@@ -185,9 +181,6 @@ def update(learner: Learner, groups: list[Group], updates: int, kl: float, tempe
 def step(learner: Learner, loss: Tensor) -> float | None:
     """An optimizer step on the gradients that are there. Returns their norm before clipping. None, on all ranks, if it
     or the loss (this rank's) is not finite: then nothing was changed."""
-    for parameter in learner.policy.parameters():
-        if parameter.grad is None:  # nothing to learn from: the gradient is 0, the optimizer's momentum is not
-            parameter.grad = torch.zeros_like(parameter)
     norm = torch.nn.utils.clip_grad_norm_(learner.policy.parameters(), GRAD_CLIP)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     finite = math.isfinite(norm) and math.isfinite(all_sum(loss).item())
@@ -206,9 +199,9 @@ def set_advantages(groups: list[Group], agg: str, beta: float) -> None:
     weights = torch.zeros(len(groups), width, dtype=torch.float64)  # (P, K)
     for p, group in enumerate(groups):
         # softmin takes absolute rewards: each channel 0 at its worst, 1 at its best
-        values = unit(group.channels, group.rewards) if agg == "softmin" else group.rewards
-        rewards[p, :, :len(group.channels)] = values
-        weights[p, :len(group.channels)] = torch.tensor([channel.weight for channel in group.channels])
+        k = len(group.channels)
+        rewards[p, :, :k] = unit(group.channels, group.rewards) if agg == "softmin" else group.rewards
+        weights[p, :k] = torch.tensor([channel.weight for channel in group.channels])
     for group, advantages in zip(groups, rvpo.advantages(rewards, agg, beta, weights), strict=True):
         group.advantages = advantages
 
@@ -273,8 +266,7 @@ def fit(config: TrainConfig, learner: Learner, sampler: Sampler, prompts: list[P
         engine.push(policies.full_weights(learner.policy, engine.dtype))
         times.append(now())
 
-        metrics |= {"beta": beta, "lr": lr, "seconds": dict(zip(PHASES, np.diff(times).tolist(), strict=True))}
-        metrics["seconds"]["save"] = saving
+        metrics |= {"beta": beta, "lr": lr, "seconds": dict(zip(PHASES, [*np.diff(times).tolist(), saving], strict=True))}
         log.step(state.step + 1, groups, metrics | ({"judge": report} if report else {}))
         state.step, state.bad_steps = state.step + 1, state.bad_steps + 1 if metrics["bad_updates"] else 0
 

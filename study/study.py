@@ -71,7 +71,7 @@ def forms(channels: list[Channel]) -> dict[str, Callable]:
     """Aggregations that are compared here only, see rvpo.AGGREGATIONS."""
     return {
         # grpo on one scale
-        "minmax": lambda r, beta, w: rvpo.grpo_advantage(torch.from_numpy(unit(channels, r.numpy())), beta, w),
+        "minmax": lambda r, beta, w: rvpo.grpo_advantage(unit(channels, r), beta, w),
         "rawsoftmin": rvpo.softmin_advantage,  # softmin on the rewards as they are
         "centred": lambda r, beta, w: (s := rvpo.rvpo_advantage(r, beta, w)) - s.mean(-1, keepdim=True),
     }

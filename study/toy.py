@@ -138,8 +138,8 @@ def random_task(seed: str) -> tuple[list[Channel], str]:
 
 def attend(module, query, key, value, attention_mask, scaling: float, sequences: policies.Sequences, **kwargs):
     """policy._prompt_once for hundreds of sequences of a dozen tokens: one padded call is faster."""
-    n, seen = torch.tensor(sequences.queries), torch.tensor(sequences.keys)
-    rows, columns = torch.arange(max(sequences.queries)), torch.arange(max(sequences.keys))
+    n, seen = sequences.query_ends.diff().long(), sequences.key_ends.diff().long()
+    rows, columns = torch.arange(sequences.queries), torch.arange(sequences.keys)
     # Where in the row queries and keys are: (sequences, longest), padded with the last of each.
     queries = (n.cumsum(0) - n)[:, None] + rows.clamp(max=n[:, None] - 1)
     keys = sequences.at[(seen.cumsum(0) - seen)[:, None] + columns.clamp(max=seen[:, None] - 1)]

@@ -20,6 +20,7 @@ from test_train import TINY
 
 import checkpoint
 import policy as policies
+import rollout
 import rvpo
 import train
 from checkpoint import State
@@ -62,9 +63,9 @@ def lines(path: Path) -> list[dict]:
 
 def at_step(monkeypatch, step: int, what):
     """what() when the rewards of that step are asked for."""
-    real = train.seed_rewards
+    real = rollout.Sampler.sample
     due = []
-    monkeypatch.setattr(train, "seed_rewards", lambda seed, now: (due.clear(), due.extend([1] * (now == step)), real(seed, now)))
+    monkeypatch.setattr(rollout.Sampler, "sample", lambda self, prompts, group, now: (due.clear(), due.extend([1] * (now == step)), real(self, prompts, group, now))[2])
 
     def triggered(p, responses, references):
         if due:

@@ -177,7 +177,8 @@ def test_prompts_without_signal_are_not_computed(tiny, monkeypatch):
     for group in groups:
         group.advantages = torch.zeros(4)
     step(0.0)
-    assert dealt[-1] == [[]] and computed[-1] == []
+    assert dealt[-1] == [[[]]] and computed[-1] == [[0]]  # one token, for a gradient of 0
+    assert (gradients[-1] == 0).all()
 
 
 # The command
