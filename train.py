@@ -266,7 +266,7 @@ def fit(config: TrainConfig, learner: Learner, sampler: Sampler, prompts: list[P
         engine.push(policies.full_weights(learner.policy, engine.dtype))
         times.append(now())
 
-        metrics |= {"beta": beta, "lr": lr, "seconds": dict(zip(PHASES, [*np.diff(times).tolist(), saving], strict=True))}
+        metrics |= {"beta": beta, "lr": lr, "seconds": dict(zip(PHASES, [*np.diff(times), saving], strict=True))}
         log.step(state.step + 1, groups, metrics | ({"judge": report} if report else {}))
         state.step, state.bad_steps = state.step + 1, state.bad_steps + 1 if metrics["bad_updates"] else 0
 
