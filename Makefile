@@ -1,4 +1,5 @@
-# All targets set up .venv themselves, with CPU builds. On a GPU machine: pip install -r requirements.txt, see README.md.
+# All targets but `gpu` set up .venv themselves, with CPU builds. On a GPU machine: pip install -r requirements.txt first,
+# see README.md.
 PYTHON ?= python3
 RUN := demo-$(shell date +%m%d-%H%M%S)
 
@@ -13,6 +14,9 @@ test: .venv/ready
 	.venv/bin/ruff check .
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist loadfile  # threads of several tests would get in each other's way
 
+gpu:  ## is all well on a GPU machine? ten minutes, in the Python that has requirements.txt: of .venv, if there is one
+	$(or $(wildcard .venv/bin/python),$(PYTHON)) bench/gpu.py
+
 # Made again whenever a list changes. uv only because it installs the lists in a fraction of pip's time.
 .venv/ready: requirements-cpu.txt requirements-bench.txt requirements-verl.txt
 	$(PYTHON) -m venv --clear .venv
@@ -21,4 +25,4 @@ test: .venv/ready
 	.venv/bin/uv pip install -q --python .venv/bin/python --no-deps --target .venv/verl -r requirements-verl.txt
 	touch .venv/ready
 
-.PHONY: demo study test
+.PHONY: demo study test gpu

@@ -5,6 +5,7 @@ responses' tokens. A response sees its prompt and itself, at the positions that 
 and gradients as one sequence a response (tests/test_policy.py), for a fraction of the tokens.
 """
 
+import inspect
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,8 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from ranks import LOCAL_WORLD, WORLD, InputError
 
 LOGITS = 512, 2048  # tokens whose logits exist at a time, on a CPU and on a GPU: 1.2 GB with 152,000 words
+# Query heads share keys. torch 2.11 takes that as it is, later ones want to be told.
+GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 class Sequences(NamedTuple):  # who sees whom in a row of S tokens: a prompt itself, a response its prompt and itself
@@ -87,7 +90,7 @@ def _attend_on_cuda(query: Tensor, key: Tensor, value: Tensor, scaling: float, s
     query, key, value = (x.transpose(0, 1) for x in (query, key, value))
     return varlen_attn(query, key.index_select(0, sequences.at), value.index_select(0, sequences.at),
                        sequences.query_ends, sequences.key_ends, sequences.queries, sequences.keys,
-                       scale=scaling, window_size=(-1, 0), enable_gqa=True)[None]  # (-1, 0): causal
+                       scale=scaling, window_size=(-1, 0), **GQA)[None]  # (-1, 0): causal
 
 
 def _attend_on_cpu(query: Tensor, key: Tensor, value: Tensor, scaling: float, sequences: Sequences) -> Tensor:

@@ -39,7 +39,7 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", default="random-1.5B" if gpu else "smollm2", help="smollm2, tiny, a directory, or random-SIZE: "
-        "random weights in the shape of Qwen2.5 1.5B, 3B, 7B or 14B (default %(default)s)")
+        "random weights in the shape of Qwen2.5 0.5B, 1.5B, 3B, 7B or 14B (default %(default)s)")
     add("--prompt-tokens", type=int, default=1000 if gpu else 300, help="P (default %(default)s)")
     add("--response-tokens", type=int, default=256 if gpu else 48, help="R (default %(default)s)")
     add("--group", type=int, default=16 if gpu else 8, help="G (default %(default)s)")
@@ -243,29 +243,37 @@ def medians(reports: list[dict]) -> dict[str, float]:
     return out
 
 
-def utilization(args: argparse.Namespace, seconds: float) -> dict[str, float]:
-    """Share of the GPU's peak that the update's needed work is: each prompt once, six operations a parameter and token
-    (and attention), the output head for response tokens only. Nothing that is computed twice counts twice."""
-    import torch
-    from transformers import AutoConfig
+def needed_flops(config, prompt_tokens: int, response_tokens: int, group: int, prompts: int) -> float:
+    """Of an update: each prompt once, six operations a parameter and token (and attention), the output head for
+    response tokens only. Nothing that is computed twice counts twice. config: a transformers config."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
 
     import train
-    from bench import memory
-    from local import models
     from model import Prompt
     from rollout import Group, Response
 
-    peak = next((x for name, x in CUDA_TFLOPS.items() if name in torch.cuda.get_device_name()), None)
-    if peak is None:
-        return {}
-    config = AutoConfig.from_pretrained(models.resolve(args.model))
-    _, layer = memory.count(config)
-    response = Response([0] * args.response_tokens, [], [], "", "")
-    group = Group(Prompt([0] * args.prompt_tokens, None), [], [response] * args.group, None)
-    _, work = train.work(group, train.attention_cost(config))
-    head = config.vocab_size * config.hidden_size * args.group * args.response_tokens
-    flops = 6 * args.prompts * (layer * config.num_hidden_layers * work + head)
-    return {"mfu": flops / seconds / (peak * 1e12)}
+    with init_empty_weights():
+        layer = AutoModelForCausalLM.from_config(config).base_model.layers[0]
+    response = Response([0] * response_tokens, [], [], "", "")
+    _, work = train.work(Group(Prompt([0] * prompt_tokens, None), [], [response] * group, None),
+                         train.attention_cost(layer))
+    weights = config.num_hidden_layers * sum(parameter.numel() for parameter in layer.parameters())
+    head = config.vocab_size * config.hidden_size * group * response_tokens
+    return 6 * prompts * (weights * work + head)
+
+
+def utilization(seconds: float, gpus: int = 1, *, model: str, **shape: int) -> dict[str, float]:
+    """Share of the GPUs' peak that the update's needed work is; nothing for other GPUs than those of CUDA_TFLOPS."""
+    import torch
+    from transformers import AutoConfig
+
+    from local import models
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    peak = next((x * 1e12 for name, x in CUDA_TFLOPS.items() if name in gpu), None)
+    config = AutoConfig.from_pretrained(models.resolve(model))
+    return {"mfu": needed_flops(config, **shape) / seconds / gpus / peak} if peak else {}
 
 
 def machine(args: argparse.Namespace) -> str:
@@ -301,7 +309,7 @@ def compare(args: argparse.Namespace) -> dict:
     result = {name: medians(steps) for name, steps in reports.items()}
     a, b = result["ours"], result["trl"]
     if args.gpu:
-        a |= utilization(args, a["update"])
+        a |= utilization(a["update"], **case(args))
     ratios = {x: b[x] / a[x] for x in ("sample", "update", "step")} | {"memory ours/TRL": a["peak_gb"] / b["peak_gb"]}
     settings = {"sampler": args.trl_sampler, "batch": args.trl_batch or args.group, "bf16": args.gpu,
                 "gradient_checkpointing": args.trl_checkpointing, "liger": args.gpu, "optim": "adamw_torch_fused"}

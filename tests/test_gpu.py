@@ -1,0 +1,135 @@
+"""The check of a GPU machine, run on the CPU; and what it counts as needed work."""
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT
+
+from bench import gpu, step
+from local import models
+
+
+def check(root: Path, out: Path, *options) -> tuple[int, dict, str]:
+    """bench/gpu.py of that directory: its exit code, results.json with lines by name, and what it printed."""
+    result = subprocess.run([sys.executable, root / "bench/gpu.py", "--out", out, *options], cwd=out.parent, capture_output=True, text=True)
+    assert out.exists(), result.stderr[-3000:]
+    content = json.loads(out.read_text())
+    return result.returncode, content | {"checks": {line["check"]: line for line in content["checks"]}}, result.stdout
+
+
+def test_all_of_it_on_a_cpu(tmp_path):
+    """A run that is killed and resumed, vLLM's log-probs after a push, updates: figures everywhere, one table."""
+    code, content, table = check(ROOT, tmp_path / "results.json", "--quick")
+    lines, figures = content["checks"], {name: line["figures"] for name, line in content["checks"].items()}
+    assert code == 0 and {name: line["outcome"] for name, line in lines.items()} == {
+        "device": "skipped", "tests": "skipped", "run": "pass", "sync": "pass", "update": "pass", "update without recomputing": "pass",
+        "weights": "pass", "sharded run": "skipped", "sharded update": "skipped"}, (tmp_path / "results.log").read_text()[-3000:]
+    assert all(bool(line["reason"]) == (line["outcome"] == "skipped") for line in lines.values())
+    assert figures["run"]["steps"] == [1, 2, 3] and figures["run"]["gap"] < 1e-3
+    assert 0 < figures["sync"]["gap"] <= figures["sync"]["rms"] < 1e-3 < 0.1 < figures["sync"]["stale_gap"] and figures["sync"]["tokens"] > 500
+    assert figures["update"]["grad_norm"] == pytest.approx(figures["update without recomputing"]["grad_norm"], rel=1e-4)
+    assert figures["update"]["tokens_per_second"] * figures["update"]["seconds_update"] == pytest.approx(8 * (100 + 4 * 23))
+    assert {*content} == {"date", "command", "versions", "checks"} and "torch" in content["versions"] and "--quick" in content["command"]
+    assert [line.split("  ")[0] for line in table.splitlines()[:-1]] == [*lines] and table.split()[-2] == str(tmp_path / "results.json")
+
+
+def test_a_push_that_loses_the_weights(tmp_path):
+    """FAIL, with the figures, and exit code 1."""
+    for name in ("bench", "local", "tasks", "tests"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ROOT.glob("*.py"):
+        shutil.copy(file, tmp_path)
+    code = (ROOT / "rollout.py").read_text()
+    lost = code.replace('self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})',
+                        'getattr(self, "lost", 0) or self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights}); self.lost = 1')
+    assert lost != code
+    (tmp_path / "rollout.py").write_text(lost)
+    code, content, table = check(tmp_path, tmp_path / "results.json", "--only", "sync")
+    line = content["checks"]["sync"]
+    assert code == 1 and [*content["checks"]] == ["device", "sync"] and line["outcome"] == "FAIL"
+    assert line["figures"]["gap"] > 0.1 and "apart, limit 0.001" in line["reason"] and line["reason"] in table
+
+
+def test_a_check_that_breaks_says_why(tmp_path):
+    found = gpu.found_by(tmp_path / "log", "update", 1, {"name": "no/such/model", "checkpointing": "on"})
+    assert [*found] == ["FAIL"] and found["FAIL"].startswith("ranks.InputError: --model no/such/model: no such file or directory")
+    torchrun = "[rank1]: Traceback\n[rank1]: torch.OutOfMemoryError: CUDA out of memory. Tried\ntorch.x.ChildFailedError: \n====\n"
+    assert gpu.reason(torchrun) == "torch.OutOfMemoryError: CUDA out of memory. Tried" and gpu.reason("") == "it printed nothing"
+
+
+def test_the_tests_say_how_many_they_are(monkeypatch):
+    """On a GPU none may be skipped: the kernel's own is."""
+    output = ["..s.\n== slowest ==\n58 passed, 1 skipped in 9.84s\n", 0]
+    monkeypatch.setattr(subprocess, "run", lambda words, **_: subprocess.CompletedProcess(words, output[1], output[0]))
+    counts = {"tests_passed": 58, "tests_skipped": 1}
+    for cuda, failed in ((False, {}), (True, {"FAIL": "the kernel's own test was skipped"})):
+        monkeypatch.setattr(gpu, "CUDA", cuda)
+        assert gpu.tests() == counts | failed
+    output[:] = "FAILED tests/test_policy.py::test_the_gpu_kernel_itself - assert 1\n1 failed, 58 passed in 9.84s\n", 1
+    assert gpu.tests() == {"tests_passed": 58, "tests_failed": 1, "FAIL": "FAILED tests/test_policy.py::test_the_gpu_kernel_itself - assert 1"}
+
+
+def test_what_is_checked_where(monkeypatch):
+    """Sizes, ranks and limits follow from the machine."""
+    args = SimpleNamespace(gap_limit=None, quick=False, ranks=0)
+    there = {"gpus": 8, "memory_gib": 79.1, "free_gib": 78.6, "name": "NVIDIA H100 80GB HBM3"}
+    plan = gpu.plan(args, **there)
+    assert not [name for name, what in plan.items() if isinstance(what, str)]
+    assert plan["sharded update"] == ("update", 8, {"name": "random-1.5B", "checkpointing": "on"})
+    assert plan["sharded run"] == ("run", 1, {"name": "random-0.5B", "engine": "vllm", "limit": 0.05, "ranks": 8})
+    plan = gpu.plan(args, **there | {"gpus": 1, "memory_gib": 23.6})
+    assert plan["update"][2]["name"] == plan["sync"][2]["name"] == "random-0.5B" and plan["sharded update"] == "needs two GPUs"
+    assert gpu.plan(args)["sync"] == ("sync", 1, {"name": "tiny", "limit": 1e-3})
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert gpu.plan(args)["run"][2]["engine"] == "hf" and gpu.sync("tiny", 1e-3) == {"skipped": "vLLM is not installed"}
+
+
+def test_the_peak_beside_the_simulation(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    assert gpu.simulated("random-1.5B", "on", 30.0) == {"simulated": "skipped: bench/simulate.py is not there"}
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench/simulate.py").write_text("""import json, sys
+assert sys.argv[1:] == ["--size", "1.5B", "--gpus", "1", "--gradient-checkpointing", "on", "--json"]
+print("a line\\n" + json.dumps({"peak_gib": 28.0}))""")
+    assert gpu.simulated("random-1.5B", "on", 30.0) == {"simulated_gib": 28.0}
+    assert "FAIL" in gpu.simulated("random-1.5B", "on", 33.0)
+
+
+def test_attention_with_torch_2_11():
+    """Its kernel takes keys of fewer heads, and has no argument that says so."""
+    subprocess.run([sys.executable, "-c", """
+import torch
+from torch.nn.attention import varlen
+
+def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)):
+    assert (scale, window_size, query.shape[1], key.shape[1]) == (0.2, (-1, 0), 4, 2)
+    return query
+
+varlen.varlen_attn = varlen_attn
+import policy
+row = policy.pack([([5, 6], [[7, 8]])], torch.device("cpu"))
+assert policy._attend_on_cuda(*(torch.zeros(n, 3, 8) for n in (4, 2, 2)), 0.2, row.sequences).shape == (1, 3, 4, 8)
+"""], check=True, cwd=ROOT)
+
+
+def test_needed_work_by_hand(monkeypatch):
+    """Of one prompt of 1000 tokens with 16 responses of 256, of which the last token is not computed: six operations for each weight
+    and token, twelve for each element of a query's head and pair in attention."""
+    layers, hidden, _, _, wide, words, _ = models.QWEN["1.5B"]
+    weights = layers * (2 * hidden * hidden + 2 * hidden * 256 + 3 * hidden * wide)  # queries and output, keys and values, MLP
+    tokens, pairs = 1000 + 16 * 255, 1000**2 / 2 + 16 * 255 * (1000 + 255 / 2)
+    by_hand = 6 * weights * tokens + 12 * layers * hidden * pairs + 6 * words * hidden * 16 * 256
+    shape = {"prompt_tokens": 1000, "response_tokens": 256, "group": 16}
+    assert step.needed_flops(models.qwen("1.5B"), **shape, prompts=1) == pytest.approx(by_hand, rel=1e-3) and 48e12 < by_hand < 49e12
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    tiny = step.needed_flops(models.AutoModelForCausalLM.from_pretrained(models.tiny()).config, **shape, prompts=3)
+    assert step.utilization(2.0, 4, model="tiny", **shape, prompts=3) == {"mfu": pytest.approx(tiny / 2 / 4 / 989e12)}
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA L4")
+    assert step.utilization(2.0, model="tiny", **shape, prompts=3) == {}
