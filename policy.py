@@ -5,7 +5,6 @@ responses' tokens. A response sees its prompt and itself, at the positions that 
 and gradients as one sequence a response (tests/test_policy.py), for a fraction of the tokens.
 """
 
-import inspect
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,8 +24,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from ranks import LOCAL_WORLD, WORLD, InputError
 
 LOGITS = 512, 2048  # tokens whose logits exist at a time, on a CPU and on a GPU: 1.2 GB with 152,000 words
-# Query heads share keys. torch 2.11 takes that as it is, later ones want to be told.
-GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+GQA = {"enable_gqa": True} if torch.__version__ >= (2, 12) else {}  # query heads share keys; 2.11 sees that by itself
 
 
 class Sequences(NamedTuple):  # who sees whom in a row of S tokens: a prompt itself, a response its prompt and itself

@@ -249,18 +249,14 @@ def needed_flops(config, prompt_tokens: int, response_tokens: int, group: int, p
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    import train
-    from model import Prompt
-    from rollout import Group, Response
-
     with init_empty_weights():
         layer = AutoModelForCausalLM.from_config(config).base_model.layers[0]
-    response = Response([0] * response_tokens, [], [], "", "")
-    _, work = train.work(Group(Prompt([0] * prompt_tokens, None), [], [response] * group, None),
-                         train.attention_cost(layer))
-    weights = config.num_hidden_layers * sum(parameter.numel() for parameter in layer.parameters())
+    n = response_tokens - 1  # the last token predicts nothing
+    pairs = prompt_tokens**2 / 2 + group * n * (prompt_tokens + n / 2)  # of a query and a key that it sees
+    size = sum(parameter.numel() for parameter in layer.parameters() if parameter.dim() == 2)
     head = config.vocab_size * config.hidden_size * group * response_tokens
-    return 6 * prompts * (weights * work + head)
+    attention = 2 * pairs * layer.self_attn.o_proj.in_features
+    return 6 * prompts * (config.num_hidden_layers * (size * (prompt_tokens + group * n) + attention) + head)
 
 
 def utilization(seconds: float, gpus: int = 1, *, model: str, **shape: int) -> dict[str, float]:

@@ -125,7 +125,7 @@ def test_ranks_and_shards_change_no_gradient_and_no_number(one, many):
         dealt = many[case]["dealt"]
         assert all(len({len(rank[u]) for rank in dealt}) == 1 for u in range(len(dealt[0])))  # as many forwards on each rank
     assert any(0 in rank[0] for rank in many["few"]["dealt"])  # a rank was idle
-    assert many["nothing"]["dealt"] == [[[]]] * len(many["nothing"]["dealt"]) and not many["nothing"]["gradients"][0].any()
+    assert many["nothing"]["dealt"] == [[[0]]] * len(many["nothing"]["dealt"]) and not many["nothing"]["gradients"][0].any()
 
 
 def test_several_updates_a_batch_clip(one):
