@@ -127,11 +127,11 @@ def run(name: str, engine: str, ranks: int, limit: float) -> dict:
     return found | far(found["gap"], limit)
 
 
-def load(name: str, **more) -> tuple[policies.Policy, torch.device]:
+def load(name: str) -> tuple[policies.Policy, torch.device]:
     """Random weights, which are made once."""
     device = join()
     on_rank_0(lambda: models.resolve(name))
-    return policies.load(models.resolve(name), device, policies.make_mesh(device), **more), device
+    return policies.load(models.resolve(name), device, policies.make_mesh(device)), device
 
 
 def seconds(work) -> float:
@@ -192,7 +192,8 @@ def update(name: str, checkpointing: str) -> dict:
     prompt, length, size, budget = (1000, 256, 16, 16384) if CUDA else (100, 24, 4, 512)
     row = prompt + size * (length - 1)  # tokens that are computed of a group
     shape = {"prompt_tokens": prompt, "response_tokens": length, "group": size, "prompts": 4 * WORLD * (budget // row)}
-    policy, device = load(name, gradient_checkpointing=checkpointing == "on")
+    policy, device = load(name)
+    policy.recompute(checkpointing, budget)
     learner = train.Learner(policy, None, train.make_optimizer(policy, 1e-6), device)
     responses = [Response([*range(g, g + length)], [-10.0] * length, [1] * length, "", "") for g in range(size)]
     groups = [Group(model.Prompt([*range(p, p + prompt)], None), [], responses, torch.zeros(size, 1),
