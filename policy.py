@@ -122,7 +122,7 @@ class LogProbs(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor, temperature: float) -> Tensor:
         logp, total, size = [], [], LOGITS[hidden.is_cuda]
         for h, target in zip(hidden.split(size), targets.split(size), strict=True):
-            logits = product(h, head.T) / temperature  # (some of N, V)
+            logits = product(h, head.T).div_(temperature)  # (some of N, V)
             total.append(logits.logsumexp(-1))
             logp.append(logits.gather(-1, target[:, None]).squeeze(-1) - total[-1])
         ctx.temperature, ctx.size = temperature, size
@@ -135,7 +135,7 @@ class LogProbs(torch.autograd.Function):
         grad, d_hidden, d_head = grad / ctx.temperature, [], torch.zeros_like(head, dtype=torch.float32)
         for h, target, z, g in zip(*(x.split(ctx.size) for x in (hidden, targets, total, grad)), strict=True):
             # d logp / d logits = [token is the target] - its probability
-            d = (product(h, head.T) / ctx.temperature).sub_(z[:, None]).exp_().mul_(-g[:, None])
+            d = product(h, head.T).div_(ctx.temperature).sub_(z[:, None]).exp_().mul_(-g[:, None])
             d = d.scatter_add_(-1, target[:, None], g[:, None]).to(h.dtype)
             d_hidden.append(d @ head)
             d_head += product(d.T, h)
@@ -155,7 +155,6 @@ class Policy(nn.Module):
                                     sequences=row.sequences).last_hidden_state[0]  # (S, H)
         head = self.lm.get_output_embeddings().weight  # (V, H)
         return LogProbs.apply(hidden.index_select(0, row.predictors), head, row.targets, temperature)
-
 
     def recompute(self, mode: str, tokens: int) -> None:
         """From now on, activations are computed again in the backward pass. mode: on, off, or auto: if those of a

@@ -187,13 +187,16 @@ def weights(name: str) -> dict:
         None for _ in policies.full_weights(policy, policies.compute_dtype(device))]) for _ in range(3))}
 
 
-def update(name: str, checkpointing: str) -> dict:
-    """Updates of four micro-batches a rank, the first of them for warming up."""
+def update(name: str, checkpointing: str, compiled: bool = False) -> dict:
+    """Updates of four micro-batches a rank, the first of them for warming up. compiled: each layer by torch.compile,
+    which train.py does not do."""
     prompt, length, size, budget = (1000, 256, 16, 16384) if CUDA else (100, 24, 4, 512)
     row = prompt + size * (length - 1)  # tokens that are computed of a group
     shape = {"prompt_tokens": prompt, "response_tokens": length, "group": size, "prompts": 4 * WORLD * (budget // row)}
     policy, device = load(name)
     policy.recompute(checkpointing, budget)
+    for layer in policy.lm.base_model.layers if compiled else ():
+        layer.compile()
     learner = train.Learner(policy, None, train.make_optimizer(policy, 1e-6), device)
     responses = [Response([*range(g, g + length)], [-10.0] * length, [1] * length, "", "") for g in range(size)]
     groups = [Group(model.Prompt([*range(p, p + prompt)], None), [], responses, torch.zeros(size, 1),
@@ -271,6 +274,7 @@ def plan(args: argparse.Namespace, gpus: int = 0, memory_gib: float = 0.0, **mac
             "sync": ("sync", 1, {"name": large, "limit": limit}),
             "update": ("update", 1, updated),
             "update without recomputing": ("update", 1, updated | {"checkpointing": "off"}),
+            "update compiled": ("update", 1, updated | {"compiled": True}) if gpus else "no GPU",
             "weights": ("weights", 1, {"name": large}),
             "sharded run": ("run", 1, trained | {"ranks": ranks}) if ranks > 1 else lacking,
             "sharded update": ("update", ranks, updated) if ranks > 1 else lacking}

@@ -155,6 +155,25 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary(monkeypatch, llama, v
     assert seen[512].peak == seen[1024].peak < plain.peak / 4
 
 
+def test_a_compiled_layer_is_compiled_for_the_first_two_rows_alone(monkeypatch, tiny):
+    """For the second one with free sizes. What a layer is given has no lists, which would be compiled in."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(policies, "_attend_on_cpu", torch.compiler.disable(policies._attend_on_cpu))  # it loops over sequences
+    policy, plain, compiled = policies.load(tiny, CPU), policies.load(tiny, CPU), []
+    for layer in policy.lm.base_model.layers:
+        layer.compile(backend="aot_eager")
+    for prompt, responses in [(30, (4, 5, 9)), (50, (7, 2)), (61, (3, 3, 3, 12)), (13, (40,)), (99, (5, 6, 7, 8, 9))]:
+        row = pack([(tokens(prompt), [tokens(n) for n in responses])], CPU)
+        logp = policy(row, 1.0)
+        logp.sum().backward()
+        torch.testing.assert_close(logp, plain(row, 1.0))
+        compiled.append(counters["stats"]["unique_graphs"])
+    assert 0 < compiled[0] < compiled[1] == compiled[-1]
+
+
 # Checkpoints
 
 @pytest.mark.parametrize("architecture", ["tiny", "llama"])
