@@ -259,15 +259,28 @@ def needed_flops(config, prompt_tokens: int, response_tokens: int, group: int, p
     return 6 * prompts * (config.num_hidden_layers * (size * (prompt_tokens + group * n) + attention) + head)
 
 
+def measured_flops() -> float:
+    """Of this CPU a second, in the best of ten float32 products of 1024 x 1024 matrices."""
+    import torch
+
+    x, times = torch.randn(1024, 1024), []
+    for _ in range(10):
+        began = time.perf_counter()
+        x @ x
+        times.append(time.perf_counter() - began)
+    return 2 * 1024**3 / min(times)
+
+
 def utilization(seconds: float, gpus: int = 1, *, model: str, **shape: int) -> dict[str, float]:
-    """Share of the GPUs' peak that the update's needed work is; nothing for other GPUs than those of CUDA_TFLOPS."""
+    """Share of the GPUs' peak that the update's needed work is; nothing for other GPUs than those of CUDA_TFLOPS. On a
+    CPU, of what matrix products alone reach there."""
     import torch
     from transformers import AutoConfig
 
     from local import models
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    peak = next((x * 1e12 for name, x in CUDA_TFLOPS.items() if name in gpu), None)
+    peak = next((x * 1e12 for name, x in CUDA_TFLOPS.items() if name in gpu), None) if gpu else measured_flops()
     config = AutoConfig.from_pretrained(models.resolve(model))
     return {"mfu": needed_flops(config, **shape) / seconds / gpus / peak} if peak else {}
 
@@ -304,8 +317,7 @@ def compare(args: argparse.Namespace) -> dict:
                 print(name, {key: round(x, 3) for key, x in reports[name][-1].items()}, file=sys.stderr, flush=True)
     result = {name: medians(steps) for name, steps in reports.items()}
     a, b = result["ours"], result["trl"]
-    if args.gpu:
-        a |= utilization(a["update"], **case(args))
+    a |= utilization(a["update"], **case(args))
     ratios = {x: b[x] / a[x] for x in ("sample", "update", "step")} | {"memory ours/TRL": a["peak_gb"] / b["peak_gb"]}
     settings = {"sampler": args.trl_sampler, "batch": args.trl_batch or args.group, "bf16": args.gpu,
                 "gradient_checkpointing": args.trl_checkpointing, "liger": args.gpu, "optim": "adamw_torch_fused"}
