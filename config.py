@@ -62,7 +62,7 @@ class TrainConfig(Shared):  # the options of train.py
     weights: str | None = Field(None, description="of channels, NAME=NUMBER,...; 0: logged only. Of rubrics: uniform, "
                                                   "category or row")
     agg: Literal["rvpo", "gdpo", "grpo", "explicit", "hardmin", "softmin"] = Field(
-        "rvpo", description="rvpo, gdpo (mean), grpo (raw sum), explicit (mean - variance), hardmin, softmin (ours)")
+        "rvpo", description="rvpo, gdpo (mean), grpo (raw sum), explicit (mean - beta * var), hardmin, softmin (ours)")
     beta: str = Field("0.5:2", description="soft-min sharpness: a number, or START:END, linear over the run")
     group: int = Field(8, ge=2, le=10_000, description="G, rollouts a prompt")
     prompts: int = Field(128, ge=1, description="P, prompts a step, over all ranks")

@@ -2,7 +2,7 @@
 
 A forward takes one row of tokens, in which every prompt is followed by its responses, and returns the log-probs of the
 responses' tokens. A response sees its prompt and itself, at the positions that continue the prompt's: the same numbers
-and gradients as one sequence a response (tests/test_policy.py), for a fraction of the tokens.
+and gradients as one sequence a response (test_one_row_is_exactly_separate_sequences), for a fraction of the tokens.
 """
 
 import math
@@ -115,7 +115,8 @@ class LogProbs(torch.autograd.Function):
     """hidden (N, H), output head (V, H), targets (N,), temperature -> log-probs (N,) of the targets, float32.
 
     LOGITS tokens at a time: memory does not grow with N times V. Logits are in float32, for rounded to bfloat16 they
-    alone would move a log-prob by .01 to .04; they are computed again in the backward pass.
+    alone would move a log-prob by .01 to .04; they are computed again in the backward pass. The head's gradient is
+    summed in float32, for a sum of rounded parts would lose what is small, and autograd rounds it to the head's dtype.
     """
 
     @staticmethod
@@ -134,7 +135,7 @@ class LogProbs(torch.autograd.Function):
         hidden, head, targets, total = ctx.saved_tensors
         grad, d_hidden, d_head = grad / ctx.temperature, [], torch.zeros_like(head, dtype=torch.float32)
         for h, target, z, g in zip(*(x.split(ctx.size) for x in (hidden, targets, total, grad)), strict=True):
-            # d logp / d logits = [token is the target] - its probability
+            # d logp / d logits = [token is the target] - its probability; in half precision for the products
             d = product(h, head.T).div_(ctx.temperature).sub_(z[:, None]).exp_().mul_(-g[:, None])
             d = d.scatter_add_(-1, target[:, None], g[:, None]).to(h.dtype)
             d_hidden.append(d @ head)
@@ -164,7 +165,7 @@ class Policy(nn.Module):
         kept = tokens * c.num_hidden_layers * (20 * c.hidden_size + 8 * c.intermediate_size)
         if mode == "on" or (mode == "auto" and gpu and kept > 0.4 * torch.cuda.get_device_properties().total_memory):
             self.lm.gradient_checkpointing_enable({"use_reentrant": False})
-            self.lm.train()  # or transformers does not
+            self.lm.train()  # transformers recomputes only in this mode; there is no dropout
 
 
 def make_mesh(device: torch.device) -> DeviceMesh | None:

@@ -52,6 +52,8 @@ class Task:
         if len({*names}) < len(names) or not any(weights) or min(weights) < 0:
             raise InputError("a task needs channels, each with a name of its own other than 'joint' and a weight of at "
                              f"least 0, not all 0, got {names[1:]} with {weights}")
+        if wrong := [channel for channel in channels if not channel.bounds[0] < channel.bounds[1]]:
+            raise InputError(f"channel {wrong[0].name}: bounds must be worst, best, and worst less than best")
         self.prompts, self._channels = prompts, channels
 
     def weigh(self, text: str) -> None:
@@ -76,7 +78,7 @@ class Task:
         score(self._channels, example, ["", example.reference])
 
     def start(self, example: Example, responses: list[str]) -> Callable[[], np.ndarray]:
-        """Begins scoring G responses to one prompt. Returns a function that waits for their rewards (G, K)."""
+        """G responses to one prompt -> a function that waits for their rewards (G, K). A judge begins at once."""
         return lambda: score(self._channels, example, responses)
 
     def result(self, example: Example, response: str, rewards: np.ndarray) -> tuple[dict[str, float], dict]:

@@ -74,7 +74,7 @@ class Sampler:
 
     def sample(self, prompts: list[Prompt], group: int, step: int | str) -> list[tuple[list[Response], Callable]]:
         """`group` responses to each prompt of this rank's share, and a function that returns their rewards (G, K).
-        Scoring a prompt begins as soon as it is finished, so that a judge is at work while others are being sampled.
+        A judge begins with a prompt as soon as it is finished, and is at work while others are being sampled.
         Raises checkpoint.Stop on all ranks."""
         for generator in (random.seed, np.random.seed, torch.manual_seed):  # a reward may draw at random: the same
             generator(request_seed(self.seed, f"rewards {step}", RANK))  # in a run that was resumed at this step
@@ -139,11 +139,9 @@ class VLLMEngine:
         if "RANK" in os.environ:  # under torchrun: this rank's device, not device 0 for all
             options["distributed_executor_backend"] = "external_launcher"
         if not fixed:
-            # The first push fills the weights. Untied, so that it fills the output head, too: a reload would leave a
-            # head that is tied to the embeddings stale on a CPU.
-            # Its product in float32, as in policy.LogProbs: rounded to bfloat16 logits move a log-prob by .01 to .04.
+            # The first push fills the weights, a tied head too, which a reload would leave stale on a CPU.
             options |= {"load_format": "dummy",
-                        "hf_overrides": {"tie_word_embeddings": False, "head_dtype": "float32"}}
+                        "hf_overrides": {"tie_word_embeddings": False, "head_dtype": "float32"}}  # as in LogProbs
         self.llm = LLM(
             str(path), dtype=self.dtype, max_model_len=max_len, disable_log_stats=True,
             logprobs_mode="processed_logprobs",  # at temperature T; the default reports them at 1

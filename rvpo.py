@@ -2,12 +2,12 @@
 
 Copy this file: it needs torch only. Shapes: P prompts, G rollouts of each, K reward channels.
 
-    rewards (P, G, K) raw  ->  z (P, G, K)  ->  scores (P, G)  ->  advantages (P, G)  ->  policy_loss over tokens
+    rewards (P, G, K) raw  ->  z (P, G, K)  ->  scores (P, G)  ->  advantages (P, G)  ->  (N,) tokens  ->  loss ()
 
 1. `zscore`      each channel over the rollouts of one prompt,
 2. `soft_min`    across the channels of one rollout: -1/beta * log mean_j exp(-beta * z_j),
-3. `whiten`      over all rollouts of the batch,
-4. `policy_loss` the clipped policy gradient, the advantage on every response token.
+3. `whiten`      over all rollouts of the batch that have a reward which varies in their group,
+4. `policy_loss` the clipped policy gradient, each rollout's advantage on all of its tokens.
 
 `rvpo_advantage` is steps 1 and 2. GDPO, the hard minimum and the explicit penalty differ in step 2 alone; GRPO and
 `softmin` aggregate the raw rewards first and z-score the result. NaN means "this reward is missing": it is left out
@@ -91,7 +91,7 @@ def rvpo_advantage(rewards: Tensor, beta: float, weights: Tensor | None = None) 
 
 
 def explicit_advantage(rewards: Tensor, beta: float, weights: Tensor | None = None) -> Tensor:
-    """mean - beta * population variance of the z-scores; soft_min is mean - beta/2 * variance to second order."""
+    """mean - beta * population variance of the z-scores: to second order soft_min's with twice this beta."""
     if not 0 <= beta < math.inf:
         raise ValueError(f"beta must be >= 0 and finite, got {beta}")
     z = zscore(_check(rewards))

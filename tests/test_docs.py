@@ -20,7 +20,7 @@ def commands() -> list[str]:
 
 
 RUN = ["python train.py --task examples/polite.py --steps 1 --prompts 2 --name polite",
-       "python eval.py --task examples/polite.py --model runs/polite",
+       "python eval.py --task examples/polite.py --model runs/polite --max-tokens 64",
        "python bench/plot.py runs/polite runs/polite --out both.png"]  # `runs/A runs/B` in README
 NOT_HERE = {  # why
     "make demo": "minutes", "make study": "minutes", "python study/study.py": "minutes", "python bench/step.py": "minutes",

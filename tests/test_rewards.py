@@ -140,6 +140,11 @@ def test_a_bad_task_file_is_named(tmp_path, code, message):
         rewards.load_task(TaskOptions(str(tmp_path / "mine.py"), None, None, JudgeOptions()))
 
 
+def test_bounds_are_worst_and_best():
+    with pytest.raises(InputError, match="channel b: bounds must be worst, best"):
+        Task(None, [Channel("a"), Channel("b", bounds=(1.0, 1.0))])
+
+
 @pytest.mark.parametrize("weights", [[], [0.0], [1.0, -1.0], [0.0, 0.0]])
 def test_a_task_needs_weights(weights):
     with pytest.raises(InputError, match="a weight of at least 0, not all 0"):
