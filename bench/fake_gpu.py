@@ -183,15 +183,15 @@ class GPU(FakeTensorMode):
             else:
                 block.host = given[-1]
                 counts["copies"][line] += 1
-                counts["copies behind a forward"][line] += counts["launches"]["forward"] > 0
+                counts["copies_behind_a_forward"][line] += counts["launches"]["forward"] > 0
         elif name in ("mm", "addmm", "bmm", "baddbmm") or name.startswith("varlen_attn"):
             flops = (self.attend(given, "backward" in name) if name.startswith("varlen_attn")
                      else 2 * made[0].numel() * given[-1].shape[-2])  # what is summed over: rows of the last factor
-            counts["TFLOP"][phase] += flops / 1e12
-            counts["TFLOP in"][str(given[1].dtype).removeprefix("torch.")] += flops / 1e12
+            counts["tflop"][phase] += flops / 1e12
+            counts["tflop_in"][str(given[1].dtype).removeprefix("torch.")] += flops / 1e12
         elif func.namespace in ("c10d", "_c10d_functional"):
             counts["collectives"][name] += 1
-            counts["GiB of collectives"][name] += max(x.nbytes for x in given + made) / GIB
+            counts["collectives_gib"][name] += max(x.nbytes for x in given + made) / GIB
 
     def attend(self, given: list[Tensor], backward: bool) -> int:
         """Operations by (query, key) pairs; by torch's own count each query sees all keys. And what FlashAttention 2

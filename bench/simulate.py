@@ -25,8 +25,8 @@ ENGINE, ROOM = 3.5, 32 * 1024  # of vLLM's share: GiB beside weights and KV cach
 
 
 OPTIONS = (  # name, default, help
-    ("size", "7B", "Qwen2.5 1.5B, 3B, 7B or 14B; tiny, tiny-untied"), ("gpus", 8, "of a node"), ("nodes", 1, "of them"),
-    ("gradient-checkpointing", "on", "on, off"), ("kl", 0.0, "coefficient; above 0 there is a reference"),
+    ("size", "7B", "Qwen2.5 0.5B, 1.5B, 3B, 7B, 14B; tiny, tiny-untied"), ("gpus", 8, "of a node"),
+    ("nodes", 1, "of GPUs"), ("gradient-checkpointing", "on", "on, off"), ("kl", 0.0, "coefficient; above 0 there is a reference"),
     ("updates", 1, "optimizer steps a batch"), ("prompt", 1024, "P, its tokens"), ("group", 12, "G, responses to it"),
     ("response", 257, "R, tokens of each"), ("tokens-per-microbatch", 16384, "at most"),
     ("prompts", 0, "a step, over all GPUs; 0: two micro-batches for each GPU and update"))
@@ -98,29 +98,31 @@ def simulate(args: argparse.Namespace) -> dict:
             gpu.reset()
             train.update(learner, groups, args.updates, args.kl, 1.0, budget)
             gpu.name("AdamW", [x for state in learner.optimizer.state.values() for x in state.values()])
-        update, peak, held = gpu.counts, gpu.by_kind(gpu.peaked), gpu.by_kind(gpu.events)
-        gpu.phase = "push"
+        counts, peak, gpu.phase = gpu.counts, gpu.by_kind(gpu.peaked), "push"
         gpu.reset()
+        held = gpu.by_kind(gpu.events)
         pushed = {name: weight.shape for name, weight in policies.full_weights(policy, torch.bfloat16)}
+    counts["launches"] |= gpu.counts["launches"]
     own = {name: parameter.shape for name, parameter in lm.named_parameters(remove_duplicate=False)}
-    update["launches"] |= gpu.counts["launches"]
-    return {"GiB between steps": held, "GiB at the update's peak": peak,
-            "GiB more in a push": gpu.peak / GIB - sum(held.values()), **update,
-            "TFLOP needed": needed_flops(lm, groups) / WORLD / 1e12, "weights pushed": len(pushed),
-            "weights not pushed": [name for name in own if pushed.get(name) != own[name]],
-            "GiB of vLLM's weights": 2 * sum(shape.numel() for shape in pushed.values()) / GIB,
-            "GiB of vLLM's KV cache": 4 * config.num_hidden_layers * config.num_key_value_heads * ROOM / GIB
-            * (config.hidden_size // config.num_attention_heads)}
+    needed = needed_flops(config, args.prompt, R, G, prompts) / WORLD
+    cache = 4 * config.num_hidden_layers * config.num_key_value_heads * config.hidden_size / config.num_attention_heads
+    return {"held_gib": sum(held.values()), "held_parts_gib": held, "peak_gib": sum(peak.values()),
+            "peak_parts_gib": peak, "push_gib": gpu.peak / GIB - sum(held.values()), **counts,
+            "tflop_needed": needed / 1e12, "pushed": len(pushed),
+            "not_pushed": [name for name in own if pushed.get(name) != own[name]],
+            "vllm_weights_gib": 2 * sum(shape.numel() for shape in pushed.values()) / GIB,
+            "vllm_cache_gib": ROOM * cache / GIB}
 
 
 def show(result: dict) -> None:
     def text(x) -> str:
-        return f"{x:,.2f}" if isinstance(x, float) else f"{x:,}" if isinstance(x, int) else ", ".join(x)
+        return f"{x:,.2f}" if isinstance(x, float) else f"{x:,}" if isinstance(x, int) else ", ".join(x) or "none"
 
     for name, value in result.items():
         parts = value if isinstance(value, dict) else {}
-        print(f"{name:25}{text(sum(parts.values()) if parts else value or 0):>10}   "
-              + ", ".join(f"{part} {text(x)}" for part, x in parts.items() if x))
+        total = text(sum(parts.values()) if parts else value)
+        name = name.replace("_", " ").replace("gib", "GiB").replace("tflop", "TFLOP").replace("vllm", "vLLM")
+        print(f"{name:25}{total:>10}   " + ", ".join(f"{part} {text(x)}" for part, x in parts.items()))
 
 
 def cell(size: str, gpus: int) -> str:
@@ -129,14 +131,14 @@ def cell(size: str, gpus: int) -> str:
         command = (f"--json --size {size} --gpus {gpus} --gradient-checkpointing {recompute} "
                    f"--tokens-per-microbatch {tokens}")
         result = json.loads(subprocess.check_output([sys.executable, __file__, *command.split()]))
-        held, peak = (OUTSIDE + sum(result[f"GiB {at}"].values()) for at in ("between steps", "at the update's peak"))
-        weights, cache = result["GiB of vLLM's weights"], result["GiB of vLLM's KV cache"]
-        share = next((x for x in (0.4, 0.5, 0.6) if weights + cache + ENGINE <= x * GPU_MEMORY), 1.0)
-        sampling, pushing = held + share * GPU_MEMORY, held + weights + result["GiB more in a push"]
-        if max(sampling, peak, pushing) <= USABLE * GPU_MEMORY:
-            return (f"{sampling:.0f} / {peak:.0f}" + ", 8k" * (tokens == 8192) + ", gc" * (recompute == "on")
+        held, weights = OUTSIDE + result["held_gib"], result["vllm_weights_gib"]
+        share = next((x for x in (0.4, 0.5, 0.6) if weights + result["vllm_cache_gib"] + ENGINE <= x * GPU_MEMORY), 1.0)
+        sampling, updating = held + share * GPU_MEMORY, OUTSIDE + result["peak_gib"]
+        others = max(sampling, held + weights + result["push_gib"])
+        if max(others, updating) <= USABLE * GPU_MEMORY:
+            return (f"{sampling:.0f} / {updating:.0f}" + ", 8k" * (tokens == 8192) + ", gc" * (recompute == "on")
                     + f", `--gpu-memory {share}`" * (share != 0.4))
-        if max(sampling, pushing) > USABLE * GPU_MEMORY:  # no setting helps
+        if others > USABLE * GPU_MEMORY:  # no setting helps
             break
     return "does not fit"
 
@@ -144,7 +146,7 @@ def cell(size: str, gpus: int) -> str:
 if __name__ == "__main__":
     if ARGS.table:
         print("| | 1 GPU | 2 GPUs | 4 GPUs | 8 GPUs |\n|---|---|---|---|---|")
-        for size in ("1.5B", "3B", "7B", "14B"):
+        for size in ("0.5B", "1.5B", "3B", "7B", "14B"):
             print(f"| {size} | " + " | ".join(cell(size, gpus) for gpus in (1, 2, 4, 8)) + " |", flush=True)
     elif ARGS.json:
         print(json.dumps(simulate(ARGS)))
