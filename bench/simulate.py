@@ -22,12 +22,10 @@ sys.path.insert(0, str(ROOT))  # a script sees its own folder only
 GPU_MEMORY, USABLE = 79.1, 0.95  # GiB of an 80 GB card, and the share of it that is not lost to fragments
 OUTSIDE = 4.0  # GiB of CUDA's context, NCCL's buffers, and what a sleeping vLLM keeps (CUDA graphs)
 ENGINE, ROOM = 3.5, 32 * 1024  # of vLLM's share: GiB beside weights and KV cache; tokens that the KV cache must take
-
-
 OPTIONS = (  # name, default, help
     ("size", "7B", "Qwen2.5 0.5B, 1.5B, 3B, 7B, 14B; tiny, tiny-untied"), ("gpus", 8, "of a node"),
-    ("nodes", 1, "of GPUs"), ("gradient-checkpointing", "on", "on, off"), ("kl", 0.0, "coefficient; above 0 there is a reference"),
-    ("updates", 1, "optimizer steps a batch"), ("prompt", 1024, "P, its tokens"), ("group", 12, "G, responses to it"),
+    ("nodes", 1, "of GPUs"), ("gradient-checkpointing", "on", "on, off"), ("updates", 1, "optimizer steps a batch"),
+    ("kl", 0.0, "above 0 there is a reference"), ("prompt", 1024, "P, its tokens"), ("group", 12, "G, responses to it"),
     ("response", 257, "R, tokens of each"), ("tokens-per-microbatch", 16384, "at most"),
     ("prompts", 0, "a step, over all GPUs; 0: two micro-batches for each GPU and update"))
 
