@@ -33,7 +33,8 @@ OPTIONS = (  # name, default, help
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default, text in OPTIONS:
-        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{text} (default {default})")
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{text} (default {default})",
+                            choices=("on", "off") if default == "on" else None)
     parser.add_argument("--json", action="store_true", help="one line")
     parser.add_argument("--table", action="store_true", help="every size on 1 to 8 GPUs: a quarter of an hour")
     return parser.parse_args()
