@@ -14,7 +14,8 @@ from tasks import tools
 QWEN = {  # Qwen2.5: layers, hidden, heads, key-value heads, intermediate, vocabulary, tied embeddings
     "0.5B": (24, 896, 14, 2, 4864, 151936, True),
     "1.5B": (28, 1536, 12, 2, 8960, 151936, True), "3B": (36, 2048, 16, 2, 11008, 151936, True),
-    "7B": (28, 3584, 28, 4, 18944, 152064, False), "14B": (48, 5120, 40, 8, 13824, 152064, False)}
+    "7B": (28, 3584, 28, 4, 18944, 152064, False), "14B": (48, 5120, 40, 8, 13824, 152064, False),
+    "tiny": (4, 128, 4, 2, 384, 1024, True), "tiny-untied": (4, 128, 4, 2, 384, 1024, False)}  # for tests
 
 
 def _make_tiny(out: Path) -> None:
@@ -46,6 +47,14 @@ def qwen(size: str) -> Qwen2Config:
     return Qwen2Config(num_hidden_layers=layers, hidden_size=hidden, num_attention_heads=heads,
                        num_key_value_heads=kv_heads, intermediate_size=intermediate, vocab_size=vocabulary,
                        tie_word_embeddings=tied, max_position_embeddings=32768)
+
+
+def skeleton(config):
+    """The model of a transformers config, without memory."""
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(config)
+    lm.tie_weights()
+    return lm
 
 
 def random_qwen(size: str) -> Path:
