@@ -197,6 +197,7 @@ def evaluate(config: EvalConfig, run: Path, device: torch.device) -> dict[str, d
     _, examples = task.prompts(0, config.limit)
     if not examples:
         raise InputError(f"{config.data or config.task}: no rows to evaluate on")
+    task.try_out(examples[0])  # a faulty reward is found now, and not after all is sampled
     temperature = task.temperature if config.temperature is None else config.temperature
     max_tokens = config.max_tokens or task.max_tokens
     path, tokenizer, stops, _, room = model.describe(config.model, max_tokens)

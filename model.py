@@ -42,7 +42,7 @@ def readable(name: str):
 
 
 def resolve(name: str) -> Path:
-    """--model -> a directory that transformers and vLLM both load: smollm2 (see local/models.py), a directory (a run's,
+    """--model -> a directory that transformers and vLLM load: smollm2 (see local/smollm2.py), a directory (a run's,
     too) or a hub id. Weights are not loaded. Raises InputError."""
     if name == "smollm2":
         from local.smollm2 import smollm2

@@ -158,9 +158,8 @@ class Policy(nn.Module):
         return LogProbs.apply(hidden.index_select(0, row.predictors), head, row.targets, temperature)
 
     def recompute(self, mode: str, tokens: int) -> None:
-        """From now on, activations are computed again in the backward pass. mode: on, off, or auto: if those of a
-        micro-batch of so many tokens would take more than 0.4 of a GPU. They have about 20 times the hidden and 8 times
-        the intermediate size, in bytes a token and layer (bench/simulate.py counts them)."""
+        """Activations are computed again in the backward pass from now on. mode: on, off, or auto: if those of so many
+        tokens, by bench/simulate.py 20 x hidden + 8 x intermediate bytes a layer, would take 0.4 of a GPU or more."""
         c, gpu = self.lm.config, next(self.parameters()).device.type == "cuda"
         kept = tokens * c.num_hidden_layers * (20 * c.hidden_size + 8 * c.intermediate_size)
         if mode == "on" or (mode == "auto" and gpu and kept > 0.4 * torch.cuda.get_device_properties().total_memory):

@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import math
 import re
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -49,7 +50,7 @@ class Task:
         """prompts: (n_train, n_test) -> (training examples, held-out examples); None: all. channels: every prompt's."""
         names = ["joint", *(channel.name for channel in channels)]  # what evaluation calls all of them
         weights = [channel.weight for channel in channels]
-        if len({*names}) < len(names) or not any(weights) or min(weights) < 0:
+        if len({*names}) < len(names) or not any(weights) or not all(0 <= weight < math.inf for weight in weights):
             raise InputError("a task needs channels, each with a name of its own other than 'joint' and a weight of at "
                              f"least 0, not all 0, got {names[1:]} with {weights}")
         if wrong := [channel for channel in channels if not channel.bounds[0] < channel.bounds[1]]:
@@ -135,7 +136,7 @@ def satisfied(channels: list[Channel], rewards: np.ndarray) -> np.ndarray:
     return np.where(missing.all(-1), np.nan, (missing | (rewards >= full - 1e-6)).all(-1))
 
 
-def unit(channels: list[Channel], rewards):
+def to_unit(channels: list[Channel], rewards):
     """(..., K) -> (..., K): each channel 0 at its worst and 1 at its best."""
     worst, best = rewards.new_tensor([channel.bounds for channel in channels]).T
     return (rewards - worst) / (best - worst)
@@ -149,7 +150,7 @@ def task_module(name: str):
     if path.suffix != ".py" or not path.is_file():
         raise InputError(f"--task {name}: choose one of {', '.join(tasks.FILES)}, or name a file such as mine.py")
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look for theirs there
     try:
         spec.loader.exec_module(module)
     except Exception as error:

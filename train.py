@@ -37,7 +37,7 @@ import rvpo
 from checkpoint import catch_signals, check_signals
 from config import parse_beta
 from model import Prompt
-from rewards import Example, Task, load_task, unit
+from rewards import Example, Task, load_task, to_unit
 from rollout import Decoding, Group, Response, Sampler, VLLMEngine
 
 GRAD_CLIP = 1.0  # the gradient norm is clipped to this, as in ToolRL
@@ -124,7 +124,7 @@ def update(learner: Learner, groups: list[Group], updates: int, kl: float, tempe
     """Optimizer steps on one batch of groups, `updates` of them, each on prompts of its own. kl: coefficient of the
     penalty. budget: most tokens in a micro-batch.
 
-    A prompt whose advantages are all 0, for want of signal, has no gradient and is not computed, unless there is a KL
+    A prompt whose advantages are all 0, as without signal, has no gradient and is not computed, unless there is a KL
     penalty. Returns the mean loss over all of the tokens, other means over those that were computed, the largest
     gradient norm before clipping, and which updates were left out because loss or gradient was not finite (bad_updates;
     bad_prompts: places in the batch). Raises checkpoint.Stop on all ranks, with the policy unchanged.
@@ -143,7 +143,7 @@ def update(learner: Learner, groups: list[Group], updates: int, kl: float, tempe
         for batches in packed[1:]:
             old_logp.append([check_signals() or policy(row, temperature) for row, *_ in batches])
     if isinstance(policy, FSDPModule):
-        policy.reshard()  # a forward without backward leaves embeddings and head gathered: a step would be on copies
+        policy.reshard()  # a forward without backward leaves embeddings and head gathered: AdamW would step on copies
     names = [*"loss tokens clip_fraction is_weight sampler_gap entropy".split(), *["kl"] * bool(learner.reference)]
     sums, grad_norms, bad = {name: torch.zeros((), dtype=torch.float64, device=device) for name in names}, [], []
     for u, batches in enumerate(packed):
@@ -200,7 +200,7 @@ def set_advantages(groups: list[Group], agg: str, beta: float) -> None:
     for p, group in enumerate(groups):
         # softmin takes absolute rewards: each channel 0 at its worst, 1 at its best
         k = len(group.channels)
-        rewards[p, :, :k] = unit(group.channels, group.rewards) if agg == "softmin" else group.rewards
+        rewards[p, :, :k] = to_unit(group.channels, group.rewards) if agg == "softmin" else group.rewards
         weights[p, :k] = torch.tensor([channel.weight for channel in group.channels])
     for group, advantages in zip(groups, rvpo.advantages(rewards, agg, beta, weights), strict=True):
         group.advantages = advantages

@@ -84,11 +84,9 @@ def simulate(args: argparse.Namespace) -> dict:
         (path / "model.safetensors").touch()
         policy, reference = policies.load(path, device, mesh), None
         gpu.name("weights", policy.parameters())
-        if args.gradient_checkpointing == "on":
-            policy.lm.gradient_checkpointing_enable({"use_reentrant": False})
-            policy.lm.train()
+        policy.recompute(args.gradient_checkpointing, budget)
         if args.kl:
-            reference = policies.load(path, device, mesh, torch.bfloat16).requires_grad_(False)
+            reference = policies.load(path, device, mesh, torch.bfloat16, trained=False)
             gpu.name("reference", reference.parameters())
         learner = train.Learner(policy, reference, train.make_optimizer(policy, 1e-6), device)
         learner.optimizer.register_step_pre_hook(

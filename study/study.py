@@ -38,7 +38,7 @@ import rvpo
 import train
 from checkpoint import Log, NoCheckpoints
 from config import TrainConfig
-from rewards import Channel, Task, unit
+from rewards import Channel, Task, to_unit
 from rollout import Sampler
 
 METHODS = {"rvpo": "2", "rvpo 0.5:2": "0.5:2", "gdpo": "0", "grpo": "0", "explicit": "1", "hardmin": "0",
@@ -71,7 +71,7 @@ def forms(channels: list[Channel]) -> dict[str, Callable]:
     """Aggregations that are compared here only, see rvpo.AGGREGATIONS."""
     return {
         # grpo on one scale
-        "minmax": lambda r, beta, w: rvpo.grpo_advantage(unit(channels, r), beta, w),
+        "minmax": lambda r, beta, w: rvpo.grpo_advantage(to_unit(channels, r), beta, w),
         "rawsoftmin": rvpo.softmin_advantage,  # softmin on the rewards as they are
         "centred": lambda r, beta, w: (s := rvpo.rvpo_advantage(r, beta, w)) - s.mean(-1, keepdim=True),
     }

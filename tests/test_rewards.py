@@ -145,7 +145,7 @@ def test_bounds_are_worst_and_best():
         Task(None, [Channel("a"), Channel("b", bounds=(1.0, 1.0))])
 
 
-@pytest.mark.parametrize("weights", [[], [0.0], [1.0, -1.0], [0.0, 0.0]])
+@pytest.mark.parametrize("weights", [[], [0.0], [1.0, -1.0], [0.0, 0.0], [float("inf")], [float("nan"), 1.0]])
 def test_a_task_needs_weights(weights):
     with pytest.raises(InputError, match="a weight of at least 0, not all 0"):
         rewards.Task(None, [rewards.Channel(str(i), weight=weight) for i, weight in enumerate(weights)])

@@ -107,7 +107,7 @@ def test_softmin_wants_one_scale():
     scaled = raw * torch.tensor([1.0, 10.0])
     channels = [toy.reward("safe"), toy.reward("please")]
     larger = [toy.reward("safe"), toy.reward("please", scale=10.0)]
-    same, got = (rvpo.softmin_advantage(scoring.unit(c, r), 1.0) for c, r in ((channels, raw), (larger, scaled)))
+    same, got = (rvpo.softmin_advantage(scoring.to_unit(c, r), 1.0) for c, r in ((channels, raw), (larger, scaled)))
     torch.testing.assert_close(got, same)
     assert (rvpo.grpo_advantage(scaled) - rvpo.grpo_advantage(raw)).abs().max() > 0.1
     minmax = study.forms(larger)["minmax"]
