@@ -24,9 +24,9 @@ OUTSIDE = 4.0  # GiB of CUDA's context, NCCL's buffers, and what a sleeping vLLM
 ENGINE, ROOM = 3.5, 32 * 1024  # of vLLM's share: GiB beside weights and KV cache; tokens that the KV cache must take
 OPTIONS = (  # name, default, help
     ("size", "7B", "Qwen2.5 0.5B, 1.5B, 3B, 7B, 14B; tiny, tiny-untied"), ("gpus", 8, "of a node"),
-    ("nodes", 1, "of GPUs"), ("gradient-checkpointing", "on", "on, off"), ("updates", 1, "optimizer steps a batch"),
-    ("kl", 0.0, "above 0 there is a reference"), ("prompt", 1024, "P, its tokens"), ("group", 12, "G, responses to it"),
-    ("response", 257, "R, tokens of each"), ("tokens-per-microbatch", 16384, "at most"),
+    ("nodes", 1, "of GPUs"), ("gradient-checkpointing", "auto", "on, off, auto"),
+    ("updates", 1, "optimizer steps a batch"), ("kl", 0.0, "above 0 there is a reference"), ("prompt", 1024, "P, its tokens"),
+    ("group", 12, "G, responses to it"), ("response", 257, "R, tokens of each"), ("tokens-per-microbatch", 8192, "at most"),
     ("prompts", 0, "a step, over all GPUs; 0: two micro-batches for each GPU and update"))
 
 
@@ -34,9 +34,9 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default, text in OPTIONS:
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{text} (default {default})",
-                            choices=("on", "off") if default == "on" else None)
+                            choices=("on", "off", "auto") if default == "auto" else None)
     parser.add_argument("--json", action="store_true", help="one line")
-    parser.add_argument("--table", action="store_true", help="every size on 1 to 8 GPUs: a quarter of an hour")
+    parser.add_argument("--table", action="store_true", help="every size on 1 to 8 GPUs: ten minutes")
     return parser.parse_args()
 
 
@@ -72,6 +72,7 @@ def simulate(args: argparse.Namespace) -> dict:
     config, budget, R, G = qwen(args.size), args.tokens_per_microbatch, args.response, args.group
     gpu, device = GPU(lm := skeleton(config), train.update), torch.device("gpu", 0)
     policies.compute_dtype, policies.safe_open = lambda _: torch.bfloat16, lambda *_: Weights(lm.named_parameters())
+    torch.cuda.get_device_properties = lambda: argparse.Namespace(total_memory=GPU_MEMORY * GIB)
     train.check_signals = lambda: None  # the host's alone, and of all ranks
     dist.init_process_group("cpu:fake,gpu:fake", rank=0, world_size=WORLD, store=FakeStore())
     prompts = args.prompts or 2 * max(1, budget // (args.prompt + G * (R - 1))) * WORLD * args.updates
@@ -105,7 +106,8 @@ def simulate(args: argparse.Namespace) -> dict:
     cache = 4 * config.num_hidden_layers * config.num_key_value_heads * config.hidden_size / config.num_attention_heads
     return {"held_gib": sum(held.values()), "held_parts_gib": held, "peak_gib": sum(peak.values()),
             "peak_parts_gib": peak, "push_gib": gpu.peak / GIB - sum(held.values()), **counts,
-            "tflop_needed": needed / 1e12, "pushed": len(pushed),
+            "tflop_needed": needed / 1e12, "recomputes": int(policy.lm.is_gradient_checkpointing),
+            "pushed": len(pushed),
             "not_pushed": [name for name in own if pushed.get(name) != own[name]],
             "vllm_weights_gib": 2 * sum(shape.numel() for shape in pushed.values()) / GIB,
             "vllm_cache_gib": ROOM * cache / GIB}
@@ -123,21 +125,16 @@ def show(result: dict) -> None:
 
 
 def cell(size: str, gpus: int) -> str:
-    """GiB while sampling / at the update's peak, with the first setting that fits."""
-    for recompute, tokens in (("off", 16384), ("off", 8192), ("on", 16384), ("on", 8192)):  # the fastest first
-        command = (f"--json --size {size} --gpus {gpus} --gradient-checkpointing {recompute} "
-                   f"--tokens-per-microbatch {tokens}")
-        result = json.loads(subprocess.check_output([sys.executable, __file__, *command.split()]))
-        held, weights = OUTSIDE + result["held_gib"], result["vllm_weights_gib"]
-        share = next((x for x in (0.4, 0.5, 0.6) if weights + result["vllm_cache_gib"] + ENGINE <= x * GPU_MEMORY), 1.0)
-        sampling, updating = held + share * GPU_MEMORY, OUTSIDE + result["peak_gib"]
-        others = max(sampling, held + weights + result["push_gib"])
-        if max(others, updating) <= USABLE * GPU_MEMORY:
-            return (f"{sampling:.0f} / {updating:.0f}" + ", 8k" * (tokens == 8192) + ", gc" * (recompute == "on")
-                    + f", `--gpu-memory {share}`" * (share != 0.4))
-        if others > USABLE * GPU_MEMORY:  # no setting helps
-            break
-    return "does not fit"
+    """GiB while sampling / at the update's peak, by train.py's defaults, with a larger share for a vLLM that needs it."""
+    command = [sys.executable, __file__, "--json", "--size", size, "--gpus", str(gpus)]
+    result = json.loads(subprocess.check_output(command))
+    held, weights = OUTSIDE + result["held_gib"], result["vllm_weights_gib"]
+    share = next((x for x in (0.4, 0.5, 0.6) if weights + result["vllm_cache_gib"] + ENGINE <= x * GPU_MEMORY), 1.0)
+    sampling, updating = held + share * GPU_MEMORY, OUTSIDE + result["peak_gib"]
+    if max(sampling, updating, held + weights + result["push_gib"]) > USABLE * GPU_MEMORY:
+        return "does not fit"
+    return (f"{sampling:.0f} / {updating:.0f}" + ", gc" * result["recomputes"]
+            + f", `--gpu-memory {share}`" * (share != 0.4))
 
 
 if __name__ == "__main__":
