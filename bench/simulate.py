@@ -25,8 +25,9 @@ ENGINE, ROOM = 3.5, 32 * 1024  # of vLLM's share: GiB beside weights and KV cach
 OPTIONS = (  # name, default, help
     ("size", "7B", "Qwen2.5 0.5B, 1.5B, 3B, 7B, 14B; tiny, tiny-untied"), ("gpus", 8, "of a node"),
     ("nodes", 1, "of GPUs"), ("gradient-checkpointing", "auto", "on, off, auto"),
-    ("updates", 1, "optimizer steps a batch"), ("kl", 0.0, "above 0 there is a reference"), ("prompt", 1024, "P, its tokens"),
-    ("group", 12, "G, responses to it"), ("response", 257, "R, tokens of each"), ("tokens-per-microbatch", 8192, "at most"),
+    ("updates", 1, "optimizer steps a batch"), ("kl", 0.0, "above 0 there is a reference"),
+    ("prompt", 1024, "P, its tokens"), ("group", 12, "G, responses to it"), ("response", 257, "R, tokens of each"),
+    ("tokens-per-microbatch", 8192, "at most"),
     ("prompts", 0, "a step, over all GPUs; 0: two micro-batches for each GPU and update"))
 
 
@@ -125,7 +126,7 @@ def show(result: dict) -> None:
 
 
 def cell(size: str, gpus: int) -> str:
-    """GiB while sampling / at the update's peak, by train.py's defaults, with a larger share for a vLLM that needs it."""
+    """GiB while sampling / at the update's peak, by train.py's defaults, with more for a vLLM that needs it."""
     command = [sys.executable, __file__, "--json", "--size", size, "--gpus", str(gpus)]
     result = json.loads(subprocess.check_output(command))
     held, weights = OUTSIDE + result["held_gib"], result["vllm_weights_gib"]
