@@ -136,8 +136,8 @@ def has_signal(rewards: Tensor, weights: Tensor | None = None) -> Tensor:
 def whiten(scores: Tensor, signal: Tensor, eps: float = EPS) -> Tensor:
     """Step 3: (P, G) scores -> (P, G) advantages, z-scored over the rollouts with signal; exactly 0 for the others.
 
-    Call it on the whole batch, gathered from all ranks (train.py does). Rollouts without signal score 0, but the soft
-    minimum of the others is negative on average: counted in, they would be rewarded for nothing.
+    Call it on the whole batch, gathered from all ranks (train.py does). Rollouts without signal score 0 where z-scores
+    are aggregated, but the soft minimum of the others is negative on average: counted in, they would be rewarded.
     """
     x = scores[signal].double()
     out = torch.zeros_like(scores)
