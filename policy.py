@@ -182,7 +182,7 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 def load(path: Path, device: torch.device, mesh: DeviceMesh | None = None, dtype: torch.dtype = torch.float32,
          trained: bool = True) -> Policy:
     """The checkpoint's weights in `dtype`; each rank reads its own shard, and never holds more. On GPUs a layer is
-    gathered and computed in bfloat16, and gradients are reduced in float32. Without dropout: the log-probs must be those of
+    gathered and computed in bfloat16, gradients are reduced in float32. Without dropout: the log-probs must be those of
     the policy that sampled. Raises InputError for missing weights."""
     with init_empty_weights(include_buffers=False):
         lm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=dtype,
