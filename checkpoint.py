@@ -240,8 +240,11 @@ def read_config(run: Path, given: dict) -> dict:
 
 
 def check_data(run: Path, examples: list) -> str:
-    """SHA-256 of all that is in the examples. Raises InputError if the run that goes on has had another one."""
+    """SHA-256 of all that is in the examples. Raises InputError if other ranks have another, or the run that goes on."""
     digest, file = hashlib.sha256(json.dumps(examples).encode()).hexdigest(), run / "config.json"
+    if len({*gather([digest])}) > 1:
+        raise InputError("the ranks have different prompts: a task must make the same ones on all (seed what it draws, "
+                         "sort what comes from a set), and nodes must read the same files")
     if latest(run) and json.loads(file.read_text())["data_sha256"] != digest:
         raise InputError(f"--resume {run}: its data are not what they were when it began (SHA-256 in config.json): "
                          "bring them back, or begin a new run")
@@ -254,7 +257,7 @@ def open_run(options: dict, given: set[str]):
     (its directory, its options, its state), made before anything is loaded. Ends the program if it is finished. Raises
     InputError."""
     run = find_run(options["resume"], options["name"])
-    if len({*gather([run])}) > 1:
+    if len({*gather([run and (run, latest(run))])}) > 1:
         raise InputError(f"--resume {options['resume']}: not all ranks see the same checkpoint; runs/ must be on a "
                          "file system that all nodes share")
     if run:

@@ -194,12 +194,10 @@ def load(path: Path, device: torch.device, mesh: DeviceMesh | None = None, dtype
     lm.eval()
     policy = Policy(lm, path).requires_grad_(trained)
     if mesh:
-        # What is gathered for a forward is given up after it, but for embeddings and head (None), which the backward
-        # needs first. On a single GPU all is kept until then; a model without a backward keeps nothing.
-        reshard = None if mesh["shard"].size() > 1 else False
+        # What is gathered for a forward is given up after it, but for embeddings and head, if a backward needs them.
         precision = MixedPrecisionPolicy(compute_dtype(device), reduce_dtype=torch.float32)
         for unit in [*lm.base_model.layers, policy]:
-            fully_shard(unit, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard if trained else True)
+            fully_shard(unit, mesh=mesh, mp_policy=precision, reshard_after_forward=None if trained else True)
     buffers = dict(lm.named_buffers())
     policy.to_empty(device=device)
     for name, buffer in buffers.items():  # computed, not loaded, such as the rotary frequencies

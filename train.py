@@ -83,7 +83,8 @@ def deal(groups: list[Group], ranks: int, budget: int) -> list[list[list[Group]]
     share = math.ceil(sum(computed(group) - len(group.prompt.ids) for group in groups) / ranks)
     parts = [part for group in groups for part in split(group, min(budget - len(group.prompt.ids), share))]
     parts.sort(key=computed, reverse=True)
-    for rounds in itertools.count(1):  # as few as will do: each gathers all weights
+    least = math.ceil(sum(min(computed(part), budget) for part in parts) / ranks / budget)
+    for rounds in itertools.count(max(1, least)):  # as few as will do: each gathers all weights
         batches, tokens = [[] for _ in range(rounds * ranks)], [0] * (rounds * ranks)
         for part in parts:
             b = tokens.index(min(tokens))
@@ -268,7 +269,8 @@ def fit(config: TrainConfig, learner: Learner, sampler: Sampler, prompts: list[P
 
         metrics |= {"beta": beta, "lr": lr, "seconds": dict(zip(PHASES, [*np.diff(times), saving], strict=True))}
         log.step(state.step + 1, groups, metrics | ({"judge": report} if report else {}))
-        state.step, state.bad_steps = state.step + 1, state.bad_steps + 1 if metrics["bad_updates"] else 0
+        state.bad_steps = state.bad_steps + 1 if metrics["bad_updates"] else 0
+        state.step += 1
 
 
 # The program

@@ -214,6 +214,13 @@ def test_a_late_rank_without_a_name(tmp_path):
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [run.name] and (run / "checkpoint").is_dir()
 
 
+def test_ranks_with_different_prompts(monkeypatch, tmp_path):
+    """Each would pair its own with the responses to another's: a wrong gradient, and nobody would notice."""
+    monkeypatch.setattr(checkpoint, "gather", lambda local: [*local, "another digest"])
+    with pytest.raises(InputError, match="the ranks have different prompts: a task must make the same ones on all"):
+        checkpoint.check_data(tmp_path, [])
+
+
 def test_a_checkpoint_that_lacks_the_shards_of_a_rank(monkeypatch, tmp_path, tiny_policy):
     """As on nodes that do not share a file system: the other rank sees a file that is not here."""
     monkeypatch.setattr(checkpoint, "gather", lambda local: [*local, ["shard-00002-model-00001-of-00001.safetensors"]] if local and isinstance(local[0], list) else local)
