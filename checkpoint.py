@@ -240,7 +240,7 @@ def read_config(run: Path, given: dict) -> dict:
 
 
 def check_data(run: Path, examples: list) -> str:
-    """SHA-256 of all that is in the examples. Raises InputError if other ranks have another, or the run that goes on."""
+    """SHA-256 of all that is in the examples. Raises InputError if other ranks have another, or the run had one."""
     digest, file = hashlib.sha256(json.dumps(examples).encode()).hexdigest(), run / "config.json"
     if len({*gather([digest])}) > 1:
         raise InputError("the ranks have different prompts: a task must make the same ones on all (seed what it draws, "
