@@ -61,7 +61,7 @@ class TrainConfig(Shared):  # the options of train.py
     eval_data: str | None = Field(None, description="held-out prompts; default with --data: its last rows")
     weights: str | None = Field(None, description="of channels, NAME=NUMBER,...; 0: logged only. Of rubrics: uniform, "
                                                   "category or row")
-    agg: Literal["rvpo", "gdpo", "grpo", "explicit", "hardmin", "softmin"] = Field(
+    agg: Literal["rvpo", "gdpo", "grpo", "explicit", "softmin", "hardmin"] = Field(
         "rvpo", description="rvpo, gdpo (mean), grpo (raw sum), explicit (mean - beta * var), hardmin, softmin (ours)")
     beta: str = Field("0.5:2", description="soft-min sharpness: a number, or START:END, linear over the run")
     group: int = Field(8, ge=2, le=10_000, description="G, rollouts a prompt")

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from ranks import LOCAL_WORLD, WORLD, InputError
@@ -77,10 +78,11 @@ def _prompt_once(module, query: Tensor, key: Tensor, value: Tensor, attention_ma
     """Attention as transformers calls it. query (1, H, S, D), key and value (1, fewer H, S, D) -> (1, S, H, D).
 
     A prompt's keys and values are copied for each response: then an ordinary kernel for sequences of different lengths
-    does the rest, with no mask and no work that is thrown away.
+    does the rest, with no mask and no work that is thrown away. On a CPU they are copied again in the backward pass.
     """
-    attend = _attend_on_cuda if query.is_cuda else _attend_on_cpu
-    return attend(query[0], key[0], value[0], scaling, sequences), None
+    if query.is_cuda:
+        return _attend_on_cuda(query[0], key[0], value[0], scaling, sequences), None
+    return checkpoint(_attend_on_cpu, query[0], key[0], value[0], scaling, sequences, use_reentrant=False), None
 
 
 def _attend_on_cuda(query: Tensor, key: Tensor, value: Tensor, scaling: float, sequences: Sequences) -> Tensor:
@@ -139,7 +141,7 @@ class LogProbs(torch.autograd.Function):
             d = product(h, head.T).div_(ctx.temperature).sub_(z[:, None]).exp_().mul_(-g[:, None])
             d = d.scatter_add_(-1, target[:, None], g[:, None]).to(h.dtype)
             d_hidden.append(d @ head)
-            d_head += product(d.T, h)
+            d_head = d_head.addmm_(d.T, h) if d.dtype == torch.float32 else d_head.add_(product(d.T, h))
         return torch.cat(d_hidden), d_head, None, None
 
 

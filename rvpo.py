@@ -122,9 +122,8 @@ def softmin_advantage(rewards: Tensor, beta: float, weights: Tensor | None = Non
 
 AGGREGATIONS = {
     "rvpo": rvpo_advantage, "gdpo": lambda rewards, beta=0.0, weights=None: rvpo_advantage(rewards, 0.0, weights),
-    "grpo": grpo_advantage, "explicit": explicit_advantage,
-    "hardmin": lambda rewards, beta=0.0, weights=None: rvpo_advantage(rewards, math.inf, weights),
-    "softmin": softmin_advantage}
+    "grpo": grpo_advantage, "explicit": explicit_advantage, "softmin": softmin_advantage,
+    "hardmin": lambda rewards, beta=0.0, weights=None: rvpo_advantage(rewards, math.inf, weights)}
 
 
 def has_signal(rewards: Tensor, weights: Tensor | None = None) -> Tensor:

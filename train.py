@@ -136,8 +136,7 @@ def update(learner: Learner, groups: list[Group], updates: int, kl: float, tempe
     # into micro-batches and ranks then gives the same mean over tokens, and losses and gradients simply add up.
     n_tokens = [sum(sum(response.mask) for slot in share for response in groups[slot].responses) for share in slots]
     kept = [[groups[slot] for slot in share if kl or groups[slot].advantages.any()] for share in slots]
-    mine = [deal(some, WORLD, budget)[RANK] for some in kept]
-    packed = [[row_of(batch or IDLE, device) for batch in batches] for batches in mine]
+    packed = [[row_of(batch or IDLE, device) for batch in deal(some, WORLD, budget)[RANK]] for some in kept]
     # Old log-probs. None for the first update: its policy is the one that sampled, and logp.detach() stands in.
     old_logp = [[None] * len(packed[0])]
     with torch.no_grad():
