@@ -7,7 +7,7 @@ demo: .venv/ready  ## train SmolLM2-135M on tool calling with RVPO, and plot it:
 	.venv/bin/python train.py --name $(RUN)
 	.venv/bin/python bench/plot.py runs/$(RUN)
 
-study: .venv/ready  ## every aggregation on three small tasks: 17 to 26 minutes on two cores
+study: .venv/ready  ## every aggregation on three small tasks: 17 minutes or more on two cores
 	.venv/bin/python study/study.py --out runs/study-$(shell date +%m%d-%H%M%S)
 
 test: .venv/ready

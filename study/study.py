@@ -1,6 +1,6 @@
 """Does the soft minimum do what it is for, and when not? Every aggregation on three small tasks, all else equal.
 
-    python study/study.py --out runs/study                     # 17 to 26 minutes on two cores
+    python study/study.py --out runs/study                     # 17 minutes on two EPYC cores
     python study/study.py --out runs/study-20 --first-seed 20  # other held-out seeds
 
 Writes study.json (every run's settings and curves), study.md (the tables) and study.png into --out. A run is train.fit
