@@ -201,7 +201,7 @@ def evaluations(run: Path) -> list[dict]:
 # memory and speed, the judge's endpoint, and how often things are saved and evaluated.
 MAY_CHANGE = {"name", "resume", "data", "eval_data", "judge_url", "judge_cache", "judge_concurrency", "judge_timeout",
               "judge_max_missing", "tokens_per_microbatch", "gradient_checkpointing", "gpu_memory", "eval_every",
-              "save_every"}
+              "keep_policies", "save_every"}
 
 
 def find_run(resume: str | None, name: str | None) -> Path | None:
@@ -322,6 +322,23 @@ def channel_stats(groups: "list[Group]", beta: float) -> dict[str, dict[str, flo
     return stats
 
 
+def credit(groups: "list[Group]") -> dict[str, float]:
+    """{channel: correlation, within groups, of the advantages with its raw rewards}. Negative: this step's update works
+    against it. A soft minimum of z-scores does so where less than about half of a group satisfy a channel and others
+    pull the other way, see docs/sign.md. NaN where the channel never varies, or no advantage does."""
+    pairs = {channel.name: [] for group in groups for channel in group.channels}
+    for group in groups:
+        for channel, values in zip(group.channels, group.rewards.T, strict=True):
+            pair = torch.stack([values, group.advantages.to(values)])[:, ~values.isnan()]
+            pairs[channel.name].append(pair - pair.mean(1, keepdim=True))
+    out = {}
+    for name, found in pairs.items():
+        rewards, advantages = torch.cat(found, 1)
+        size = (rewards.norm() * advantages.norm()).item()
+        out[name] = (rewards @ advantages).item() / size if size > 1e-9 else math.nan
+    return out
+
+
 class Log:
     """What the loop says of a step. Whoever runs the loop elsewhere replaces the three that write."""
 
@@ -365,17 +382,20 @@ class Log:
         joint = np.concatenate([satisfied(group.channels, group.rewards.numpy()) for group in groups])
         advantages = torch.stack([group.advantages for group in groups])
         total = sum(seconds.values()) - seconds["save"]
+        credits = credit(groups)
         metrics |= {
             "joint": torch.from_numpy(joint).nanmean().item(), "advantage_std": advantages.std().item(),
             "no_signal": 1 - torch.cat([has_signal(group) for group in groups]).double().mean().item(),
             "truncated": np.mean([response.finish == "length" for response in responses]),
             "length_mean": np.mean(lengths), "length_max": max(lengths), "tokens_per_second": sum(lengths) / total,
-            "channels": channel_stats(groups, metrics["beta"])}
+            "channels": {name: {**stats, "credit": credits[name]}
+                         for name, stats in channel_stats(groups, metrics["beta"]).items()}}
         if judge := metrics.get("judge"):
             judge["share_of_step"] = judge["seconds"] / total
         self.metrics({"step": step, **metrics})
         self.say(f"step {step}: joint {metrics['joint']:.2f} | "
                  + " ".join(f"{name} {stats['mean']:.2f}" for name, stats in metrics["channels"].items())
+                 + "".join(f" | works against {name} ({x:.2f})" for name, x in credits.items() if x < 0)
                  + f" | grad {metrics['grad_norm']:.2f} entropy {metrics['entropy']:.2f}"
                  + f" length {np.mean(lengths):.0f} | "
                  + " ".join(f"{phase} {t:.1f}s" for phase, t in seconds.items() if t >= 0.05)

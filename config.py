@@ -71,13 +71,15 @@ class TrainConfig(Shared):  # the options of train.py
     temperature: float = Field(1.0, ge=0.01, le=100, description="of sampling and of the trained distribution")
     max_tokens: int = Field(1024, ge=1, description="longest response")
     steps: int = Field(100, ge=1, description="batches to sample and train on")
-    lr: float = Field(1e-6, ge=0, le=100, description="AdamW's learning rate, constant after the warm-up")
+    lr: float = Field(1e-6, ge=0, le=100, description="AdamW's learning rate")
+    lr_schedule: Literal["constant", "linear"] = Field("constant", description="linear: falls to 0 until the run's end")
     warmup: int = Field(5, ge=0, description="steps of linear warm-up")
     tokens_per_microbatch: int = Field(8192, ge=1, description="most tokens in one forward: memory, not the gradient")
     gradient_checkpointing: Literal["auto", "on", "off"] = Field("auto", description="on, off, or auto: on a GPU "
                                                                                          "that has no room without")
     eval_every: int = Field(0, ge=0, description="steps between evaluations; 0: before and after the run only")
     eval_prompts: int = Field(128, ge=0, description="held-out prompts, one sample each")
+    keep_policies: bool = Field(False, description="the policy of each evaluation, in runs/NAME/policies/step-N")
     save_every: str = Field("auto", pattern=r"^(auto|\d+)$", description="steps between checkpoints; auto: as often as "
                                                                          "takes 1% of the time; 0: only when stopped")
     resume: str | None = Field(None, description="runs/NAME: go on, with its options; auto: if --name has a checkpoint")
@@ -126,7 +128,8 @@ def parse(kind: type[Shared], description: str, argv: list[str] | None = None) -
         field = kind.model_fields[name]
         other = f"; of smollm2: {presets[name]}" if name in presets else ""
         default = f" (default {field.default}{other})" * (field.default is not None)
-        parser.add_argument(option(name), metavar="", default=argparse.SUPPRESS,
+        flag = {"nargs": "?", "const": "true"} if field.annotation is bool else {}
+        parser.add_argument(option(name), metavar="", default=argparse.SUPPRESS, **flag,
                             help=(field.description + default).replace("%", "%%"))  # argparse formats it with %
     given = vars(parser.parse_args(argv))
     for name, value in given.items():

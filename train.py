@@ -259,8 +259,9 @@ def fit(config: TrainConfig, learner: Learner, sampler: Sampler, prompts: list[P
         times.append(now())
 
         engine.sleep()
+        left = 1 - state.step / config.steps if config.lr_schedule == "linear" else 1.0
         for parameters in learner.optimizer.param_groups:
-            parameters["lr"] = lr = config.lr * min(1.0, (state.step + 1) / (config.warmup + 1))
+            parameters["lr"] = lr = config.lr * min(left, (state.step + 1) / (config.warmup + 1))
         metrics = update(learner, groups, config.updates, config.kl, config.temperature, config.tokens_per_microbatch)
         times.append(now())
         engine.push(policies.full_weights(learner.policy, engine.dtype))
@@ -313,10 +314,16 @@ def main(config: TrainConfig) -> None:
         learner, sampler, train, held_out, write_policy = setup(config, device, task, train, held_out)
         log = checkpoint.RunLog(run, config.steps, state.step)
         checkpoints = checkpoint.Checkpoints(log, learner.policy, learner.optimizer, config.save_every, state)
+
+        def look(step: int) -> None:
+            evaluate(sampler, held_out, log, step)
+            if config.keep_policies:
+                write_policy(run / "policies" / f"step-{step}")
+
         log.begin(state, {**config.model_dump(), "data_sha256": digest, "device": str(device)})
         catch_signals()
         with checkpoints.saving_what_can_be(write_policy):
-            fit(config, learner, sampler, train, log, functools.partial(evaluate, sampler, held_out, log), checkpoints)
+            fit(config, learner, sampler, train, log, look, checkpoints)
             write_policy(run / "checkpoint")
     checkpoint.finish(run, len(held_out))
 

@@ -57,11 +57,11 @@ def example(rng: random.Random) -> Example:
     return Example([*messages, {"role": "user", "content": request}], answer)
 
 
-def examples(n: int, split: str, seed: int = 0) -> list[Example]:
+def examples(n: int, split: str, seed: int = 0, draw=example) -> list[Example]:
     """n of 'train' or 'test'. A prompt's own hash decides its split, so that the two never meet."""
     rng, out = random.Random(f"{split}/{seed}"), []
     while len(out) < n:
-        drawn = example(rng)
+        drawn = draw(rng)
         digest = hashlib.sha256(json.dumps(drawn.messages).encode()).digest()
         if (digest[0] < 26) == (split == "test"):  # a tenth is test
             out.append(drawn)
