@@ -405,9 +405,11 @@ class Log:
 
 
 class RunLog(Log):
-    """Into runs/NAME/ and onto the terminal, from rank 0. All ranks must call it. steps, begun: of the progress bar."""
+    """Into runs/NAME/ and onto the terminal, from rank 0. All ranks must call it. steps, begun: of the progress bar.
+    write_policy: writes the policy into a directory; each evaluation's is then kept, in runs/NAME/policies/step-N."""
 
-    def __init__(self, run: Path, steps: int = 0, begun: int = 0):
+    def __init__(self, run: Path, steps: int = 0, begun: int = 0, write_policy: Callable | None = None):
+        self.write_policy = write_policy
         self.run, self.bar = run, tqdm(total=steps, initial=begun, disable=RANK > 0 or not steps, unit="step",
                                        dynamic_ncols=True)
 
@@ -438,6 +440,11 @@ class RunLog(Log):
             on_rank_0(append)
         except OSError as error:
             raise InputError(f"{self.run / name} cannot be written: {error}") from error
+
+    def evaluation(self, step: int, scores: list[dict[str, float]], report: dict) -> None:
+        super().evaluation(step, scores, report)
+        if self.write_policy:
+            self.write_policy(self.run / "policies" / f"step-{step}")
 
     def step(self, step: int, groups: "list[Group]", metrics: dict) -> None:
         super().step(step, groups, metrics)

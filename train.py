@@ -76,10 +76,9 @@ def split(group: Group, limit: int) -> list[Group]:
 
 
 def deal(groups: list[Group], ranks: int, budget: int) -> list[list[list[Group]]]:
-    """For each rank its micro-batches, at least one and equally many, for sharded ranks wait for one another at every
-    layer: of at most `budget` tokens, unless one response with its prompt has more. The largest group goes first, to
-    the micro-batch with the fewest tokens. A group stays whole unless it exceeds the budget, or its responses are more
-    than a rank's share of all: then its prompt is computed more than once."""
+    """For each rank its micro-batches, at least one and equally many (sharded ranks wait for each other at every layer)
+    of at most `budget` tokens, unless one response with its prompt has more. The largest group goes first, to the one
+    with the fewest tokens. A group whose responses exceed the budget, or a rank's share of all, is split."""
     share = math.ceil(sum(computed(group) - len(group.prompt.ids) for group in groups) / ranks)
     parts = [part for group in groups for part in split(group, min(budget - len(group.prompt.ids), share))]
     parts.sort(key=computed, reverse=True)
@@ -98,8 +97,7 @@ def deal(groups: list[Group], ranks: int, budget: int) -> list[list[list[Group]]
     return [batches[rank::ranks] for rank in range(ranks)]
 
 
-# What a rank computes when it has nothing to compute: sharded layers need all ranks at every forward, and AdamW wants
-# gradients, of 0, to go on with its momentum.
+# What an idle rank computes: sharded layers need all ranks at every forward, AdamW needs gradients, if only of 0.
 IDLE = [Group(Prompt([0], None), [], [Response([0], [0.0], [0], "", "")], torch.zeros(1, 0), torch.zeros(1))]
 
 
@@ -123,13 +121,11 @@ def row_of(groups: list[Group], device: torch.device) -> tuple[policies.Row, Ten
 def update(learner: Learner, groups: list[Group], updates: int, kl: float, temperature: float,
            budget: int) -> dict[str, float]:
     """Optimizer steps on one batch of groups, `updates` of them, each on prompts of its own. kl: coefficient of the
-    penalty. budget: most tokens in a micro-batch.
-
-    A prompt whose advantages are all 0, as without signal, has no gradient and is not computed, unless there is a KL
-    penalty. Returns the mean loss over all of the tokens, other means over those that were computed, the largest
-    gradient norm before clipping, and which updates were left out because loss or gradient was not finite (bad_updates;
-    bad_prompts: places in the batch). Raises checkpoint.Stop on all ranks, with the policy unchanged.
-    """
+    penalty. budget: most tokens in a micro-batch. A prompt whose advantages are all 0 has no gradient and is not
+    computed, unless there is a KL penalty. Returns the mean loss over all of the tokens, other means over those that
+    were computed, the largest gradient norm before clipping, and which updates were left out because loss or gradient
+    was not finite (bad_updates; bad_prompts: places in the batch). Raises checkpoint.Stop on all ranks, with the policy
+    unchanged."""
     policy, device = learner.policy, learner.device
     slots = np.array_split(np.arange(len(groups)), updates)
     # Sampled tokens of each update, also of prompts that are not computed. Counted first, over all ranks: any split
@@ -259,7 +255,7 @@ def fit(config: TrainConfig, learner: Learner, sampler: Sampler, prompts: list[P
         times.append(now())
 
         engine.sleep()
-        left = 1 - state.step / config.steps if config.lr_schedule == "linear" else 1.0
+        left = 1 - (config.lr_schedule == "linear") * state.step / config.steps
         for parameters in learner.optimizer.param_groups:
             parameters["lr"] = lr = config.lr * min(left, (state.step + 1) / (config.warmup + 1))
         metrics = update(learner, groups, config.updates, config.kl, config.temperature, config.tokens_per_microbatch)
@@ -312,18 +308,12 @@ def main(config: TrainConfig) -> None:
         digest = checkpoint.check_data(run, train + held_out)
         task.try_out(train[0])  # a faulty reward is found now, and not after the model is loaded
         learner, sampler, train, held_out, write_policy = setup(config, device, task, train, held_out)
-        log = checkpoint.RunLog(run, config.steps, state.step)
+        log = checkpoint.RunLog(run, config.steps, state.step, write_policy if config.keep_policies else None)
         checkpoints = checkpoint.Checkpoints(log, learner.policy, learner.optimizer, config.save_every, state)
-
-        def look(step: int) -> None:
-            evaluate(sampler, held_out, log, step)
-            if config.keep_policies:
-                write_policy(run / "policies" / f"step-{step}")
-
         log.begin(state, {**config.model_dump(), "data_sha256": digest, "device": str(device)})
         catch_signals()
         with checkpoints.saving_what_can_be(write_policy):
-            fit(config, learner, sampler, train, log, look, checkpoints)
+            fit(config, learner, sampler, train, log, functools.partial(evaluate, sampler, held_out, log), checkpoints)
             write_policy(run / "checkpoint")
     checkpoint.finish(run, len(held_out))
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 if __name__ == "__main__":  # before torch is imported: --help must not wait for it
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many (default: no end)")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after as many")
     parser.add_argument("--repeat", metavar="NAME", help="a run of study/text.jsonl")
     OPTIONS = parser.parse_args()
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the code that is studied; a script sees its own folder only
@@ -106,7 +106,8 @@ def cpu() -> str:
 
 def execute(run: Run, name: str) -> dict:
     """Trains, or goes on with what was begun, on one core. Returns what is kept of the run."""
-    command = [sys.executable, str(ROOT / "train.py"), *run.options(), "--name", name, "--save-every", "5", "--resume", "auto"]
+    command = [sys.executable, str(ROOT / "train.py"), *run.options(), "--name", name, "--save-every", "5",
+               "--resume", "auto"]
     log = ROOT / "runs" / f"{name}.log"
     log.parent.mkdir(exist_ok=True)
     with log.open("w") as out:
@@ -124,10 +125,11 @@ def execute(run: Run, name: str) -> dict:
     def curve(values) -> list:
         return [None if x is None else round(x, 4) for x in values]
 
+    evals = [{"step": line["step"], **{k: curve(v) for k, v in line["eval"].items()}} for line in lines if "eval" in line]
     return {"name": run.name, **run._asdict(), "options": " ".join(run.options()), "cpu": cpu(), "versions": versions,
             "minutes": round(sum(sum(line["seconds"].values()) for line in steps) / 60, 1),
-            "eval": [{"step": line["step"], **{k: curve(v) for k, v in line["eval"].items()}} for line in lines if "eval" in line],
-            "train": {"joint": curve(line["joint"] for line in steps), "length": curve(line["length_mean"] for line in steps),
+            "eval": evals,
+            "train": {**{key: curve(line[key] for line in steps) for key in ("joint", "length_mean")},
                       **{c: curve(line["channels"][c]["mean"] for line in steps) for c in channels}},
             "credit": {c: curve(line["channels"][c]["credit"] for line in steps) for c in channels}}
 

@@ -16,7 +16,8 @@ ITEMS = ("blender lamp jacket kettle phone tent chair watch camera backpack toas
          "speaker vacuum heater sofa radio").split()
 FAULTS = ("arrived broken", "never arrived", "has the wrong color", "stopped working", "is missing a part",
           "is too small", "makes a strange noise", "arrived late", "was charged twice", "has no manual")
-ANSWERS = ("Sorry {name}, we will send you a new {item} today.", "Thank you {name}, we will check the {item} and call you.",
+ANSWERS = ("Sorry {name}, we will send you a new {item} today.",
+           "Thank you {name}, we will check the {item} and call you.",
            "Please accept our apology {name}, we will refund the {item}.")
 POLITE = {*"sorry thank thanks please apologize apologies apology appreciate welcome kindly happy glad help".split()}
 YOU, WE = {"you", "your", "yours"}, {"we", "our", "us", "i", "my", "we'll", "i'll", "i'm", "we're"}
@@ -57,9 +58,7 @@ def task(options) -> Task:
     limit, one = LIMITS[options.task], 1 / 3 - 1e-6  # one of three satisfies; the reward goes on to three
 
     def channel(name: str, full: float) -> Channel:
-        return Channel(name, lambda _, responses, references: [
-            values(response, reference, limit)[name] for response, reference in zip(responses, references, strict=True)],
-            full)
+        return Channel(name, lambda _, *pairs: [values(*pair, limit)[name] for pair in zip(*pairs, strict=True)], full)
 
     made = Task(prompts, [channel(name, 1.0 if name in ("short", "name") else one)
                           for name in ("short", "name", "polite", "you", "we", "sentences")])
