@@ -8,6 +8,7 @@ follows from (seed, step), so no generator's state is kept.
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -201,7 +202,7 @@ def evaluations(run: Path) -> list[dict]:
 # memory and speed, the judge's endpoint, and how often things are saved and evaluated.
 MAY_CHANGE = {"name", "resume", "data", "eval_data", "judge_url", "judge_cache", "judge_concurrency", "judge_timeout",
               "judge_max_missing", "tokens_per_microbatch", "gradient_checkpointing", "gpu_memory", "eval_every",
-              "keep_policies", "save_every"}
+              "keep_policies", "save_every", "track"}
 
 
 def find_run(resume: str | None, name: str | None) -> Path | None:
@@ -256,6 +257,8 @@ def open_run(options: dict, given: set[str]):
     """The run that options["resume"] names, or a new one. given: names of the options that the command line had. Yields
     (its directory, its options, its state), made before anything is loaded. Ends the program if it is finished. Raises
     InputError."""
+    if options["track"] and importlib.util.find_spec(options["track"]) is None:
+        raise InputError(f"--track {options['track']}: it is not installed; pip install {options['track']}")
     run = find_run(options["resume"], options["name"])
     if len({*gather([run and (run, latest(run))])}) > 1:
         raise InputError(f"--resume {options['resume']}: not all ranks see the same checkpoint; runs/ must be on a "
@@ -409,7 +412,7 @@ class RunLog(Log):
     write_policy: writes the policy into a directory; each evaluation's is then kept, in runs/NAME/policies/step-N."""
 
     def __init__(self, run: Path, steps: int = 0, begun: int = 0, write_policy: Callable | None = None):
-        self.write_policy = write_policy
+        self.write_policy, self.tracker = write_policy, None
         self.run, self.bar = run, tqdm(total=steps, initial=begun, disable=RANK > 0 or not steps, unit="step",
                                        dynamic_ncols=True)
 
@@ -419,9 +422,13 @@ class RunLog(Log):
 
     def metrics(self, record: dict) -> None:
         self._write("metrics.jsonl", [record])
+        if self.tracker:
+            self.tracker.metrics(record)
 
     def samples(self, records: list[dict]) -> None:
         self._write("samples.jsonl", records)
+        if self.tracker:
+            self.tracker.samples(records)
 
     def _write(self, name: str, records: list[dict]) -> None:
         """Appends JSON lines. NaN and infinity, which are no JSON, become null. Raises InputError on all ranks."""
@@ -467,6 +474,10 @@ class RunLog(Log):
             on_rank_0(lambda: write_json(self.run / "config.json", about))
         except OSError as error:
             raise InputError(f"{self.run}: {error}") from error
+        if config.get("track") and RANK == 0:
+            from local.track import Tracker
+
+            self.tracker = Tracker(config["track"], self.run.name, about)
 
     def lengths(self) -> dict[str, int]:
         """Bytes of the run's logs."""
@@ -674,10 +685,13 @@ class Checkpoints:
                           "no checkpoint is there yet")
 
 
-def finish(run: Path, n_held_out: int) -> None:
+def finish(log: RunLog, n_held_out: int) -> None:
     """Of a run whose policy is saved: deletes its state, and prints its first and last evaluation, on rank 0."""
     if RANK:
         return
+    run = log.run
+    if log.tracker:
+        log.tracker.finish()
     if (run / "state").exists():
         retire(run / "state")
     first, *_, last = [line["eval"] for line in evaluations(run)]

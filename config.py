@@ -82,6 +82,7 @@ class TrainConfig(Shared):  # the options of train.py
     keep_policies: bool = Field(False, description="the policy of each evaluation, in runs/NAME/policies/step-N")
     save_every: str = Field("auto", pattern=r"^(auto|\d+)$", description="steps between checkpoints; auto: as often as "
                                                                          "takes 1% of the time; 0: only when stopped")
+    track: Literal["wandb", "trackio"] | None = Field(None, description="log there, too: pip install it first")
     resume: str | None = Field(None, description="runs/NAME: go on, with its options; auto: if --name has a checkpoint")
 
     def check(self) -> None:

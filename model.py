@@ -101,8 +101,8 @@ def stop_tokens(path: Path, tokenizer) -> list[int]:
 
 def describe(name: str, max_tokens: int, trained: bool = False):
     """What can be known of --model without its weights: (path, tokenizer, stop tokens, dtype, the longest prompt that
-    leaves room for max_tokens). trained: refuse what policy.py, which computes attention and output head in its own
-    way, would get wrong without a word (softcapping, attention sinks, ALiBi, ...). Raises InputError."""
+    leaves room for max_tokens). trained: refuse what policy.py's attention and output head would get wrong without a
+    word (softcapping, ALiBi, ...). Raises InputError."""
     with readable(name):
         path = resolve(name)
         tokenizer = load_tokenizer(path)

@@ -219,9 +219,8 @@ def evaluate(sampler: Sampler, held_out: list[Prompt], log, step: int) -> None:
 
 def fit(config: TrainConfig, learner: Learner, sampler: Sampler, prompts: list[Prompt], log, evaluate,
         checkpoints) -> None:
-    """The run itself, from checkpoints.state on. log, checkpoints: as checkpoint.Log and checkpoint.Checkpoints.
-    evaluate: a function of the step. Raises InputError if rewards fail, losses are not finite or something cannot be
-    written, and checkpoint.Stop."""
+    """The run itself, from checkpoints.state on. log, checkpoints: as in checkpoint.py. evaluate: of the step it is at.
+    Raises InputError if rewards fail, losses are not finite or a file cannot be written, and checkpoint.Stop."""
     def now() -> float:
         if learner.device.type == "cuda":
             torch.cuda.synchronize()
@@ -315,7 +314,7 @@ def main(config: TrainConfig) -> None:
         with checkpoints.saving_what_can_be(write_policy):
             fit(config, learner, sampler, train, log, functools.partial(evaluate, sampler, held_out, log), checkpoints)
             write_policy(run / "checkpoint")
-    checkpoint.finish(run, len(held_out))
+    checkpoint.finish(log, len(held_out))
 
 
 if __name__ == "__main__":

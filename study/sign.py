@@ -119,22 +119,26 @@ def explicit_turn(beta: float, k: int, correlation: float) -> float:
     return (1 - x / math.sqrt(4 + x * x)) / 2
 
 
-def sampled(method: str, beta: float, p: float, pull: float, k: int, group: int, n: int = 4000) -> tuple[float, float]:
-    """(covariance within groups, correlation) of score and constraint by Monte Carlo, with rvpo.py's own functions."""
+def scores(method: str, beta: float, constraint: torch.Tensor, pull: float, k: int) -> torch.Tensor:
+    """Groups (n, G) of the constraint's values, 1 or 0 -> scores (n, G), the other channels drawn; by rvpo.py's own
+    functions."""
     generator = torch.Generator().manual_seed(0)
-    constraint = (torch.rand(n, group, 1, generator=generator) < p).double()
-    x = torch.randn(n, group, k - 1, generator=generator).double() - pull * (constraint - 0.5)
-    rewards = torch.cat([constraint, x.sigmoid()], -1)
+    x = torch.randn(*constraint.shape, k - 1, generator=generator).double() - pull * (constraint[..., None] - 0.5)
+    rewards = torch.cat([constraint[..., None], x.sigmoid()], -1)
     if method == "grpo":
-        scores = rewards.mean(-1)
-    elif method == "softmin":
-        scores = rvpo.soft_min(rewards, beta)
-    elif method == "geometric":
-        scores = (rewards + FLOOR).log().mean(-1).exp()
-    else:
-        scores = rvpo.AGGREGATIONS[method](rewards, beta)
-    a, b = scores - scores.mean(1, keepdim=True), constraint[..., 0] - constraint.mean((1, 2))[:, None]
-    return (a * b).mean().item(), ((a * b).sum() / (a.norm() * b.norm())).item()
+        return rewards.mean(-1)
+    if method == "softmin":
+        return rvpo.soft_min(rewards, beta)
+    if method == "geometric":
+        return (rewards + FLOOR).log().mean(-1).exp()
+    return rvpo.AGGREGATIONS[method](rewards, beta)
+
+
+def sampled(method: str, beta: float, p: float, pull: float, k: int, group: int, n: int = 4000) -> float:
+    """`covariance` by Monte Carlo."""
+    constraint = (torch.rand(n, group, generator=torch.Generator().manual_seed(1)) < p).double()
+    found = scores(method, beta, constraint, pull, k)
+    return ((found - found.mean(1, keepdim=True)) * constraint).mean().item()
 
 
 LINES = ("gdpo", 0.0), ("rvpo", 2.0), ("rvpo", 10.0), ("hardmin", math.inf), ("explicit", 1.0)
@@ -163,7 +167,7 @@ def figure(out: Path, file: Path) -> None:
     for i, (method, beta) in enumerate(LINES):
         name, color = label(method, beta), f"C{i}"
         first.plot(dense, [covariance(method, beta, p, 1.0, K, G) for p in dense], color=color, label=name)
-        first.plot(rates, [sampled(method, beta, p, 1.0, K, G)[0] for p in rates], ".", color=color)
+        first.plot(rates, [sampled(method, beta, p, 1.0, K, G) for p in rates], ".", color=color)
         second.plot(pulls, [turn(method, beta, pull, K) for pull in pulls], color=color, label=name)
     for method, beta, style in (("softmin", 1.0, "k--"), ("grpo", 0.0, "k-."), ("geometric", 0.0, "k:")):
         second.plot(pulls, [turn(method, beta, pull, K) for pull in pulls], style, label=label(method, beta))

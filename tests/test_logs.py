@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from checkpoint import Log, channel_stats
+from checkpoint import Log, RunLog, State, channel_stats
 from model import Prompt
 from rewards import Channel, Example
 from rollout import Group, Response
@@ -73,3 +73,34 @@ def test_a_line_of_a_step():
     record = log.records[0]
     assert record["joint"] == 0.5 and record["no_signal"] == pytest.approx(1 / 3) and record["tokens_per_second"] == 6 and record["length_max"] == 2
     assert "updates left out: [0]" in log.line
+
+
+def test_a_line_says_what_the_update_works_against():
+    log, group = Lines(), make([[1.0, 0.0], [0.0, 1.0]], "a", "b")
+    group.advantages = torch.tensor([-1.0, 1.0])
+    log.step(1, [group], {"grad_norm": 1.0, "entropy": 2.0, "beta": 1.0, "bad_updates": [], "seconds": {"sample": 1.0, "save": 9.0}})
+    assert "works against a (-1.00) |" in log.line and "against b" not in log.line
+    assert {name: stats["credit"] for name, stats in log.records[0]["channels"].items()} == pytest.approx({"a": -1.0, "b": 1.0})
+
+
+def test_tracking(tmp_path, monkeypatch):
+    """Metrics, the options, and samples as a table reach a package with wandb's interface; NaN, too."""
+    (tmp_path / "trackio.py").write_text(
+        "calls = []\nTable = lambda columns, data: (columns, data)\n"
+        "init = lambda **options: calls.append(options)\nlog = lambda values, step: calls.append((step, values))\n"
+        "finish = lambda: calls.append('finished')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    import trackio
+
+    log = RunLog(tmp_path)
+    log.begin(State(), {"track": "trackio", "lr": 0.1})
+    group = make([[1.0, NAN], [0.0, 1.0]], "a", "b")
+    log.groups(1, [group])
+    log.metrics({"step": 1, "joint": 0.5, "bad_updates": [], "seconds": {"sample": 2.0}})
+    log.evaluation(1, [{"joint": 1.0}, {"joint": 0.0}], {})
+    log.tracker.finish()
+    begun, samples, metrics, evaluation, end = trackio.calls
+    assert begun["config"]["lr"] == 0.1 and begun["name"] == tmp_path.name and end == "finished"
+    columns, rows = samples[1]["samples"]
+    assert columns == ["prompt", "response", "advantage", "a", "b"] and rows[0][1:4] == ["r", 0.0, 1.0] and math.isnan(rows[0][4])
+    assert metrics == (1, {"joint": 0.5, "seconds/sample": 2.0}) and evaluation == (1, {"eval/joint": 0.5})

@@ -1,0 +1,43 @@
+"""The task `reply`: its channels by hand, its prompts, and that all of it can be satisfied together."""
+
+import numpy as np
+import pytest
+
+import rewards
+from config import JudgeOptions, TaskOptions
+from tasks import reply
+
+
+def of(name: str) -> rewards.Task:
+    return rewards.load_task(TaskOptions(name, None, None, JudgeOptions()))
+
+
+@pytest.mark.parametrize("response, expected", [
+    ("Sorry Anna, we will send you a new lamp.", [1, 1, 1 / 3, 1 / 3, 1 / 3, 1 / 3]),
+    ("", [1, 0, 0, 0, 0, 0]),
+    ("Thank you, thank you. We're sorry! Please, Anna? I'll help.", [1, 1, 1, 2 / 3, 2 / 3, 1]),
+    ("your yours you YOU v1.5 anna", [1, 0, 0, 1, 0, 0]),  # a name's case counts, a point within a word is no end
+    ("word " * 26, [0, 0, 0, 0, 0, 0]),
+])
+def test_channels(response, expected):
+    task = of("reply-25")
+    example = task.prompts(1, 1)[0][0]._replace(reference="Anna")
+    got = rewards.score(task.channels(example), example, [response])[0]
+    np.testing.assert_allclose(got, expected)
+    assert rewards.satisfied(task.channels(example), got) == (response.startswith(("Sorry", "Thank")))
+
+
+def test_the_limits_differ():
+    limits = {name: reply.LIMITS[name] for name in ("reply", "reply-25")}
+    for name, limit in limits.items():
+        channel = of(name).channels(None)[0]
+        assert channel.name == "short" and channel.fn([""] * 2, ["w " * limit, "w " * (limit + 1)], ["A"] * 2) == [1, 0]
+
+
+def test_prompts_are_disjoint_and_the_same_each_time():
+    train, test = of("reply").prompts(300, None)
+    seen = {str(x.messages) for x in train}
+    assert len(test) == 200 and not seen & {str(x.messages) for x in test}
+    assert train[:5] == of("reply").prompts(5, 1)[0]
+    for example in test:
+        assert example.reference in example.messages[-1]["content"] and example.messages[-2]["role"] == "assistant"
