@@ -3,9 +3,8 @@
 PYTHON ?= python3
 RUN := demo-$(shell date +%m%d-%H%M%S)
 
-demo: .venv/ready  ## train SmolLM2-135M on tool calling with RVPO, and plot it: 5 to 14 minutes on two cores
-	.venv/bin/python train.py --name $(RUN)
-	.venv/bin/python bench/plot.py runs/$(RUN)
+demo: .venv/ready  ## rvpo and gdpo on SmolLM2-135M: does a constraint survive? about ten minutes on two cores
+	.venv/bin/python study/demo.py --name $(RUN)
 
 study: .venv/ready  ## every aggregation on three small tasks: 17 minutes or more on two cores
 	.venv/bin/python study/study.py --out runs/study-$(shell date +%m%d-%H%M%S)

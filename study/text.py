@@ -3,6 +3,7 @@
     python study/text.py                    # runs what is missing in study/text.jsonl, one a core, for days if need be
     python study/text.py --minutes 60       # begins no run after an hour
     python study/text.py --repeat NAME      # one run of the file once more, and whether it gives the same numbers
+    python study/text.py --report           # the tables of docs/text.md, and docs/text.png, from the file
 
 A run differs from the others of its seed in the aggregation and its learning rate alone: prompts, request seeds and
 steps are the same. Seeds come one after the other, each with all methods on one machine, for another kind of CPU rounds
@@ -17,6 +18,7 @@ if __name__ == "__main__":  # before torch is imported: --help must not wait for
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after as many")
     parser.add_argument("--repeat", metavar="NAME", help="a run of study/text.jsonl")
+    parser.add_argument("--report", action="store_true", help="runs nothing")
     OPTIONS = parser.parse_args()
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the code that is studied; a script sees its own folder only
 
@@ -31,7 +33,14 @@ from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
 from typing import NamedTuple
 
+import matplotlib
 import numpy as np
+from report import sign_flip, table
+
+from eval import holm
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).with_suffix(".jsonl")
@@ -69,34 +78,38 @@ def read() -> dict[str, dict]:
     return {line["name"]: line for line in map(json.loads, lines)}
 
 
+def merit(run: dict) -> float:
+    """The held-out joint rate, over the evaluations of a run but the first."""
+    return float(np.mean([x["joint"][0] for x in run["eval"][1:]]))
+
+
 def rate(method: str, done: dict[str, dict]) -> str | None:
-    """The learning rate with the best held-out joint rate on the tuning seed, over the evaluations of a run but the
-    first; None before all have run."""
+    """The learning rate that has the most merit on the tuning seed; None before all have run."""
     runs = [Run("reply", TUNED.get(method, method), lr, TUNING) for lr in GRID]
     if not all(run.name in done for run in runs):
         return None
-    return max(runs, key=lambda run: np.mean([x["joint"][0] for x in done[run.name]["eval"][1:]])).lr
+    return max(runs, key=lambda run: merit(done[run.name])).lr
 
 
 def plan(done: dict[str, dict]) -> Iterator[Run]:
-    """All runs, the most important first."""
-    for method in METHODS:
-        if method not in TUNED:
-            yield from (Run("reply", method, lr, TUNING) for lr in GRID)
-    rates = {method: rate(method, done) for method in METHODS}
-    if None in rates.values():
-        return
-    methods = [[*METHODS] if seed < 3 else [*MOST] for seed in range(5)]
-    yield from (Run("reply", method, rates[method], seed) for seed in range(3) for method in methods[seed])
-    yield from (Run("reply", method, rates[method], 0, LONG) for method in MOST)
-    yield from (Run("reply-25", method, rates[method], 0) for method in methods[0])
-    yield from (Run("reply", method, rates[method], 0, STEPS, "linear") for method in MOST)
-    yield from (Run("reply", method, rates[method], seed) for seed in (3, 4) for method in methods[seed])
-    for seed in range(1, 5):
-        yield from (Run("reply-25", method, rates[method], seed) for method in methods[seed])
-    for seed in (1, 2):
-        yield from (Run("reply", method, rates[method], seed, LONG) for method in MOST)
-        yield from (Run("reply", method, rates[method], seed, STEPS, "linear") for method in MOST)
+    """All runs that can be named, the most important first: a method's own come once its rates have been tried."""
+    def runs(methods: tuple[str, ...], seeds: tuple[int, ...], task: str = "reply", steps: int = STEPS,
+             schedule: str = "constant") -> Iterator[Run]:
+        found = [(seed, method, rate(method, done)) for seed in seeds for method in methods]
+        return (Run(task, method, lr, seed, steps, schedule) for seed, method, lr in found if lr)
+
+    def tuning(methods: tuple[str, ...]) -> Iterator[Run]:
+        return (Run("reply", method, lr, TUNING) for method in methods for lr in GRID)
+
+    yield from tuning(("rvpo", "gdpo"))
+    yield from runs(("rvpo", "gdpo"), (0, 1, 2))
+    yield from tuning(("softmin", "grpo", "hardmin", "explicit"))
+    for task in ("reply", "reply-25"):
+        yield from runs((*METHODS,), (0, 1, 2), task)
+        yield from runs(MOST, (3, 4), task)
+    for seed in (0, 1, 2):
+        yield from runs(MOST, (seed,), steps=LONG)
+        yield from runs(MOST, (seed,), schedule="linear")
 
 
 def cpu() -> str:
@@ -140,21 +153,134 @@ def work(end: float) -> None:
         with LOCK:
             run = next((run for run in plan(read()) if run.name not in TAKEN | read().keys()), None)
             TAKEN.add(run.name if run else "")
-        if run is None:
+        if run is None and not TAKEN - {""} - read().keys():
             return
+        if run is None:  # a run that is under way may decide a rate
+            time.sleep(10)
+            continue
         result = execute(run, run.name)
         with LOCK, RESULTS.open("a") as out:
             out.write(json.dumps(result) + "\n")
         print(f"{run.name}: {result['minutes']} minutes, held out {result['eval'][-1]}", flush=True)
 
 
+def again(name: str) -> None:
+    """Repeats a run. Says whether all that is kept of it is the same, but for times."""
+    done = read()
+    if name not in done:
+        sys.exit(f"error: --repeat {name}: no such run in {RESULTS.name}; it has {', '.join(done)}")
+    first = done[name]
+    run = Run(**{key: first[key] for key in Run._fields})
+    second = execute(run, f"{name}-again-{time.strftime('%H%M%S')}")
+    for key in ("eval", "train", "credit", "cpu", "versions"):
+        print(f"{key}: {'the same' if first[key] == second[key] else f'{first[key]}, now {second[key]}'}")
+
+
+# The report
+
+Cells = dict[str, list[dict]]  # method: the runs of its seeds
+
+
+def of(done: dict[str, dict], task: str, steps: int = STEPS, schedule: str = "constant") -> Cells:
+    """The runs that count, not those that chose a rate."""
+    return {method: [run for run in done.values() if (run["task"], run["method"], run["steps"], run["schedule"]) == (
+        task, method, steps, schedule) and run["seed"] != TUNING] for method in METHODS}
+
+
+def final(run: dict, channel: str = "joint") -> float:
+    return run["eval"][-1][channel][0]
+
+
+def best(run: dict) -> float:
+    """The best of the evaluations: chosen on the prompts that it is measured on, so it is too good."""
+    return max(x["joint"][0] for x in run["eval"])
+
+
+def spread(values: list[float]) -> str:
+    return f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
+
+
+def rows(cells: Cells) -> list[list[str]]:
+    """A row a method. p: of its final joint rate against rvpo's, by the exact sign-flip test over the seeds that both
+    have; Holm: corrected over the methods of the table."""
+    rvpo = {run["seed"]: final(run) for run in cells["rvpo"]}
+    p = {}
+    for method, runs in cells.items():
+        pairs = [final(run) - rvpo[run["seed"]] for run in runs if run["seed"] in rvpo]
+        if method != "rvpo" and len(pairs) > 1:
+            p[method] = sign_flip(pairs)
+    corrected = dict(zip(p, holm([*p.values()]), strict=True))
+    out = []
+    for method, runs in cells.items():
+        if runs:
+            names = [name for name in runs[0]["eval"][0] if name not in ("step", "joint")]
+            worst = min(names, key=lambda name: np.mean([final(run, name) for run in runs]))
+            out.append([method, runs[0]["lr"], str(len(runs)), spread([run["eval"][0]["short"][0] for run in runs]),
+                        spread([*map(best, runs)]), spread([*map(final, runs)]),
+                        spread([final(run, "short") for run in runs]),
+                        f"{worst} {np.mean([final(run, worst) for run in runs]):.2f}",
+                        f"{p[method]:.3f}, {corrected[method]:.3f}" if method in p else ""])
+    return out
+
+
+HEAD = ("| | lr | n | kept at first | joint, best | joint, final | kept at the end | worst channel at the end | "
+        "p, Holm |")
+
+
+def report(done: dict[str, dict]) -> str:
+    tried = {method: [Run("reply", method, lr, TUNING).name for lr in GRID] for method in METHODS if method not in TUNED}
+    tuning = [[method, *(f"{merit(done[name]):.3f}" if name in done else "" for name in names)]
+              for method, names in tried.items()]
+    parts = ["Learning rates: the held-out joint rate on the tuning seed, mean of the evaluations of a run\n\n"
+             + table("| | " + " | ".join(GRID) + " |", tuning)]
+    for title, cells in (
+            ("reply: at most 35 words", of(done, "reply")), ("reply-25: at most 25 words", of(done, "reply-25")),
+            (f"reply, {LONG} steps", of(done, "reply", LONG)),
+            ("reply, learning rate falling to 0", of(done, "reply", STEPS, "linear"))):
+        if any(cells.values()):
+            parts.append(f"{title}\n\n{table(HEAD, rows(cells))}")
+    hours = sum(run["minutes"] for run in done.values()) / 60
+    return "\n".join([*parts, f"{len(done)} runs, {hours:.1f} hours of training on one core each; "
+                      + ", ".join(sorted({run["cpu"] for run in done.values()})) + ".\n"])
+
+
+def figure(done: dict[str, dict], out: Path) -> None:
+    """Held-out curves, mean over seeds, of the constraint and of the joint rate."""
+    settings = [("reply", STEPS), ("reply-25", STEPS), ("reply", LONG)]
+    drawn, axes = plt.subplots(2, len(settings), figsize=(12, 6), sharey=True, layout="constrained")
+    for column, (task, steps) in enumerate(settings):
+        for row, channel in enumerate(("short", "joint")):
+            axis = axes[row, column]
+            for color, (method, runs) in enumerate(of(done, task, steps).items()):
+                if runs:
+                    curves = np.array([[x[channel][0] for x in run["eval"]] for run in runs])
+                    at = [x["step"] for x in runs[0]["eval"]]
+                    axis.plot(at, curves.mean(0), marker="o", markersize=3, color=f"C{color}",
+                              label=f"{method} ({len(runs)})")
+            axis.set(title=f"{task}: {'the limit is kept' if channel == 'short' else channel}", ylim=(-0.03, 1.03))
+            axis.grid(alpha=0.3)
+            if axis.lines:
+                axis.legend(fontsize=7)
+    drawn.supxlabel("step")
+    drawn.savefig(out, dpi=110)
+
+
+MARK = "<!-- below: python study/text.py --report -->\n"
+
+
 def main(minutes: float) -> None:
     end = time.time() + 60 * minutes
     with ThreadPoolExecutor() as pool:
-        cores = len(os.sched_getaffinity(0))
-        for share in [pool.submit(work, end) for _ in range(cores)]:
+        for share in [pool.submit(work, end) for _ in os.sched_getaffinity(0)]:
             share.result()
 
 
 if __name__ == "__main__":
-    main(OPTIONS.minutes)
+    if OPTIONS.repeat:
+        again(OPTIONS.repeat)
+    elif not OPTIONS.report:
+        main(OPTIONS.minutes)
+    if not OPTIONS.repeat:
+        page = ROOT / "docs" / "text.md"
+        page.write_text(page.read_text().partition(MARK)[0] + MARK + "\n" + report(read()))
+        figure(read(), ROOT / "docs" / "text.png")
