@@ -43,7 +43,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).parent.parent
-RESULTS = Path(__file__).with_suffix(".jsonl")
+RESULTS, RUNS = Path(__file__).with_suffix(".jsonl"), ROOT / "runs"
 STEPS, LONG, EVERY = 15, 45, 3
 METHODS = {"rvpo": "2", "rvpo 0.5:2": "0.5:2", "gdpo": "0", "grpo": "0", "softmin": "1", "hardmin": "0",
            "explicit": "1"}  # name: beta; the aggregation is the first word
@@ -121,14 +121,14 @@ def execute(run: Run, name: str) -> dict:
     """Trains, or goes on with what was begun, on one core. Returns what is kept of the run."""
     command = [sys.executable, str(ROOT / "train.py"), *run.options(), "--name", name, "--save-every", "5",
                "--resume", "auto"]
-    log = ROOT / "runs" / f"{name}.log"
-    log.parent.mkdir(exist_ok=True)
+    RUNS.mkdir(exist_ok=True)
+    log = RUNS / f"{name}.log"
     with log.open("w") as out:
-        status = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=out, stderr=out,
-                                check=False).returncode
+        status = subprocess.run(command, cwd=RUNS.parent, stdout=out, stderr=out, check=False,
+                                env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
     if status:
         sys.exit(f"error: {name} ended with status {status}, see {log}")
-    folder = ROOT / "runs" / name
+    folder = RUNS / name
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "channels" in line]
     channels = [*steps[0]["channels"]]
@@ -228,9 +228,10 @@ HEAD = ("| | lr | n | kept at first | joint, best | joint, final | kept at the e
 
 
 def report(done: dict[str, dict]) -> str:
-    tried = {method: [Run("reply", method, lr, TUNING).name for lr in GRID] for method in METHODS if method not in TUNED}
-    tuning = [[method, *(f"{merit(done[name]):.3f}" if name in done else "" for name in names)]
-              for method, names in tried.items()]
+    tuning = []
+    for method in [method for method in METHODS if method not in TUNED]:
+        names = [Run("reply", method, lr, TUNING).name for lr in GRID]
+        tuning.append([method, *(f"{merit(done[name]):.3f}" if name in done else "" for name in names)])
     parts = ["Learning rates: the held-out joint rate on the tuning seed, mean of the evaluations of a run\n\n"
              + table("| | " + " | ".join(GRID) + " |", tuning)]
     for title, cells in (
