@@ -230,7 +230,7 @@ def test_plot_of_two_runs(monkeypatch, tmp_path, graded):
 
 
 OPTIONS = [["--agg", "gdpo"], ["--beta", 5], ["--group", 5], ["--prompts", 3], ["--updates", 2], ["--weights", "vowels=3"], ["--weights", "short=0"],
-           ["--kl", 1], ["--temperature", 0.8], ["--max-tokens", 16], ["--steps", 1], ["--lr", 1e-4], ["--warmup", 3], ["--seed", 1]]
+           ["--kl", 1], ["--temperature", 0.8], ["--max-tokens", 16], ["--steps", 1], ["--lr", 1e-4], ["--warmup", 3], ["--lr-schedule", "linear"], ["--seed", 1]]
 
 
 def test_every_option_changes_the_policy(monkeypatch, tmp_path, graded):
@@ -242,6 +242,13 @@ def test_every_option_changes_the_policy(monkeypatch, tmp_path, graded):
     for agg in ("grpo", "explicit", "hardmin"):
         *_, weights = run(monkeypatch, tmp_path, *short, "--agg", agg, name=agg)
         assert any(not torch.equal(plain[key], weights[key]) for key in plain), agg
+
+
+def test_the_learning_rate_rises_and_falls(monkeypatch, tmp_path, graded):
+    rates = [step["lr"] for step in run(monkeypatch, tmp_path, "--steps", 4, "--warmup", 1, "--lr", 1, "--max-tokens", 4)[0]]
+    assert rates == [0.5, 1, 1, 1]
+    rates = [step["lr"] for step in run(monkeypatch, tmp_path, "--steps", 4, "--warmup", 1, "--lr", 1, "--max-tokens", 4, "--lr-schedule", "linear", name="b")[0]]
+    assert rates == [0.5, 0.75, 0.5, 0.25]
 
 
 def test_recomputing_activations_changes_no_weight(monkeypatch, tmp_path, graded):
