@@ -125,7 +125,8 @@ def execute(run: Run, name: str) -> dict:
     def curve(values) -> list:
         return [None if x is None else round(x, 4) for x in values]
 
-    evals = [{"step": line["step"], **{k: curve(v) for k, v in line["eval"].items()}} for line in lines if "eval" in line]
+    evals = [{"step": line["step"], **{k: curve(v) for k, v in line["eval"].items()}}
+             for line in lines if "eval" in line]
     return {"name": run.name, **run._asdict(), "options": " ".join(run.options()), "cpu": cpu(), "versions": versions,
             "minutes": round(sum(sum(line["seconds"].values()) for line in steps) / 60, 1),
             "eval": evals,
