@@ -176,10 +176,15 @@ def versions() -> dict[str, str | None]:
     return {**found, "git": git.stdout.strip() or None}
 
 
+def by_step(folder: Path) -> list[Path]:
+    """Its step-N in the order of N, without those that are half written or half deleted: they have other names."""
+    return sorted((path for path in folder.glob("step-*") if path.name[5:].isdigit()),
+                  key=lambda path: int(path.name[5:]))
+
+
 def latest(run: Path) -> Path | None:
     """The newest checkpoint of a run."""
-    return max((path for path in run.glob("state/step-*") if path.name[5:].isdigit()),
-               key=lambda path: int(path.name[5:]), default=None)
+    return next(reversed(by_step(run / "state")), None)
 
 
 def finished(run: Path) -> bool:

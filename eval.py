@@ -1,12 +1,13 @@
-"""Evaluate a model on a task, or compare two evaluations.
+"""Evaluate a model on a task, or every policy that a run has kept, or compare two evaluations.
 
     python eval.py --task bfcl --model runs/NAME              # a run, a directory, a hub id
     torchrun --nproc_per_node=8 eval.py --task healthbench --model Qwen/Qwen2.5-7B \\
         --judge-url https://api.openai.com/v1 --judge-model gpt-4.1-2025-04-14
+    python eval.py --task bfcl --model runs/NAME --policies   # of train.py --keep-policies
     python eval.py compare runs/A/results.json runs/B/results.json
 
 Writes runs/NAME/results.json (every metric's mean and bootstrap standard error, the settings) and samples.jsonl (one
-line an item, with its scores), and prints the table.
+line an item, with its scores), and prints the table. --policies writes both into runs/NAME/step-N/ for each policy.
 """
 
 import sys
@@ -14,7 +15,7 @@ import sys
 from pydantic import Field
 
 from config import Shared, TaskOptions, parse
-from ranks import RANK, InputError, join, leave
+from ranks import RANK, InputError, join, leave, on_rank_0
 
 
 class EvalConfig(Shared):
@@ -25,6 +26,7 @@ class EvalConfig(Shared):
     repeats: int = Field(4, ge=1, le=1000, description="of gpqa: answers a question, its choices in another order each")
     temperature: float | None = Field(None, ge=0, le=100, description="of sampling; default: the task's own")
     max_tokens: int | None = Field(None, ge=1, description="longest response; default: the task's own")
+    policies: bool = Field(False, description="each policy in runs/NAME/policies, of the run that --model names")
     gpu_memory: float = Field(0.9, ge=0.01, le=1, description="share of a GPU's memory that vLLM may take")
 
     def task_options(self) -> TaskOptions:
@@ -47,9 +49,10 @@ import numpy as np
 import torch
 
 import model
+import policy
 import rewards
 import rollout
-from checkpoint import RunLog, make_run, versions
+from checkpoint import RunLog, by_step, make_run, versions
 
 RESAMPLES, PAIRED_RESAMPLES = 1_000, 10_000
 UNCOMPARED = {"model", "engine"}  # two evaluations may differ in these
@@ -158,10 +161,11 @@ def compare(first: Path, second: Path) -> list[dict]:
 
 
 def load_engine(config: EvalConfig, path: Path, decoding: rollout.Decoding, max_len: int, device: torch.device):
-    """Of the checkpoint as it is. max_len: prompt and response. Raises InputError."""
+    """Of the checkpoint as it is; with --policies, the first's, into which `push` puts the weights of each. max_len:
+    prompt and response. Raises InputError."""
     with model.readable(config.model):
         if config.engine == "vllm":
-            return rollout.VLLMEngine(path, decoding, max_len, config.gpu_memory, fixed=True)
+            return rollout.VLLMEngine(path, decoding, max_len, config.gpu_memory, fixed=not config.policies)
         from local import hf
 
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -191,8 +195,22 @@ def records(task: rewards.Task, groups: list[rollout.Group]) -> list[dict]:
     return out
 
 
-def evaluate(config: EvalConfig, run: Path, device: torch.device) -> dict[str, dict[str, float]]:
-    """Everything. Returns the metrics. Raises InputError if the judge fails too often, with samples.jsonl written."""
+def kept_policies(config: EvalConfig) -> list[Path]:
+    """The policies that --model has kept, in the order of their steps. Weights are not loaded. Raises InputError."""
+    paths = by_step(Path(config.model).expanduser() / "policies")
+    if not paths:
+        raise InputError(f"--policies: {config.model}/policies has no step-N: name a run of train.py --keep-policies, "
+                         "such as --model runs/NAME")
+    for path in paths:
+        with model.readable(str(path)):
+            model.resolve(str(path))
+    return paths
+
+
+def evaluate(config: EvalConfig, run: Path, device: torch.device) -> dict[Path, dict[str, dict[str, float]]]:
+    """Everything. Returns {the folder with the results: metrics}, which is `run`, or run/step-N of each policy. Raises
+    InputError."""
+    paths = kept_policies(config) if config.policies else []
     task = rewards.load_task(config.task_options())
     _, examples = task.prompts(0, config.limit)
     if not examples:
@@ -200,13 +218,34 @@ def evaluate(config: EvalConfig, run: Path, device: torch.device) -> dict[str, d
     task.try_out(examples[0])  # a faulty reward is found now, and not after all is sampled
     temperature = task.temperature if config.temperature is None else config.temperature
     max_tokens = config.max_tokens or task.max_tokens
-    path, tokenizer, stops, _, room = model.describe(config.model, max_tokens)
+    path, tokenizer, stops, _, room = model.describe(str(paths[0]) if paths else config.model, max_tokens)
     prompts = model.encode(tokenizer, examples, room)
     max_len = max(len(prompt.ids) for prompt in prompts) + max_tokens
     decoding = rollout.Decoding(tokenizer, stops, temperature, max_tokens)
-    sampler = rollout.Sampler(load_engine(config, path, decoding, max_len, device), task, config.seed)
+    engine = load_engine(config, path, decoding, max_len, device)
+    sampler = rollout.Sampler(engine, task, config.seed)
+    if not paths:
+        return {run: measure(config, sampler, prompts, run)}
+    tables = {}
+    for kept in paths:
+        with model.readable(str(kept)):
+            weights = policy.load(kept, torch.device("cpu"), dtype=engine.dtype, trained=False)
+            engine.sleep()  # as in training: what takes the weights over needs some of the KV cache's memory
+            engine.push(policy.full_weights(weights, engine.dtype))
+        del weights
+        of_kept = config.model_copy(update={"model": str(kept)})
+        tables[run / kept.name] = measure(of_kept, sampler, prompts, run / kept.name)
+    return tables
+
+
+def measure(config: EvalConfig, sampler: rollout.Sampler, prompts: list[model.Prompt],
+            run: Path) -> dict[str, dict[str, float]]:
+    """Of the weights that the engine has. Writes results.json and samples.jsonl into `run`. Returns the metrics. Raises
+    InputError if the judge fails too often, with samples.jsonl written."""
+    task, decoding, examples = sampler.task, sampler.engine.decoding, [prompt.example for prompt in prompts]
     groups = sampler.score(prompts, sampler.sample(prompts, 1, "eval"))  # one response a prompt
     samples = records(task, groups)
+    on_rank_0(lambda: run.mkdir(exist_ok=True))
     RunLog(run).samples(samples)
     report = task.report([group.rewards.numpy() for group in groups])
     task.check(report)
@@ -214,7 +253,8 @@ def evaluate(config: EvalConfig, run: Path, device: torch.device) -> dict[str, d
     if not table:
         raise InputError(f"no item has a score; the responses are in {run}/samples.jsonl")
     settings = {"items": hashlib.sha256(json.dumps(examples).encode()).hexdigest(), "model": config.model,
-                "engine": config.engine, "temperature": temperature, "max_tokens": max_tokens, "seed": config.seed}
+                "engine": config.engine, "temperature": decoding.temperature, "max_tokens": decoding.max_tokens,
+                "seed": config.seed}
     if config.judge_model:
         settings |= {"judge_model": config.judge_model, "judge_mode": config.judge_mode}
     if RANK == 0:
@@ -228,11 +268,28 @@ def evaluate(config: EvalConfig, run: Path, device: torch.device) -> dict[str, d
 def main(config: EvalConfig) -> None:
     device = join()
     with make_run(config.name or f"eval-{Path(config.task).stem}-{time.strftime('%m%d-%H%M%S')}") as run:
-        table = evaluate(config, run, device)
-    if RANK == 0:
-        for metric, values in table.items():
+        tables = evaluate(config, run, device)
+    if RANK == 0 and config.policies:
+        print_policies(tables)
+        print(f"\n{run}: step-N/results.json, step-N/samples.jsonl")
+    elif RANK == 0:
+        for metric, values in tables[run].items():
             print(f"{metric:>45}  {values['mean']:.3f} ({values['stderr']:.3f})  n={values['n']}")
         print(f"\n{run}: results.json, samples.jsonl")
+
+
+def print_policies(tables: dict[Path, dict[str, dict[str, float]]]) -> None:
+    """A line a step. BEST: the highest mean of the first metric, the earliest of equal ones. FINAL: the last step."""
+    names = [*dict.fromkeys(name for table in tables.values() for name in table)]
+    first = {path: table[names[0]]["mean"] for path, table in tables.items() if names[0] in table}
+    best, final = max(first, key=first.get), [*tables][-1]
+    print(f"{'':>10}  {'':>11}  " + "  ".join(f"{name:>14}" for name in names))
+    for path, table in tables.items():
+        mark = " ".join(word for word, marked in (("BEST", best), ("FINAL", final)) if marked == path)
+        cells = [f"{table[name]['mean']:.3f} ({table[name]['stderr']:.3f})" if name in table else "-" for name in names]
+        print(f"{path.name:>10}  {mark:>11}  "
+              + "  ".join(f"{cell:>{max(14, len(name))}}" for name, cell in zip(names, cells, strict=True)))
+    print(f"BEST: by {names[0]}, chosen on the items that measure it, so it is biased upwards")
 
 
 def print_comparison(paths: list[str]) -> None:

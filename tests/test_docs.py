@@ -28,7 +28,8 @@ NOT_HERE = {  # why
     "make gpu": "tests/test_gpu.py", "python bench/gpu.py": "tests/test_gpu.py",
     "python bench/simulate.py": "tests/test_simulate.py",
     "pip install": "network", "vllm serve": "GPUs", "torchrun --nproc_per_node=8": "GPUs", "torchrun --nnodes=2": "GPUs",
-    "python train.py --resume runs/NAME": "tests/test_resume.py", "python eval.py compare": "tests/test_eval.py", "python eval.py --task bfcl": "tests/test_eval.py"}
+    "python train.py --resume runs/NAME": "tests/test_resume.py", "python eval.py compare": "tests/test_eval.py", "python eval.py --task bfcl": "tests/test_eval.py",
+    "python bench/plot.py runs/A-bfcl": "tests/test_eval.py"}
 
 
 def test_every_command_is_run_or_has_a_reason_not_to_be():

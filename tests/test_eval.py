@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import random
+import shutil
 import subprocess
 import sys
 
@@ -15,6 +16,8 @@ import pytest
 import torch
 from conftest import ROOT
 from judge_server import Server, names
+from test_train import command
+from test_train import run as train
 
 import eval as evaluation
 import local.hf
@@ -410,6 +413,121 @@ def test_trained_tasks_and_the_command(evaluate, tiny, tmp_path):
     assert (tmp_path / "runs/b/samples.jsonl").read_text() == (tmp_path / "runs/c/samples.jsonl").read_text()  # greedy: the same on two ranks
     out = subprocess.run([sys.executable, ROOT / "eval.py", "compare", "runs/b/results.json", "runs/c/results.json"], cwd=tmp_path, capture_output=True, text=True)
     assert out.returncode == 0 and out.stdout.count("1.0000") >= 3
+
+
+# Every policy that a run has kept
+
+LETTERS = """
+from rewards import Channel, Example, Task
+
+def vowels(prompts, responses, references):
+    return [sum(c in "aeiou" for c in r) / max(1, len(r)) for r in responses]
+
+def task(options):
+    prompts = [Example([{"role": "user", "content": f"Say {word}"}], word) for word in "one two three four five six seven eight nine ten".split()]
+    return Task(lambda n, m: (prompts[:6], prompts[6:]), [Channel("vowels", vowels), Channel("tokens", lambda p, rs, ref: [float(len(r)) for r in rs], weight=0)])
+"""
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """A folder with runs/trained, which has kept its policies after 0, 2 and 3 steps; they answer differently."""
+    folder = tmp_path_factory.mktemp("kept")
+    (folder / "letters.py").write_text(LETTERS)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        train(monkeypatch, folder, "--task", "letters.py", "--steps", 3, "--eval-every", 2, "--max-tokens", 16, "--lr", 1e-2, "--keep-policies", name="trained")
+    (folder / "runs/trained/policies/step-9.part").mkdir()  # of a run that was killed
+    return folder
+
+
+def of_letters(engine: str = "hf") -> list[str]:
+    return ["--task", "letters.py", "--model", "runs/trained", "--max-tokens", "12", "--engine", engine]
+
+
+def outcomes(folder) -> dict[str, tuple[dict, list[dict]]]:
+    """{step-N: (metrics, lines of samples.jsonl)}."""
+    return {path.name: (json.loads((path / "results.json").read_text())["metrics"], [json.loads(line) for line in (path / "samples.jsonl").read_text().splitlines()])
+            for path in folder.glob("step-*")}
+
+
+def test_every_kept_policy_is_evaluated_as_it_would_be_alone(kept, monkeypatch, capsys):
+    """By one engine, and on two ranks: each like a checkpoint of its own, the last like the run."""
+    monkeypatch.chdir(kept)
+    loaded, load = [], hf.load
+    monkeypatch.setattr(hf, "load", lambda path, *rest: loaded.append(path) or load(path, *rest))
+    evaluation.main(parse(evaluation.EvalConfig, "", [*of_letters(), "--policies", "--name", "all"]))
+    assert [path.name for path in loaded] == ["step-0"]
+    found, (header, *rows) = outcomes(kept / "runs/all"), capsys.readouterr().out.splitlines()
+    assert {*found} == {"step-0", "step-2", "step-3"} and header.split() == ["joint", "vowels", "tokens"]
+    assert len({json.dumps(samples) for _, samples in found.values()}) == 3
+    for row, step in zip(rows, (0, 2, 3), strict=False):
+        metrics, samples = found[f"step-{step}"]
+        assert len(samples) == 4 and row.split()[0] == f"step-{step}"
+        assert f"{metrics['vowels']['mean']:.3f} ({metrics['vowels']['stderr']:.3f})" in row
+    for name, source in (("alone", "runs/trained/policies/step-2"), ("last", "runs/trained")):
+        evaluation.main(parse(evaluation.EvalConfig, "", [*of_letters(), "--model", source, "--name", name]))
+        results = json.loads((kept / "runs" / name / "results.json").read_text())
+        step = "step-2" if name == "alone" else "step-3"
+        both = json.loads((kept / "runs/all" / step / "results.json").read_text())
+        assert both["settings"].pop("model") == f"runs/trained/policies/{step}" and results["settings"].pop("model") == source
+        assert both == results and (kept / "runs" / name / "samples.jsonl").read_text() == (kept / "runs/all" / step / "samples.jsonl").read_text()
+    assert {row["difference"] for row in evaluation.compare(kept / "runs/all/step-3/results.json", kept / "runs/last/results.json")} == {0}
+    out = command(*of_letters(), "--policies", "--name", "two", cwd=kept, ranks=2, script="eval.py")
+    assert outcomes(kept / "runs/two") == found and [header, *rows[:3]] == out.splitlines()[:4]
+
+
+@needs_vllm
+def test_vllm_evaluates_every_kept_policy(kept, monkeypatch):
+    """The same greedy text as transformers: no weight and no cached prefix of the policy before is left."""
+    monkeypatch.chdir(kept)
+    evaluation.main(parse(evaluation.EvalConfig, "", [*of_letters(), "--policies", "--name", "of_hf"]))
+    command(*of_letters("vllm"), "--policies", "--name", "of_vllm", cwd=kept, script="eval.py")
+    assert outcomes(kept / "runs/of_vllm") == outcomes(kept / "runs/of_hf")
+
+
+def write_policies(run, tables: dict[int, dict[str, tuple[float, float]]]) -> dict:
+    """As eval.py --policies leaves it. Returns what print_policies is given."""
+    out = {}
+    for step, table in tables.items():
+        out[run / f"step-{step}"] = {name: {"mean": mean, "stderr": error, "n": 9} for name, (mean, error) in table.items()}
+        (run / f"step-{step}").mkdir(parents=True)
+        (run / f"step-{step}/results.json").write_text(json.dumps({"metrics": out[run / f"step-{step}"]}))
+    return out
+
+
+def test_best_and_final_policies_are_marked(tmp_path, capsys):
+    """By the first metric; of equal ones the earliest; in steps' order, which is not that of their names."""
+    a = {0: {"overall": (0.1, 0.01), "other": (0.9, 0.02)}, 5: {"overall": (0.4, 0.03)}, 10: {"overall": (0.4, 0.05), "other": (0.2, 0.06)}}
+    evaluation.print_policies(write_policies(tmp_path / "runs/a", a))
+    assert [line.split() for line in capsys.readouterr().out.splitlines()[:4]] == [
+        ["overall", "other"], ["step-0", "0.100", "(0.010)", "0.900", "(0.020)"], ["step-5", "BEST", "0.400", "(0.030)", "-"],
+        ["step-10", "FINAL", "0.400", "(0.050)", "0.200", "(0.060)"]]
+    evaluation.print_policies(write_policies(tmp_path / "runs/b", {0: {"overall": (0.1, 0.01)}, 9: {"overall": (0.3, 0.02)}}))
+    assert capsys.readouterr().out.splitlines()[2].split() == ["step-9", "BEST", "FINAL", "0.300", "(0.020)"]
+    rows = command("runs/a", "runs/b", "--out", "both.png", cwd=tmp_path, script="bench/plot.py").splitlines()
+    assert [row.split() for row in rows[1:]] == [["runs/a", "overall", "0.100", "(0.010)", "0.400", "(0.030)", "5", "0.400", "(0.050)"],
+                                                 ["runs/b", "overall", "0.100", "(0.010)", "0.300", "(0.020)", "9", "0.300", "(0.020)"], ["both.png"]]
+    assert (tmp_path / "both.png").stat().st_size > 5000
+    (tmp_path / "runs/b/step-12").mkdir()  # an evaluation that was broken off
+    out = subprocess.run([sys.executable, ROOT / "bench/plot.py", "runs/b"], cwd=tmp_path, capture_output=True, text=True)
+    assert out.returncode == 1 and out.stderr.startswith("error: runs/b/step-12/results.json cannot be read") and out.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("broken", "message"), [
+    (None, "--policies: runs/there/policies has no step-N: name a run of train.py --keep-policies"), ("step-x", "has no step-N"),
+    ("step-3", "step-3 needs a config.json and weights"), ("step-3/model.safetensors", "step-3 cannot be loaded")])
+def test_a_run_without_whole_policies(evaluate, monkeypatch, tiny, tmp_path, broken, message):
+    monkeypatch.setattr(hf, "load", lambda *args: pytest.fail("the model was loaded"))
+    (tmp_path / "runs/there").mkdir(parents=True)
+    if broken:
+        (tmp_path / "runs/there/policies" / broken.partition("/")[0]).mkdir(parents=True)
+    if broken and "/" in broken:
+        shutil.copytree(tiny, tmp_path / "runs/there/policies/step-0")
+        shutil.copytree(tiny, tmp_path / "runs/there/policies/step-3", dirs_exist_ok=True)
+        (tmp_path / "runs/there/policies" / broken).write_bytes(b"cut")
+    with pytest.raises(InputError) as error:
+        evaluate("--task", "tools", "--model", "runs/there", "--policies")
+    assert message in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "runs/a").exists()
 
 
 @needs_vllm

@@ -16,6 +16,7 @@ from conftest import ROOT, on_ranks, set_channels
 from safetensors.torch import load_file, save_file
 from transformers import Gemma2Config, Qwen3NextConfig
 
+import checkpoint
 import model
 import policy as policies
 import rvpo
@@ -221,12 +222,41 @@ def test_files_of_a_run(monkeypatch, tmp_path, graded):
 def test_plot_of_two_runs(monkeypatch, tmp_path, graded):
     for name in ("a", "b"):
         run(monkeypatch, tmp_path, "--max-tokens", 16, name=name)
-    assert command("runs/a", "runs/b", "--out", "both.png", cwd=tmp_path, script="bench/plot.py") == "both.png\n"
+    lines = [{"step": step, "eval": {"joint": joint}} for step, joint in ((0, [0.1, 0.05]), (4, [0.7, None]), (8, [0.7, 0.2]), (9, [0.5, 0.25]))]
+    with (tmp_path / "runs/a/metrics.jsonl").open("a") as out:
+        out.writelines(json.dumps(line) + "\n" for line in lines)
+    head, *rows, last = command("runs/a", "runs/b", "--out", "both.png", cwd=tmp_path, script="bench/plot.py").splitlines()
+    assert head.split() == ["start", "best", "(at", "step)", "final"] and last == "both.png"
+    assert [row.split() for row in rows] == [["runs/a", "joint", "0.000", "(0.000)", "0.700", "(0.000)", "4", "0.500", "(0.250)"],
+                                             ["runs/b", "joint", "0.000", "(0.000)", "0.000", "(0.000)", "0", "0.000", "(0.000)"]]
     height, width, _ = plt.imread(tmp_path / "both.png").shape
     assert height > 200 and width > 1000  # vowels, short, joint, gradient norm, advantage std side by side
     (tmp_path / "runs/a/metrics.jsonl").write_text("")
     result = subprocess.run([sys.executable, ROOT / "bench/plot.py", "runs/a"], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 1 and result.stderr == "error: runs/a/metrics.jsonl holds no training step yet\n"
+
+
+def test_kept_policies_are_those_of_their_steps(monkeypatch, tmp_path, graded):
+    """The weights that an evaluation sampled from are those that it keeps; transformers loads them."""
+    sampled, evaluate = {}, train.evaluate
+
+    def remember(sampler, held_out, log, step):
+        sampled[step] = {name: weight.clone() for name, weight in sampler.engine.model.state_dict().items()}
+        evaluate(sampler, held_out, log, step)
+
+    monkeypatch.setattr(train, "evaluate", remember)
+    run(monkeypatch, tmp_path, "--steps", 3, "--eval-every", 2, "--max-tokens", 16, "--keep-policies")
+    kept = checkpoint.by_step(tmp_path / "runs/a/policies")
+    assert [path.name for path in kept] == ["step-0", "step-2", "step-3"] and [*sampled] == [0, 2, 3]
+    for path, (step, expected) in zip(kept, sampled.items(), strict=True):
+        weights = hf.load(path, updates.CPU).state_dict()
+        assert weights.keys() == expected.keys() and all(torch.equal(weights[name], expected[name]) for name in expected), step
+        assert model.load_tokenizer(path).chat_template
+    start, last = load_file(models.tiny() / "model.safetensors"), load_file(kept[-1] / "model.safetensors")
+    final = load_file(tmp_path / "runs/a/checkpoint/model.safetensors")
+    assert all(torch.equal(load_file(kept[0] / "model.safetensors")[name], start[name]) for name in start)
+    assert last.keys() == final.keys() and all(torch.equal(last[name], final[name]) for name in final)
+    assert not torch.equal(sampled[2]["lm_head.weight"], sampled[3]["lm_head.weight"])
 
 
 OPTIONS = [["--agg", "gdpo"], ["--beta", 5], ["--group", 5], ["--prompts", 3], ["--updates", 2], ["--weights", "vowels=3"], ["--weights", "short=0"],
