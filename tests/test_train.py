@@ -208,7 +208,7 @@ def test_files_of_a_run(monkeypatch, tmp_path, graded):
     assert set(evals[0]["eval"]) == {"vowels", "short", "joint"}
     for line in steps:
         assert line["grad_norm"] > 0 and line["kl"] >= 0 and abs(line["sampler_gap"]) < 1e-3
-        assert set(line["channels"]["vowels"]) == {"mean", "min", "max", "std", "missing", "constant", "binding", "weight"}
+        assert set(line["channels"]["vowels"]) == {"mean", "min", "max", "std", "missing", "constant", "binding", "weight", "credit"}
     assert len(samples) == 3 * 2 * 4
     for sample in samples:
         assert set(sample["rewards"]) == {"vowels", "short"} and sample["prompt"][-1]["role"] == "user"
@@ -357,7 +357,7 @@ def nothing_is_loaded(monkeypatch):
 
 
 @pytest.mark.parametrize(("args", "message"), [
-    (["--task", "x"], "--task x: choose one of tools, rlla"), (["--agg", "x"], "--agg x: should be 'rvpo', 'gdpo'"),
+    (["--task", "x"], "--task x: choose one of tools, reply"), (["--agg", "x"], "--agg x: should be 'rvpo', 'gdpo'"),
     (["--engine", "x"], "--engine x: should be 'vllm' or 'hf'"), (["--beta", "x"], "beta 'x' is neither"),
     (["--group", 1], "--group 1: should be greater than or equal to 2"), (["--prompts", 0], "--prompts 0: should be greater than or equal to 1"),
     (["--temperature", 0], "--temperature 0: should be"), (["--lr", "nan"], "--lr nan"), (["--max-tokens", "many"], "--max-tokens many: should be a valid integer"),
@@ -453,7 +453,7 @@ def test_help(tmp_path, script):
 
 @pytest.mark.parametrize("script", ["train.py", "eval.py"])
 def test_help_and_wrong_options_do_not_wait_for_torch(tmp_path, script):
-    for args, said in ((["--help"], "usage: "), (["--task", "x"], "error: --task x: choose one of tools, rlla")):
+    for args, said in ((["--help"], "usage: "), (["--task", "x"], "error: --task x: choose one of tools, reply")):
         code = f"import runpy, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, {str(ROOT)!r})\ntry: runpy.run_path(sys.argv[0], run_name='__main__')\nexcept SystemExit as end: print(end, file=sys.stderr)\n" \
                "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
         result = subprocess.run([sys.executable, "-c", code, ROOT / script, *args], cwd=tmp_path, capture_output=True, text=True)
@@ -473,5 +473,5 @@ def test_the_training_path_is_short():
 
 def test_an_error_is_one_line_and_no_traceback(tmp_path):
     result = subprocess.run([sys.executable, ROOT / "train.py", "--task", "x"], cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 1 and result.stderr == ("error: --task x: choose one of tools, rlla, rar-medicine, rar-science, rubric, healthbench, gpqa, bfcl, "
+    assert result.returncode == 1 and result.stderr == ("error: --task x: choose one of tools, reply, reply-25, rlla, rar-medicine, rar-science, rubric, healthbench, gpqa, bfcl, "
                                                         "or name a file such as mine.py\n")
