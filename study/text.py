@@ -117,6 +117,23 @@ def cpu() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+def longer(file: Path) -> list[float | None]:
+    """Of a run's samples.jsonl, for each step: the correlation, within prompts, of the advantage with the number of
+    words among the replies that keep the limit."""
+    found: dict[int, dict[str, list[tuple[float, float]]]] = {}
+    for sample in map(json.loads, file.read_text().splitlines()):
+        group = found.setdefault(sample["step"], {}).setdefault(sample["prompt"][-1]["content"], [])
+        if sample["rewards"]["short"] == 1:
+            group.append((len(sample["response"].split()), sample["advantage"]))
+    out = []
+    for groups in found.values():
+        centred = [np.array(group) - np.mean(group, 0) for group in groups.values() if group]
+        words, advantages = np.concatenate(centred or [np.zeros((1, 2))]).T
+        size = float(np.linalg.norm(words) * np.linalg.norm(advantages))
+        out.append(float(words @ advantages) / size if size > 1e-9 else None)
+    return out
+
+
 def execute(run: Run, name: str) -> dict:
     """Trains, or goes on with what was begun, on one core. Returns what is kept of the run."""
     command = [sys.executable, str(ROOT / "train.py"), *run.options(), "--name", name, "--save-every", "5",
@@ -141,7 +158,7 @@ def execute(run: Run, name: str) -> dict:
     evals = [{"step": x["step"], **{k: curve(v) for k, v in x["eval"].items()}} for x in lines if "eval" in x]
     return {"name": run.name, **run._asdict(), "options": " ".join(run.options()), "cpu": cpu(), "versions": versions,
             "minutes": round(sum(sum(line["seconds"].values()) for line in steps) / 60, 1),
-            "eval": evals,
+            "eval": evals, "longer": curve(longer(folder / "samples.jsonl")),
             "train": {**{key: curve(line[key] for line in steps) for key in ("joint", "length_mean")},
                       **{c: curve(line["channels"][c]["mean"] for line in steps) for c in channels}},
             "credit": {c: curve(line["channels"][c]["credit"] for line in steps) for c in channels}}
@@ -172,7 +189,7 @@ def again(name: str) -> None:
     first = done[name]
     run = Run(**{key: first[key] for key in Run._fields})
     second = execute(run, f"{name}-again-{time.strftime('%H%M%S')}")
-    for key in ("eval", "train", "credit", "cpu", "versions"):
+    for key in ("eval", "train", "credit", "longer", "cpu", "versions"):
         print(f"{key}: {'the same' if first[key] == second[key] else f'{first[key]}, now {second[key]}'}")
 
 

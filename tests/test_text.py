@@ -54,7 +54,7 @@ def test_a_run_is_kept_and_repeated_to_the_digit(tiny, monkeypatch, tmp_path, ca
     assert [x["step"] for x in kept["eval"]] == [0, 3, 6] and len(kept["train"]["short"]) == len(kept["credit"]["short"]) == 6
     (tmp_path / "text.jsonl").write_text(json.dumps(kept) + "\n")
     text.again(run.name)
-    assert capsys.readouterr().out.count("the same\n") == 5
+    assert capsys.readouterr().out.count("the same\n") == 6
     with pytest.raises(SystemExit, match="no such run"):
         text.again("other")
 
