@@ -22,6 +22,7 @@ if __name__ == "__main__":  # before torch is imported: --help must not wait for
     OPTIONS = parser.parse_args()
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the code that is studied; a script sees its own folder only
 
+import itertools
 import json
 import os
 import platform
@@ -213,6 +214,11 @@ def best(run: dict) -> float:
     return max(x["joint"][0] for x in run["eval"])
 
 
+def lost(run: dict) -> str:
+    """The first step whose rollouts keep the limit in less than half."""
+    return str(next((i for i, share in enumerate(run["train"]["short"], 1) if share < 0.5), "never"))
+
+
 def spread(values: list[float]) -> str:
     return f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
 
@@ -234,14 +240,31 @@ def rows(cells: Cells) -> list[list[str]]:
             worst = min(names, key=lambda name: np.mean([final(run, name) for run in runs]))
             out.append([method, runs[0]["lr"], str(len(runs)), spread([run["eval"][0]["short"][0] for run in runs]),
                         spread([*map(best, runs)]), spread([*map(final, runs)]),
-                        spread([final(run, "short") for run in runs]),
+                        spread([final(run, "short") for run in runs]), ", ".join(map(lost, runs)),
                         f"{worst} {np.mean([final(run, worst) for run in runs]):.2f}",
                         f"{p[method]:.3f}, {corrected[method]:.3f}" if method in p else ""])
     return out
 
 
-HEAD = ("| | lr | n | kept at first | joint, best | joint, final | kept at the end | worst channel at the end | "
-        "p, Holm |")
+HEAD = ("| | lr | n | kept at first | joint, best | joint, final | kept at the end | under half at step | "
+        "worst channel at the end | p, Holm |")
+SHARES = 1.0, 0.8, 0.65, 0.5, 0.25, 0.0
+
+
+def credits(done: dict[str, dict]) -> list[list[str]]:
+    """Of all steps of a method: mean `credit` of the limit by the share of the rollouts that kept it, with the number
+    of steps; and how the advantage went with length among those that did."""
+    out = []
+    for method in METHODS:
+        runs = [run for run in done.values() if run["method"] == method]
+        steps = [pair for run in runs for pair in zip(run["train"]["short"], run["credit"]["short"], strict=True)]
+        cells = []
+        for high, low in itertools.pairwise(SHARES):
+            found = [credit for share, credit in steps if low <= share < high and credit is not None]
+            cells.append(f"{np.mean(found):+.2f} ({len(found)})" if found else "")
+        if runs:
+            out.append([method, *cells, f"{np.mean([x for run in runs for x in run['longer'] if x is not None]):+.2f}"])
+    return out
 
 
 def report(done: dict[str, dict]) -> str:
@@ -257,6 +280,9 @@ def report(done: dict[str, dict]) -> str:
             ("reply, learning rate falling to 0", of(done, "reply", STEPS, "linear"))):
         if any(cells.values()):
             parts.append(f"{title}\n\n{table(HEAD, rows(cells))}")
+    parts.append("What an update did with the limit: mean credit (steps), by the share of the step's rollouts that "
+                 "kept it; and the correlation of the advantage with the number of words among these\n\n"
+                 + table("| | .8 or more | .65 to .8 | .5 to .65 | .25 to .5 | less | words |", credits(done)))
     hours = sum(run["minutes"] for run in done.values()) / 60
     return "\n".join([*parts, f"{len(done)} runs, {hours:.1f} hours of training on one core each; "
                       + ", ".join(sorted({run["cpu"] for run in done.values()})) + ".\n"])

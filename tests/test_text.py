@@ -16,7 +16,7 @@ TINY = ["--engine", "hf", "--prompts", "2", "--group", "2", "--max-tokens", "8",
 
 def outcome(run: text.Run, joint: list[float], short: float = 0.5) -> dict:
     evals = [{"step": 3 * i, "short": [short, 0.0], "name": [0.9, 0.0], "joint": [x, 0.0]} for i, x in enumerate(joint)]
-    return {"name": run.name, **run._asdict(), "minutes": 6.0, "cpu": "a", "eval": evals, "train": {"short": [short]}, "credit": {"short": [0.1]}}
+    return {"name": run.name, **run._asdict(), "minutes": 6.0, "cpu": "a", "eval": evals, "train": {"short": [0.9, short]}, "credit": {"short": [0.1, None]}, "longer": [0.5, None]}
 
 
 def test_the_plan_tries_rates_first_and_is_matched():
@@ -39,9 +39,11 @@ def test_the_report_by_hand():
             run = text.Run("reply", method, "1e-5", seed)
             done[run.name] = outcome(run, joint, short=0.5 + seed / 10)
     line = next(line for line in text.report(done).splitlines() if line.startswith("| rvpo | 1e-5"))
-    assert line == "| rvpo | 1e-5 | 2 | 0.550 ± 0.071 | 0.800 ± 0.141 | 0.600 ± 0.141 | 0.550 ± 0.071 | short 0.55 |  |"
+    assert line == "| rvpo | 1e-5 | 2 | 0.550 ± 0.071 | 0.800 ± 0.141 | 0.600 ± 0.141 | 0.550 ± 0.071 | never, never | short 0.55 |  |"
     line = next(line for line in text.report(done).splitlines() if line.startswith("| gdpo | 1e-5"))
     assert "| 0.250 ± 0.071 | 0.200 ± 0.141 |" in line and line.endswith("| 0.500, 0.500 |")  # two seeds can say no more
+    assert "| gdpo | +0.10 (2) |  |  |  |  | +0.50 |" in text.report(done)
+    assert text.lost(outcome(text.Run("reply", "rvpo", "1e-5", 0), [0.0], short=0.4)) == "2"
     assert "4 runs, 0.4 hours" in text.report(done)
 
 
