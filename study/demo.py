@@ -12,7 +12,7 @@ from pathlib import Path
 if __name__ == "__main__":  # before matplotlib is imported: --help must not wait for it
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--name", default="demo", help="of the runs (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=12, help="(default %(default)s)")
+    parser.add_argument("--steps", type=int, default=14, help="(default %(default)s)")
     OPTIONS, REST = parser.parse_known_args()
 
 import json
@@ -43,8 +43,8 @@ def train(runs: dict[str, Path], options: list[str]) -> None:
     processes = {}
     for method, run in runs.items():
         with run.with_suffix(".log").open("w") as log:
-            command = [sys.executable, str(ROOT / "train.py"), "--task", "reply", "--agg", method, "--name", run.name,
-                       *options]
+            command = [sys.executable, str(ROOT / "train.py"), "--task", "reply", "--agg", method, "--beta", "2",
+                       "--name", run.name, *options]
             processes[method] = subprocess.Popen(command, stdout=log, stderr=log,
                                                  env={**os.environ, "OMP_NUM_THREADS": str(threads)})
     seen = dict.fromkeys(runs, 0)
