@@ -479,10 +479,17 @@ class RunLog(Log):
             on_rank_0(lambda: write_json(self.run / "config.json", about))
         except OSError as error:
             raise InputError(f"{self.run}: {error}") from error
-        if config.get("track") and RANK == 0:
-            from local.track import Tracker
+        if config.get("track"):
+            on_rank_0(lambda: self._track(about))
 
-            self.tracker = Tracker(config["track"], self.run.name, about)
+    def _track(self, about: dict) -> None:
+        from local.track import Tracker
+
+        try:
+            self.tracker = Tracker(about["track"], self.run.name, about)
+        except Exception as error:  # whatever the package raises, such as for a key that is missing
+            raise InputError(f"--track {about['track']}: {type(error).__name__}: {' '.join(str(error).split())}; log "
+                             "in there first, or leave it out") from error
 
     def lengths(self) -> dict[str, int]:
         """Bytes of the run's logs."""

@@ -1,12 +1,15 @@
 """What is logged of a step."""
 
 import math
+import sys
+import types
 
 import pytest
 import torch
 
 from checkpoint import Log, RunLog, State, channel_stats
 from model import Prompt
+from ranks import InputError
 from rewards import Channel, Example
 from rollout import Group, Response
 
@@ -85,13 +88,11 @@ def test_a_line_says_what_the_update_works_against():
 
 def test_tracking(tmp_path, monkeypatch):
     """Metrics, the options, and samples as a table reach a package with wandb's interface; NaN, too."""
-    (tmp_path / "trackio.py").write_text(
-        "calls = []\nTable = lambda columns, data: (columns, data)\n"
-        "init = lambda **options: calls.append(options)\nlog = lambda values, step: calls.append((step, values))\n"
-        "finish = lambda: calls.append('finished')\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    import trackio
-
+    calls = []
+    trackio = types.SimpleNamespace(
+        Table=lambda columns, data: (columns, data), init=lambda **options: calls.append(options),
+        log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("finished"))
+    monkeypatch.setitem(sys.modules, "trackio", trackio)
     log = RunLog(tmp_path)
     log.begin(State(), {"track": "trackio", "lr": 0.1})
     group = make([[1.0, NAN], [0.0, 1.0]], "a", "b")
@@ -99,8 +100,12 @@ def test_tracking(tmp_path, monkeypatch):
     log.metrics({"step": 1, "joint": 0.5, "bad_updates": [], "seconds": {"sample": 2.0}})
     log.evaluation(1, [{"joint": 1.0}, {"joint": 0.0}], {})
     log.tracker.finish()
-    begun, samples, metrics, evaluation, end = trackio.calls
+    begun, samples, metrics, evaluation, end = calls
     assert begun["config"]["lr"] == 0.1 and begun["name"] == tmp_path.name and end == "finished"
     columns, rows = samples[1]["samples"]
     assert columns == ["prompt", "response", "advantage", "a", "b"] and rows[0][1:4] == ["r", 0.0, 1.0] and math.isnan(rows[0][4])
     assert metrics == (1, {"joint": 0.5, "seconds/sample": 2.0}) and evaluation == (1, {"eval/joint": 0.5})
+
+    monkeypatch.setattr(trackio, "init", lambda **options: 1 / 0)
+    with pytest.raises(InputError, match="--track trackio: ZeroDivisionError: division by zero; log in"):
+        RunLog(tmp_path).begin(State(), {"track": "trackio"})
