@@ -1,0 +1,171 @@
+"""More aggregations on the study's tasks (others.py), and runs three times as long. Apart from study.py's own numbers.
+
+    python study/more.py --reuse runs/study/study.json   # what that study has run is taken over
+    python study/more.py                                 # goes on where it was stopped
+    python study/more.py --tables > docs/more.md         # from what has been run, nothing else
+
+Each run is a line of study/more.jsonl: its settings, and its evaluations rounded to three digits. One that is there is
+not run again. As in study.py the learning rate is chosen on tuning seeds, then others count; a long run begins with the
+short one, step by step the same, and stands for it.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # before torch is imported: --help must not wait for it
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--file", type=Path, default=Path(__file__).with_name("more.jsonl"), help="the runs")
+    parser.add_argument("--starts", type=Path, default=Path("runs/starts"), help="where warm starts are kept")
+    parser.add_argument("--reuse", type=Path, help="a study.json of study.py, run on the same kind of CPU")
+    parser.add_argument("--workers", type=int, default=1, help="processes (default %(default)s)")
+    parser.add_argument("--tables", action="store_true", help="run nothing, print the tables")
+    OPTIONS = parser.parse_args()
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the code that is studied; a script sees its own folder only
+
+import functools
+import json
+from collections.abc import Iterator
+from multiprocessing import get_context
+
+import numpy as np
+import torch
+import toy
+from report import last, shares
+
+import study
+from study import TUNING, Run
+
+SEEDS = range(study.HELD_OUT)
+RATES = study.RATES[1:]  # study.py never chose 1e-4
+KNOWN = "rvpo", "gdpo", "grpo", "softmin", "hardmin"
+OTHERS = "geometric", "dara", "dvao", "gd2po"
+OURS = "blend full",
+CLIPPED = "softmin full", "geometric full", "rvpo full", "grpo full", "hardmin full", "gdpo full"
+METHODS = *KNOWN, *OTHERS, *CLIPPED, *OURS
+LONG = 3  # times as many steps
+study.BETAS |= {name: study.BETAS.get(name.split()[0], "0") for name in METHODS} | {"blend full": "2"}
+study.TUNED |= {name: name.split()[0] for name in CLIPPED}  # they take the rate of what they clip
+
+
+def load(file: Path) -> dict[Run, dict]:
+    """{run: its evaluations, as study.result returns them}, from a file like more.jsonl or study.json."""
+    if not file.exists():
+        return {}
+    text = file.read_text()
+    records = json.loads(text) if text.startswith("[") else [json.loads(line) for line in text.splitlines()]
+    return {Run(**{name: record[name] for name in Run._fields if name in record}):
+            {"eval": record["eval"], "full": {c.name: c.full for c in toy.SUITE[record["task"]][0]}}
+            for record in records}
+
+
+def settings_of(run: Run) -> dict:
+    """What differs from Run's defaults."""
+    return {name: value for name, value in run._asdict().items() if value != Run._field_defaults.get(name)}
+
+
+def append(file: Path, run: Run, out: dict, **more) -> None:
+    """A line: its settings, the evaluations, and what else there is to say."""
+    curves = {name: [round(x, 3) for x in curve] for name, curve in out["eval"].items()}
+    with file.open("a") as lines:
+        lines.write(json.dumps({**settings_of(run), **more, "eval": curves}) + "\n")
+
+
+def find(done: dict[Run, dict], run: Run) -> dict | None:
+    """What a run has given, or the beginning of a longer one."""
+    for times in (run.times, LONG):
+        if out := done.get(run._replace(times=times)):
+            evaluations = run.times * study.STEPS // study.EVERY + 1
+            return {**out, "eval": {name: curve[:evaluations] for name, curve in out["eval"].items()}}
+    return None
+
+
+def rate_of(done: dict[Run, dict], task: str, method: str) -> tuple[float | None, list[Run]]:
+    """The learning rate that study.choose_rates would choose of RATES, or None and the runs that decide it. A rate is
+    not run on the second tuning seed if it could not win any more even with a joint rate of 1 there."""
+    runs = {lr: [Run(task, method, seed, lr) for seed in TUNING] for lr in RATES}
+    outs = {lr: [find(done, run) for run in pair] for lr, pair in runs.items()}
+    if missing := [runs[lr][0] for lr in RATES if not outs[lr][0]]:
+        return None, missing
+    merits = {lr: (np.mean([last(out) for out in pair]), np.mean([[*shares(out).values()] for out in pair]))
+              for lr, pair in outs.items() if all(pair)}
+    promise = {lr: (last(outs[lr][0]) + 1) / 2 for lr in RATES if lr not in merits}
+    if not merits:
+        return None, [runs[max(promise, key=promise.get)][1]]
+    if open_ones := [lr for lr, bound in promise.items() if bound >= max(merits.values())[0]]:
+        return None, [runs[lr][1] for lr in open_ones]
+    return max(merits, key=merits.get), []
+
+
+def rates_of(done: dict[Run, dict], task: str, methods) -> dict[str, float]:
+    """{method: learning rate} of those whose rate is decided."""
+    source = "conflict" if task.startswith("K") else task
+    chosen = {m: rate_of(done, source, study.TUNED.get(m, m))[0] for m in methods}
+    return {m: rate for m, rate in chosen.items() if rate}
+
+
+def held_out(done: dict[Run, dict], task: str, methods, n: int = study.HELD_OUT, **change) -> dict[str, list[Run]]:
+    """{method: its runs on the first n held-out seeds} for methods whose learning rate is decided."""
+    return {m: [Run(task, m, seed, rate, **change) for seed in SEEDS[:n]]
+            for m, rate in rates_of(done, task, methods).items()}
+
+
+def stages(done: dict[Run, dict]) -> Iterator[list[Run]]:
+    """Runs, the most important first. `done` has those of each stage when the next one is asked for."""
+    def tuned(task: str, methods) -> Iterator[list[Run]]:
+        while todo := [run for m in methods for run in rate_of(done, task, m)[1]]:
+            yield todo
+
+    def counted(task: str, methods, n: int = study.HELD_OUT, **change) -> list[Run]:
+        runs = held_out(done, task, methods, n, **change).values()
+        return [run for same_seed in zip(*runs, strict=True) for run in same_seed]  # a seed after the other
+
+    yield from tuned("conflict", (*KNOWN, *OTHERS))
+    yield counted("conflict", OTHERS)
+    for task in study.TASKS[1:]:
+        yield from tuned(task, (*KNOWN, *OTHERS))
+        yield counted(task, OTHERS)
+    yield counted("conflict", ("softmin", *CLIPPED[:3], "rvpo"), 4, times=LONG)
+
+
+def execute(runs: list[Run], done: dict[Run, dict], file: Path, starts: Path, workers: int) -> None:
+    """Runs what is neither in `done` nor the beginning of what is, and appends it to the file."""
+    todo = [run for run in dict.fromkeys(runs) if not find(done, run)]
+    keys = dict.fromkeys((run.seed, toy.SUITE[run.task][1]) for run in todo)
+    with get_context("fork").Pool(workers) as pool:
+        study.STARTS.update(pool.imap(functools.partial(start, starts), keys))
+    with get_context("fork").Pool(workers) as pool:  # forked after the starts are there
+        for run, out in zip(todo, pool.imap(study.result, todo), strict=True):
+            append(file, run, out)
+            done |= load(file)  # rounded
+            print(f"{run}: {last(out):.3f}", file=sys.stderr, flush=True)
+
+
+def start(folder: Path, key: tuple[int, str]) -> tuple[tuple[int, str], dict]:
+    """study.warm_start, kept in a file."""
+    file = folder / "{}-{}.pt".format(*key)
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(study.warm_start(key)[1], file)
+    return key, torch.load(file)
+
+
+def reuse(source: Path, done: dict[Run, dict], file: Path) -> None:
+    """Takes over from a study.json the runs that may be compared here."""
+    for run, out in load(source).items():
+        if run.method in KNOWN and run.lr in RATES and run.beta is None and run.group == 8 and not find(done, run):
+            append(file, run, out, reused=True)
+
+
+def main(file: Path, starts: Path, source: Path | None, workers: int) -> None:
+    """See OPTIONS."""
+    torch.set_num_threads(1)  # before the processes fork
+    if source:
+        reuse(source, load(file), file)
+    done = load(file)
+    for stage in stages(done):
+        execute(stage, done, file, starts, workers)
+
+
+if __name__ == "__main__":
+    main(OPTIONS.file, OPTIONS.starts, OPTIONS.reuse, OPTIONS.workers)
