@@ -31,9 +31,10 @@ from multiprocessing import get_context
 import numpy as np
 import torch
 import toy
-from report import last, shares
+from report import last, shares, sign_flip, spread, table
 
 import study
+from eval import holm
 from study import TUNING, Run
 
 SEEDS = range(study.HELD_OUT)
@@ -44,6 +45,10 @@ OURS = "blend full",
 CLIPPED = "softmin full", "geometric full", "rvpo full", "grpo full", "hardmin full", "gdpo full"
 METHODS = *KNOWN, *OTHERS, *CLIPPED, *OURS
 LONG = 3  # times as many steps
+LONGER = *KNOWN, "geometric", *CLIPPED[:3]  # run that long
+HARDER = {"no conflict, `safe` inverted in 30%": ("no conflict", {"channel": "safe", "wrong": 0.3}),
+          "K = 17": ("K = 17", {})}  # title: task, what is done to it
+ROBUST = "rvpo", "gdpo", "softmin", "geometric", "softmin full", "geometric full", *OURS  # run there, too
 study.BETAS |= {name: study.BETAS.get(name.split()[0], "0") for name in METHODS} | {"blend full": "2"}
 study.TUNED |= {name: name.split()[0] for name in CLIPPED}  # they take the rate of what they clip
 
@@ -125,7 +130,16 @@ def stages(done: dict[Run, dict]) -> Iterator[list[Run]]:
     for task in study.TASKS[1:]:
         yield from tuned(task, (*KNOWN, *OTHERS))
         yield counted(task, OTHERS)
-    yield counted("conflict", ("softmin", *CLIPPED[:3], "rvpo"), 4, times=LONG)
+    for task in study.TASKS:
+        yield from tuned(task, OURS)
+    for n in (2, 4):
+        yield counted("conflict", LONGER, n, times=LONG)
+    for task in study.TASKS:
+        yield counted(task, OURS)
+    yield counted("precision", CLIPPED[:2])  # without conflict every channel is full at 1
+    yield [run for task, change in HARDER.values() for run in counted(task, ROBUST, study.FEW, **change)]
+    yield counted("conflict", LONGER, times=LONG)
+    yield counted("conflict", CLIPPED)
 
 
 def execute(runs: list[Run], done: dict[Run, dict], file: Path, starts: Path, workers: int) -> None:
@@ -157,8 +171,100 @@ def reuse(source: Path, done: dict[Run, dict], file: Path) -> None:
             append(file, run, out, reused=True)
 
 
-def main(file: Path, starts: Path, source: Path | None, workers: int) -> None:
+def against_rvpo(values: dict[str, list[float]], n: int) -> dict[str, list[str]]:
+    """{method: rvpo - it, p, Holm's p} where both have n seeds, corrected over these methods."""
+    full = {m: v for m, v in values.items() if len(v) == n}
+    if "rvpo" not in full:
+        return {}
+    differences = {m: np.subtract(full["rvpo"], v) for m, v in full.items() if m != "rvpo"}
+    p = {m: sign_flip(d) for m, d in differences.items()}
+    corrected = dict(zip(p, holm([*p.values()]), strict=True))
+    return {m: [f"{np.mean(d):+.3f}", f"{p[m]:.4f}", f"{corrected[m]:.3f}"] for m, d in differences.items()}
+
+
+def outcomes(done: dict[Run, dict], task: str, methods, **change) -> dict[str, list[dict]]:
+    """{method: what its runs on held-out seeds gave}, as far as they have been run, from the first seed on."""
+    out = {}
+    for m, runs in held_out(done, task, methods, **change).items():
+        found = [find(done, run) for run in runs]
+        if found[0]:
+            out[m] = found[:found.index(None)] if None in found else found
+    return out
+
+
+def compare(done: dict[Run, dict], task: str) -> str:
+    """A task's table after 120 steps."""
+    outs, rates = outcomes(done, task, METHODS), rates_of(done, task, METHODS)
+    finals = {m: [last(out) for out in some] for m, some in outs.items()}
+    tests, rows = against_rvpo(finals, study.HELD_OUT), []
+    for m, some in outs.items():
+        ends = {name: np.mean([shares(out)[name] for out in some]) for name in some[0]["full"]}
+        worst = min(ends, key=ends.get)
+        curves = np.array([out["eval"]["joint"] for out in some])
+        rows.append([m, f"{rates[m]:g}", str(len(some)), spread(finals[m]) if len(some) > 1 else f"{finals[m][0]:.3f}",
+                     f"{curves[:, (curves.shape[1] - 1) // 3].mean():.3f}", f"{worst} {ends[worst]:.2f}",
+                     str(sum(x >= 0.5 for x in finals[m])), *tests.get(m, ["", "", ""])])
+    return table("| aggregation | lr | seeds | joint rate ± sd | after a third | worst channel | joint >= .5 "
+                 "| rvpo - it | p | Holm's p |", rows)
+
+
+def best(out: dict) -> float:
+    """The best mean of two evaluations in a row, as `last` is one."""
+    joint = np.array(out["eval"]["joint"])
+    return float(((joint[1:] + joint[:-1]) / 2).max())
+
+
+def longer(done: dict[Run, dict]) -> str:
+    """The table of the long runs."""
+    outs = outcomes(done, "conflict", METHODS, times=LONG)
+    n = max(map(len, outs.values()), default=0)
+    tests, rows = against_rvpo({m: [last(out) for out in some] for m, some in outs.items()}, n), []
+    for m, some in outs.items():
+        early = study.STEPS // study.EVERY
+        at = {name: [np.mean([np.mean(out["eval"][name][i - 1:i + 1]) for out in some]) for i in (early, LONG * early)]
+              for name in ("joint", "length14", "values")}
+        ends, peaks = [last(out) for out in some], [best(out) for out in some]
+        rows.append([m, str(len(some)), f"{at['joint'][0]:.3f}", f"{np.mean(peaks):.3f}", f"{np.mean(ends):.3f}",
+                     " ".join(f"{x:.2f}" for x in ends), f"{np.mean(np.subtract(peaks, ends)):.3f}",
+                     *(" → ".join(f"{x:.2f}" for x in at[name]) for name in ("length14", "values")),
+                     *tests.get(m, ["", "", ""])])
+    return table(f"| aggregation | seeds | after {study.STEPS} | best | after {LONG * study.STEPS} | of each seed "
+                 "| best - final | length14 | values | rvpo - it | p | Holm's p |", rows)
+
+
+def tried(done: dict[Run, dict]) -> str:
+    """Joint rates on the tuning seeds, by which rates and candidates were chosen."""
+    rows = []
+    for m in METHODS:
+        for task in study.TASKS:
+            found = [[last(done[run]) for seed in TUNING if (run := Run(task, m, seed, lr)) in done] for lr in RATES]
+            if any(found):
+                rows.append([m, task, *(" ".join(f"{x:.2f}" for x in some) for some in found)])
+    return table("| aggregation | task | " + " | ".join(f"{lr:g}" for lr in RATES) + " |", rows)
+
+
+def tables(done: dict[Run, dict]) -> str:
+    """docs/more.md."""
+    parts = {f"{task} (K = {len(toy.SUITE[task][0])}), {study.STEPS} steps": compare(done, task)
+             for task in study.TASKS}
+    parts[f"conflict, {LONG * study.STEPS} steps (best: of the means of two evaluations in a row)"] = longer(done)
+    harder = {}
+    for title, (task, change) in HARDER.items():
+        for m, some in outcomes(done, task, ROBUST, **change).items():
+            ends = [last(out) for out in some]
+            harder.setdefault(m, {})[title] = f"{np.mean(ends):.3f} ({' '.join(f'{x:.2f}' for x in ends)})"
+    parts["Harder, joint rate (of each seed)"] = table(
+        "| aggregation | " + " | ".join(HARDER) + " |",
+        ([m, *(cells.get(title, "") for title in HARDER)] for m, cells in harder.items()))
+    parts["Tuning seeds: joint rates of each at three learning rates"] = tried(done)
+    return "\n".join(f"## {title}\n\n{text}" for title, text in parts.items())
+
+
+def main(file: Path, starts: Path, source: Path | None, workers: int, only_tables: bool) -> None:
     """See OPTIONS."""
+    if only_tables:
+        print(tables(load(file)), end="")
+        return
     torch.set_num_threads(1)  # before the processes fork
     if source:
         reuse(source, load(file), file)
@@ -168,4 +274,4 @@ def main(file: Path, starts: Path, source: Path | None, workers: int) -> None:
 
 
 if __name__ == "__main__":
-    main(OPTIONS.file, OPTIONS.starts, OPTIONS.reuse, OPTIONS.workers)
+    main(OPTIONS.file, OPTIONS.starts, OPTIONS.reuse, OPTIONS.workers, OPTIONS.tables)

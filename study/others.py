@@ -77,9 +77,10 @@ def blend(rewards: Tensor, beta: float, weights=None) -> Tensor:
 
 def satisfaction(channels: list[Channel], rewards: Tensor) -> Tensor:
     """(..., K) -> (..., K): min(1, r / full) on the unit scale. What is beyond `full` is paid nothing, and a satisfied
-    channel is 1 for methods that compare channels by their level."""
+    channel is 1 for methods that compare channels by their level; always if full is the worst value."""
     full = to_unit(channels, rewards.new_tensor([channel.full for channel in channels]))
-    return (to_unit(channels, rewards) / full).clamp(max=1.0)
+    unit = to_unit(channels, rewards)
+    return torch.where(unit < full, unit / full, 1.0)
 
 
 def clipped(aggregation: Callable, channels: list[Channel], rewards: Tensor, beta: float, weights) -> Tensor:
