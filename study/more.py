@@ -44,8 +44,9 @@ OTHERS = "geometric", "dara", "dvao", "gd2po"
 OURS = "blend full",
 CLIPPED = "softmin full", "geometric full", "rvpo full", "grpo full", "hardmin full", "gdpo full"
 METHODS = *KNOWN, *OTHERS, *CLIPPED, *OURS
+LOST = 0.05  # a joint rate that is not followed up
 LONG = 3  # times as many steps
-LONGER = *KNOWN, "geometric", *CLIPPED[:3]  # run that long
+LONGER = "softmin", *CLIPPED[:3], "rvpo", "geometric", "grpo", "hardmin"  # run that long; gdpo is lost before
 HARDER = {"no conflict, `safe` inverted in 30%": ("no conflict", {"channel": "safe", "wrong": 0.3}),
           "K = 17": ("K = 17", {})}  # title: task, what is done to it
 ROBUST = "rvpo", "gdpo", "softmin", "geometric", "softmin full", "geometric full", *OURS  # run there, too
@@ -87,7 +88,8 @@ def find(done: dict[Run, dict], run: Run) -> dict | None:
 
 def rate_of(done: dict[Run, dict], task: str, method: str) -> tuple[float | None, list[Run]]:
     """The learning rate that study.choose_rates would choose of RATES, or None and the runs that decide it. A rate is
-    not run on the second tuning seed if it could not win any more even with a joint rate of 1 there."""
+    not run on the second tuning seed if it could not win any more even with a joint rate of 1 there; none is, and there
+    is no choice, if all had less than LOST on the first."""
     runs = {lr: [Run(task, method, seed, lr) for seed in TUNING] for lr in RATES}
     outs = {lr: [find(done, run) for run in pair] for lr, pair in runs.items()}
     if missing := [runs[lr][0] for lr in RATES if not outs[lr][0]]:
@@ -95,6 +97,8 @@ def rate_of(done: dict[Run, dict], task: str, method: str) -> tuple[float | None
     merits = {lr: (np.mean([last(out) for out in pair]), np.mean([[*shares(out).values()] for out in pair]))
               for lr, pair in outs.items() if all(pair)}
     promise = {lr: (last(outs[lr][0]) + 1) / 2 for lr in RATES if lr not in merits}
+    if not merits and max(promise.values()) < (LOST + 1) / 2:
+        return None, []
     if not merits:
         return None, [runs[max(promise, key=promise.get)][1]]
     if open_ones := [lr for lr, bound in promise.items() if bound >= max(merits.values())[0]]:
@@ -129,16 +133,18 @@ def stages(done: dict[Run, dict]) -> Iterator[list[Run]]:
     yield counted("conflict", OTHERS)
     for task in study.TASKS[1:]:
         yield from tuned(task, (*KNOWN, *OTHERS))
+    for task in study.TASKS[1:]:
         yield counted(task, OTHERS)
+    yield counted("conflict", LONGER, 2, times=LONG)
+    yield counted("conflict", CLIPPED[:3])
     for task in study.TASKS:
         yield from tuned(task, OURS)
-    for n in (2, 4):
-        yield counted("conflict", LONGER, n, times=LONG)
     for task in study.TASKS:
         yield counted(task, OURS)
-    yield counted("precision", CLIPPED[:2])  # without conflict every channel is full at 1
+    for n in range(3, study.HELD_OUT + 1):
+        yield counted("conflict", LONGER, n, times=LONG)
     yield [run for task, change in HARDER.values() for run in counted(task, ROBUST, study.FEW, **change)]
-    yield counted("conflict", LONGER, times=LONG)
+    yield counted("precision", CLIPPED[:2])  # without conflict every channel is full at 1
     yield counted("conflict", CLIPPED)
 
 
