@@ -42,14 +42,14 @@ RATES = study.RATES[1:]  # study.py never chose 1e-4
 KNOWN = "rvpo", "gdpo", "grpo", "softmin", "hardmin"
 OTHERS = "geometric", "dara", "dvao", "gd2po"
 OURS = "blend full",
-CLIPPED = "softmin full", "geometric full", "rvpo full", "grpo full", "hardmin full", "gdpo full"
+CLIPPED = "grpo full", "gdpo full", "softmin full", "geometric full", "rvpo full", "hardmin full"
 METHODS = *KNOWN, *OTHERS, *CLIPPED, *OURS
 LOST = 0.05  # a joint rate that is not followed up
 LONG = 3  # times as many steps
-LONGER = "softmin", *CLIPPED[:4], "rvpo", "geometric", "grpo", "hardmin"  # run that long; gdpo is lost before
+LONGER = *CLIPPED[:5], "softmin", "geometric", "rvpo", "grpo", "hardmin"  # run that long; gdpo is lost before
 HARDER = {"no conflict, `safe` inverted in 30%": ("no conflict", {"channel": "safe", "wrong": 0.3}),
           "K = 17": ("K = 17", {})}  # title: task, what is done to it
-ROBUST = "rvpo", "gdpo", "softmin", "geometric", "softmin full", "geometric full", *OURS  # run there, too
+ROBUST = *KNOWN[:4], "geometric", *CLIPPED[:5], *OURS  # run there, too
 study.BETAS |= {name: study.BETAS.get(name.split()[0], "0") for name in METHODS} | {"blend full": "2"}
 
 
@@ -134,21 +134,21 @@ def stages(done: dict[Run, dict]) -> Iterator[list[Run]]:
         yield from tuned(task, (*KNOWN, *OTHERS))
     for task in study.TASKS[1:]:
         yield counted(task, OTHERS)
-    yield from tuned("conflict", CLIPPED[:4])
+    yield from tuned("conflict", CLIPPED[:5])
     yield counted("conflict", LONGER, 2, times=LONG)
-    yield counted("conflict", CLIPPED[:4])
+    yield counted("conflict", CLIPPED[:5])
+    yield from tuned("precision", CLIPPED[:4])  # without conflict clipping changes nothing
+    yield counted("precision", CLIPPED[:4])
+    yield [run for task, change in HARDER.values() for run in counted(task, ROBUST, study.FEW, **change)]
     for task in study.TASKS:
         yield from tuned(task, OURS)
+    for n in range(3, study.HELD_OUT + 1):
+        yield counted("conflict", LONGER, n, times=LONG)
     for task in study.TASKS:
         yield counted(task, OURS)
-    for n in (3, 4):
-        yield counted("conflict", LONGER, n, times=LONG)
-    yield [run for task, change in HARDER.values() for run in counted(task, ROBUST, study.FEW, **change)]
-    for n in range(5, study.HELD_OUT + 1):
-        yield counted("conflict", LONGER, n, times=LONG)
-    for task, methods in (("precision", CLIPPED[:2]), ("conflict", CLIPPED)):  # without conflict they change nothing
-        yield from tuned(task, methods)
-        yield counted(task, methods)
+    yield [run for task, change in HARDER.values() for run in counted(task, OURS, study.FEW, **change)]
+    yield from tuned("conflict", CLIPPED)
+    yield counted("conflict", CLIPPED)
 
 
 def execute(runs: list[Run], done: dict[Run, dict], file: Path, starts: Path, workers: int) -> None:
