@@ -47,9 +47,9 @@ METHODS = *KNOWN, *OTHERS, *CLIPPED, *OURS
 LOST = 0.05  # a joint rate that is not followed up
 LONG = 3  # times as many steps
 LONGER = *CLIPPED[:5], "softmin", "geometric", "rvpo", "grpo", "hardmin"  # run that long; gdpo is lost before
-HARDER = {"no conflict, `safe` inverted in 30%": ("no conflict", {"channel": "safe", "wrong": 0.3}),
-          "K = 17": ("K = 17", {})}  # title: task, what is done to it
-ROBUST = *KNOWN[:4], "geometric", *CLIPPED[:5], *OURS  # run there, too
+HARDER = {"K = 17": ("K = 17", {}),
+          "no conflict, `safe` inverted in 30%": ("no conflict", {"channel": "safe", "wrong": 0.3})}  # title: what to run
+ROBUST = *CLIPPED[:5], *KNOWN[:4], "geometric", *OURS  # run there, too
 study.BETAS |= {name: study.BETAS.get(name.split()[0], "0") for name in METHODS} | {"blend full": "2"}
 
 
@@ -137,8 +137,8 @@ def stages(done: dict[Run, dict]) -> Iterator[list[Run]]:
     yield from tuned("conflict", CLIPPED[:5])
     yield counted("conflict", LONGER, 2, times=LONG)
     yield counted("conflict", CLIPPED[:5])
-    yield from tuned("precision", CLIPPED[:4])  # without conflict clipping changes nothing
-    yield counted("precision", CLIPPED[:4])
+    yield from tuned("precision", CLIPPED[:5])  # without conflict clipping changes nothing
+    yield counted("precision", CLIPPED[:5])
     yield [run for task, change in HARDER.values() for run in counted(task, ROBUST, study.FEW, **change)]
     for task in study.TASKS:
         yield from tuned(task, OURS)
