@@ -195,6 +195,7 @@ def test_learning_rates_and_tables_of_more(tmp_path):
         done |= {run: out(values[run.seed, run.lr]) for run in answer[1]}
     # .9 and .8 make .85; 3e-3 could reach (.75 + 1) / 2 = .875, 3e-4 at most .75
     assert asked == [[(1000, lr) for lr in more.RATES], [(1001, 1e-3)], [(1001, 3e-3)]] and answer[0] == 1e-3
+    done |= {run._replace(method="rvpo full"): one for run, one in done.items()}
     done |= {study.Run("conflict", m, seed, 1e-3): out(value + seed / 100)
              for m, value in (("rvpo", 0.8), ("rvpo full", 0.9)) for seed in range(8)}
     for run, one in done.items():
