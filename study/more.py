@@ -139,9 +139,11 @@ def stages(done: dict[Run, dict]) -> Iterator[list[Run]]:
     yield counted("conflict", CLIPPED[:5])
     yield from tuned("precision", CLIPPED[:5])  # without conflict clipping changes nothing
     yield counted("precision", CLIPPED[:5])
-    yield [run for task, change in HARDER.values() for run in counted(task, ROBUST, study.FEW, **change)]
+    task, change = HARDER["K = 17"]
+    yield counted(task, ROBUST, 2, **change)
     for task in study.TASKS:
         yield from tuned(task, OURS)
+    yield [run for task, change in HARDER.values() for run in counted(task, ROBUST, study.FEW, **change)]
     for n in range(3, study.HELD_OUT + 1):
         yield counted("conflict", LONGER, n, times=LONG)
     for task in study.TASKS:
