@@ -1,7 +1,7 @@
 """Aggregations of others, clipped ones and an attempt of our own, which more.py compares with those of rvpo.py.
 
 As rvpo.AGGREGATIONS: rewards (P, G, K) -> scores (P, G), not yet whitened. Rewards are on the unit scale, none is
-missing, and all weigh the same: `weights` is not used, nor is beta but by `dense_rvpo` and `blend`.
+missing, and all weigh the same: `weights` is not used, nor is beta but by `blend`.
 """
 
 import functools
@@ -61,11 +61,6 @@ def geometric(rewards: Tensor, beta: float = 0.0, weights=None) -> Tensor:
     return in_group((rewards + FLOOR).log().mean(-1).exp())
 
 
-def dense_rvpo(rewards: Tensor, beta: float, weights=None) -> Tensor:
-    """Ours: rvpo with DARA's weights on the channels, because soft_min hardly pays a success that is rare."""
-    return rvpo.rvpo_advantage(rewards, beta, density(rewards))
-
-
 def blend(rewards: Tensor, beta: float, weights=None) -> Tensor:
     """Ours: the soft minimum of p z + (1 - p) GAP (r - 1), p (K,) the mean of a channel over the step. A rare failure
     is punished as by rvpo (p near 1), a rare success is paid as by softmin (p near 0), and a channel that nobody
@@ -91,7 +86,7 @@ def clipped(aggregation: Callable, channels: list[Channel], rewards: Tensor, bet
 
 def forms(channels: list[Channel]) -> dict[str, Callable]:
     """{name: aggregation of the rewards of these channels}; "X full" is X, clipped."""
-    new = {"dara": dara, "gd2po": gd2po, "dvao": dvao, "geometric": geometric, "dense": dense_rvpo, "blend": blend}
+    new = {"dara": dara, "gd2po": gd2po, "dvao": dvao, "geometric": geometric, "blend": blend}
     known = {name: rvpo.AGGREGATIONS[name] for name in ("rvpo", "gdpo", "grpo", "hardmin", "softmin")}
     return ({name: lambda r, beta, w, f=f: f(to_unit(channels, r), beta, w) for name, f in new.items()}
             | {f"{name} full": functools.partial(clipped, f, channels) for name, f in (known | new).items()})
