@@ -29,6 +29,7 @@ from multiprocessing import get_context
 from typing import NamedTuple
 
 import numpy as np
+import others
 import torch
 import toy
 from report import Panel, figure, last, report, shares, table
@@ -62,6 +63,7 @@ class Run(NamedTuple):
     channel: str = ""  # what is done to one channel:
     scale: float = 1.0  # multiplied by this
     wrong: float = 0.0  # inverted in this share of its values
+    times: int = 1  # as many steps, on the same prompts again
 
 
 STARTS: dict[tuple[int, str], dict] = {}  # (seed, demonstrations) -> weights, before the processes that train fork
@@ -74,6 +76,7 @@ def forms(channels: list[Channel]) -> dict[str, Callable]:
         "minmax": lambda r, beta, w: rvpo.grpo_advantage(to_unit(channels, r), beta, w),
         "rawsoftmin": rvpo.softmin_advantage,  # softmin on the rewards as they are
         "centred": lambda r, beta, w: (s := rvpo.rvpo_advantage(r, beta, w)) - s.mean(-1, keepdim=True),
+        **others.forms(channels),
     }
 
 
@@ -128,7 +131,8 @@ def result(run: Run) -> dict:
     policy = toy.make_policy(0)
     policy.load_state_dict(STARTS[run.seed, demonstrations])
     config = TrainConfig.model_construct(  # unchecked: it need not know `forms`
-        agg=run.method.split()[0], beta=run.beta or BETAS[run.method], lr=run.lr, seed=run.seed, steps=STEPS,
+        agg=run.method if run.method in rvpo.AGGREGATIONS else run.method.split()[0],
+        beta=run.beta or BETAS[run.method], lr=run.lr, seed=run.seed, steps=STEPS * run.times,
         prompts=64 // run.group, group=run.group, warmup=5, eval_every=EVERY)
     log, sampler = Records(), Sampler(toy.engine(policy), Task(None, channels), run.seed)  # fit is handed the prompts
     train.fit(config, train.Learner(policy, None, train.make_optimizer(policy, run.lr), toy.CPU), sampler,

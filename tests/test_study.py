@@ -17,6 +17,8 @@ import rvpo
 
 sys.path.insert(0, str(ROOT / "study"))  # where study.py finds the two others, too
 
+import more
+import others
 import report
 import toy
 
@@ -112,6 +114,93 @@ def test_softmin_wants_one_scale():
     assert (rvpo.grpo_advantage(scaled) - rvpo.grpo_advantage(raw)).abs().max() > 0.1
     minmax = study.forms(larger)["minmax"]
     torch.testing.assert_close(minmax(scaled, 0.0, None), rvpo.grpo_advantage(raw))
+
+
+FOUR = [[[1.0, 1], [0, 0], [1, 0], [0, 0]]]  # z .866 -.866 .866 -.866 and 1.5 -.5 -.5 -.5
+TWO = [[[1.0, 0], [0, 1]], [[1, 0.5], [0, 0.5]]]  # the second channel varies in one of two groups: weights 1 and sqrt(2)
+
+
+@pytest.mark.parametrize("name, beta, rewards, expected", [
+    ("dara", 0.0, TWO, [[-0.293, 0.293], [0.707, -0.707]]),
+    ("gd2po", 0.0, FOUR, [[1.774, -1.025, -0.092, -1.025]]),  # 3/4 of the sum; the third is dropped: the others' mean
+    ("dvao", 0.0, FOUR, [[1.340, -0.804, 0.268, -0.804]]),  # deviations 1.25 -.75 .25 -.75, stds .5 and .433
+    ("geometric", 0.0, [[[1.0, 0], [0.5, 0.5], [1, 0.4]]], [[-1.104, 0.260, 0.844]]),  # .229 .55 .687
+    ("blend", 0.0, [[[1.0], [0], [0], [0]]], [[1.5, -0.5, -0.5, -0.5]]),  # .25 z + .75 * 2 (r - 1) = .375 and -1.625
+    ("blend", 2.0, [[[1.0, 1], [1, 1], [1, 1], [1, 0]]], [[0.363, 0.363, 0.363, -1.088]]),  # (0, .375) and (0, -1.625)
+])
+def test_aggregations_of_others_by_hand(name, beta, rewards, expected):
+    channels = [toy.reward("safe"), toy.reward("please")][:len(rewards[0][0])]
+    got = others.forms(channels)[name](torch.tensor(rewards, dtype=torch.float64), beta, None)
+    torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64), atol=2e-3, rtol=0)
+
+
+def test_weights_of_channels_that_hardly_vary(monkeypatch):
+    rewards = torch.zeros(30, 2, 3)
+    rewards[:, 0, 0] = 1
+    rewards[0, 0, 1] = 1
+    assert others.density(rewards).tolist() == [1, 5, 1]
+    monkeypatch.setattr(rvpo, "AGGREGATIONS", rvpo.AGGREGATIONS | others.forms([toy.reward("safe"), toy.reward("cite")]))
+    dropped = rvpo.advantages(torch.tensor(FOUR, dtype=torch.float64), "gd2po", 0.0)[0, 2]
+    assert dropped.abs() < 1e-12
+
+
+def test_what_is_beyond_full_is_not_paid(monkeypatch):
+    """Nor does a group teach anything in which nothing else varies; scale and bounds of a channel do not matter."""
+    channels = [toy.reward("safe"), toy.reward("please", 1 / 3, scale=10.0), toy.reward("cite", 0.0)]
+    raw = torch.tensor([[0.5, 0, 0], [1, 10 / 6, 0.5], [1, 10 / 3, 1], [0, 10, 0]], dtype=torch.float64)
+    expected = torch.tensor([[0.5, 0, 1], [1, 0.5, 1], [1, 1, 1], [0, 1, 1]], dtype=torch.float64)
+    torch.testing.assert_close(others.satisfaction(channels, raw), expected)
+    more_of_it = torch.tensor([[1, 10 / 3, 0], [1, 10, 0.5], [1, 10 / 3, 1], [1, 10, 0]], dtype=torch.float64)
+    batch, forms = torch.stack([raw, more_of_it]), others.forms(channels)
+    monkeypatch.setattr(rvpo, "AGGREGATIONS", rvpo.AGGREGATIONS | forms)
+    for name in ("rvpo", "gdpo", "grpo", "hardmin", "softmin", "geometric", "dara", "dvao", "blend"):
+        got = rvpo.advantages(batch, f"{name} full", 2.0)
+        assert got[0].abs().min() > 1e-3 and got[1].abs().max() < 1e-9, name
+    for name in ("softmin", "rvpo", "geometric"):
+        torch.testing.assert_close(forms[f"{name} full"](raw[None], 2.0, None),
+                                   rvpo.AGGREGATIONS[name](expected[None], 2.0, None) if name != "geometric"
+                                   else others.geometric(expected[None]))
+
+
+def test_a_run_that_is_in_the_file_is_not_run_again(tmp_path, monkeypatch):
+    """Of real runs: a longer one begins as the shorter one, and stands for it."""
+    monkeypatch.setattr(study, "STEPS", 2)
+    monkeypatch.setattr(study, "EVERY", 1)
+    monkeypatch.setattr(rvpo, "AGGREGATIONS", dict(rvpo.AGGREGATIONS))
+    monkeypatch.setattr(study, "warm_start", lambda key: (key, toy.make_policy(3).state_dict()))
+    monkeypatch.setattr(more, "get_context", lambda kind: multiprocessing.dummy)
+    file, long = tmp_path / "more.jsonl", study.Run("conflict", "rvpo full", 0, 1e-3, times=more.LONG)
+    short, done = long._replace(times=1), {}
+    more.execute([long, long], done, file, tmp_path / "starts", 1)
+    assert [*done] == [long] and done == more.load(file) and len(done[long]["eval"]["joint"]) == 7
+    alone = study.result(short)
+    assert {name: [round(x, 3) for x in curve] for name, curve in alone["eval"].items()} == more.find(done, short)["eval"]
+    monkeypatch.setattr(study, "result", None)  # it is not called
+    before = file.read_text()
+    more.execute([short, long], done, file, tmp_path / "starts", 1)
+    assert file.read_text() == before
+
+
+def test_learning_rates_and_tables_of_more(tmp_path):
+    """The rate that could not win is not run on the second seed; p and Holm's p of eight seeds."""
+    def out(value: float) -> dict:
+        return {"eval": {name: [0.0] * 5 + [value, value] for name in [*(c.name for c in toy.SUITE["conflict"][0]), "joint"]},
+                "full": {c.name: 1.0 for c in toy.SUITE["conflict"][0]}}
+
+    done, values = {}, {(1000, 3e-4): 0.5, (1000, 1e-3): 0.9, (1000, 3e-3): 0.75, (1001, 1e-3): 0.8, (1001, 3e-3): 0.9}
+    asked = []
+    while (answer := more.rate_of(done, "conflict", "rvpo"))[1]:
+        asked.append([(run.seed, run.lr) for run in answer[1]])
+        done |= {run: out(values[run.seed, run.lr]) for run in answer[1]}
+    # .9 and .8 make .85; 3e-3 could reach (.75 + 1) / 2 = .875, 3e-4 at most .75
+    assert asked == [[(1000, lr) for lr in more.RATES], [(1001, 1e-3)], [(1001, 3e-3)]] and answer[0] == 1e-3
+    done |= {run._replace(method="rvpo full"): one for run, one in done.items()}
+    done |= {study.Run("conflict", m, seed, 1e-3): out(value + seed / 100)
+             for m, value in (("rvpo", 0.8), ("rvpo full", 0.9)) for seed in range(8)}
+    for run, one in done.items():
+        more.append(tmp_path / "more.jsonl", run, one)
+    row = next(line for line in more.tables(more.load(tmp_path / "more.jsonl")).splitlines() if line.startswith("| rvpo full"))
+    assert row.split(" | ")[1:4] == ["0.001", "8", "0.935 ± 0.024"] and row.endswith("| 8 | -0.100 | 0.0078 | 0.008 |")
 
 
 def test_a_run_and_the_report(tmp_path, monkeypatch):
