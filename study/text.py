@@ -1,4 +1,4 @@
-"""Does it protect a constraint on a real language model? Matched runs of train.py on the tasks `reply` and `reply-25`.
+"""Does it protect a constraint on a real language model? Matched runs of train.py on the tasks of tasks/reply.py.
 
     python study/text.py                    # runs what is missing in study/text.jsonl, one a core, for days if need be
     python study/text.py --minutes 60       # begins no run after an hour
@@ -103,7 +103,8 @@ def plan(done: dict[str, dict]) -> Iterator[Run]:
         return (Run("reply", method, lr, TUNING) for method in methods for lr in GRID)
 
     yield from tuning(("rvpo", "gdpo"))
-    yield from runs(("rvpo", "gdpo"), (0, 1, 2))
+    for task in ("reply", "reply-capped"):
+        yield from runs(("rvpo", "gdpo"), (0, 1, 2), task)
     yield from tuning(("softmin", "grpo", "hardmin", "explicit"))
     for task in ("reply", "reply-25"):
         yield from runs((*METHODS,), (0, 1, 2), task)
@@ -256,7 +257,7 @@ def credits(done: dict[str, dict]) -> list[list[str]]:
     of steps; and how the advantage went with length among those that did."""
     out = []
     for method in METHODS:
-        runs = [run for run in done.values() if run["method"] == method]
+        runs = [run for run in done.values() if run["method"] == method and run["task"] != "reply-capped"]
         steps = [pair for run in runs for pair in zip(run["train"]["short"], run["credit"]["short"], strict=True)]
         cells = []
         for high, low in itertools.pairwise(SHARES):
@@ -275,8 +276,9 @@ def report(done: dict[str, dict]) -> str:
     parts = ["Learning rates: the held-out joint rate on the tuning seed, mean of the evaluations of a run\n\n"
              + table("| | " + " | ".join(GRID) + " |", tuning)]
     for title, cells in (
-            ("reply: at most 35 words", of(done, "reply")), ("reply-25: at most 25 words", of(done, "reply-25")),
-            (f"reply, {LONG} steps", of(done, "reply", LONG)),
+            ("reply: at most 35 words", of(done, "reply")),
+            ("reply-capped: no reward goes on beyond what satisfies it", of(done, "reply-capped")),
+            ("reply-25: at most 25 words", of(done, "reply-25")), (f"reply, {LONG} steps", of(done, "reply", LONG)),
             ("reply, learning rate falling to 0", of(done, "reply", STEPS, "linear"))):
         if any(cells.values()):
             parts.append(f"{title}\n\n{table(HEAD, rows(cells))}")
@@ -290,8 +292,10 @@ def report(done: dict[str, dict]) -> str:
 
 def figure(done: dict[str, dict], out: Path) -> None:
     """Held-out curves, mean over seeds, of the constraint and of the joint rate."""
-    settings = [("reply", STEPS), ("reply-25", STEPS), ("reply", LONG)]
-    drawn, axes = plt.subplots(2, len(settings), figsize=(12, 6), sharey=True, layout="constrained")
+    settings = [(task, steps) for task, steps in (("reply", STEPS), ("reply-capped", STEPS), ("reply-25", STEPS),
+                                                  ("reply", LONG)) if any(of(done, task, steps).values())]
+    drawn, axes = plt.subplots(2, len(settings), figsize=(4 * len(settings), 6), sharey=True, squeeze=False,
+                               layout="constrained")
     for column, (task, steps) in enumerate(settings):
         for row, channel in enumerate(("short", "joint")):
             axis = axes[row, column]
@@ -301,10 +305,9 @@ def figure(done: dict[str, dict], out: Path) -> None:
                     at = [x["step"] for x in runs[0]["eval"]]
                     axis.plot(at, curves.mean(0), marker="o", markersize=3, color=f"C{color}",
                               label=f"{method} ({len(runs)})")
-            axis.set(title=f"{task}: {'the limit is kept' if channel == 'short' else channel}", ylim=(-0.03, 1.03))
+            axis.set(title=f"{task}, {steps} steps: {'the limit is kept' if channel == 'short' else channel}", ylim=(-0.03, 1.03))
             axis.grid(alpha=0.3)
-            if axis.lines:
-                axis.legend(fontsize=7)
+            axis.legend(fontsize=7)
     drawn.supxlabel("step")
     drawn.savefig(out, dpi=110)
 

@@ -1,6 +1,7 @@
 """The task `reply`: a customer is answered in few words. One hard constraint, which the model mostly keeps at first,
 against five rewards of which four grow with the length of the answer, beyond what satisfies them. All can be satisfied
-together: "Sorry Anna, we will send you a new lamp." is an answer that does. `reply-25` has the tighter limit.
+together: "Sorry Anna, we will send you a new lamp." is an answer that does. `reply-25` has the tighter limit. In
+`reply-capped` no reward goes on beyond what satisfies it.
 """
 
 import functools
@@ -11,7 +12,7 @@ from rewards import Channel, Example, Task
 from tasks.tools import VALUES, examples
 
 OPTIONS = ()
-LIMITS = {"reply": 35, "reply-25": 25}  # words
+LIMITS = {"reply": 35, "reply-25": 25, "reply-capped": 35}  # words
 ITEMS = ("blender lamp jacket kettle phone tent chair watch camera backpack toaster drill bicycle keyboard mattress "
          "speaker vacuum heater sofa radio").split()
 FAULTS = ("arrived broken", "never arrived", "has the wrong color", "stopped working", "is missing a part",
@@ -38,15 +39,16 @@ def example(rng: random.Random) -> Example:
 
 
 @functools.lru_cache(256)  # every channel of a response asks for all
-def values(response: str, name: str, limit: int) -> dict[str, float]:
+def values(response: str, name: str, limit: int, most: int = 3) -> dict[str, float]:
+    """The value of every channel. most: of what is counted, how many are paid."""
     words = re.findall(r"[a-z']+", response.lower())
     return {
         "short": float(len(response.split()) <= limit),
         "name": float(name in response),
-        "polite": min(3, len(POLITE.intersection(words))) / 3,  # different polite words
-        "you": min(3, sum(word in YOU for word in words)) / 3,
-        "we": min(3, sum(word in WE for word in words)) / 3,
-        "sentences": min(3, len(re.findall(r"[.!?](?=\s|$)", response))) / 3,
+        "polite": min(most, len(POLITE.intersection(words))) / most,  # different polite words
+        "you": min(most, sum(word in YOU for word in words)) / most,
+        "we": min(most, sum(word in WE for word in words)) / most,
+        "sentences": min(most, len(re.findall(r"[.!?](?=\s|$)", response))) / most,
     }
 
 
@@ -55,12 +57,13 @@ def prompts(n_train: int, n_test: int | None) -> tuple[list[Example], list[Examp
 
 
 def task(options) -> Task:
-    limit, one = LIMITS[options.task], 1 / 3 - 1e-6  # one of three satisfies; the reward goes on to three
+    limit, most = LIMITS[options.task], 1 if options.task == "reply-capped" else 3
 
-    def channel(name: str, full: float) -> Channel:
-        return Channel(name, lambda _, *pairs: [values(*pair, limit)[name] for pair in zip(*pairs, strict=True)], full)
+    def channel(name: str) -> Channel:
+        full = 1.0 if name in ("short", "name") else 1 / most - 1e-6  # one satisfies
+        return Channel(name, lambda _, *pairs: [values(*pair, limit, most)[name] for pair in zip(*pairs, strict=True)],
+                       full)
 
-    made = Task(prompts, [channel(name, 1.0 if name in ("short", "name") else one)
-                          for name in ("short", "name", "polite", "you", "we", "sentences")])
+    made = Task(prompts, [channel(name) for name in ("short", "name", "polite", "you", "we", "sentences")])
     made.temperature, made.max_tokens = 1.0, 64  # in an evaluation
     return made

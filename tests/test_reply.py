@@ -34,6 +34,15 @@ def test_the_limits_differ():
         assert channel.name == "short" and channel.fn([""] * 2, ["w " * limit, "w " * (limit + 1)], ["A"] * 2) == [1, 0]
 
 
+def test_capped():
+    """Satisfied by the same replies; more than one of a kind is paid nothing."""
+    task, plain, example = of("reply-capped"), of("reply"), of("reply").prompts(1, 1)[0][0]._replace(reference="Anna")
+    for response, expected in (("Thanks Anna, you and we.", [1] * 6), ("Thank you, please Anna! We, we, you, you. Sorry.", [1] * 6), ("Anna", [1, 1, 0, 0, 0, 0])):
+        got = rewards.score(task.channels(example), example, [response])
+        np.testing.assert_allclose(got[0], expected)
+        assert rewards.satisfied(task.channels(example), got) == rewards.satisfied(plain.channels(example), rewards.score(plain.channels(example), example, [response]))
+
+
 def test_prompts_are_disjoint_and_the_same_each_time():
     train, test = of("reply").prompts(300, None)
     seen = {str(x.messages) for x in train}

@@ -474,5 +474,5 @@ def test_the_training_path_is_short():
 
 def test_an_error_is_one_line_and_no_traceback(tmp_path):
     result = subprocess.run([sys.executable, ROOT / "train.py", "--task", "x"], cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 1 and result.stderr == ("error: --task x: choose one of tools, reply, reply-25, rlla, rar-medicine, rar-science, rubric, healthbench, gpqa, bfcl, "
+    assert result.returncode == 1 and result.stderr == ("error: --task x: choose one of tools, reply, reply-25, reply-capped, rlla, rar-medicine, rar-science, rubric, healthbench, gpqa, bfcl, "
                                                         "or name a file such as mine.py\n")
