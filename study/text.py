@@ -305,7 +305,8 @@ def figure(done: dict[str, dict], out: Path) -> None:
                     at = [x["step"] for x in runs[0]["eval"]]
                     axis.plot(at, curves.mean(0), marker="o", markersize=3, color=f"C{color}",
                               label=f"{method} ({len(runs)})")
-            axis.set(title=f"{task}, {steps} steps: {'the limit is kept' if channel == 'short' else channel}", ylim=(-0.03, 1.03))
+            what = "the limit is kept" if channel == "short" else channel
+            axis.set(title=f"{task}, {steps} steps: {what}", ylim=(-0.03, 1.03))
             axis.grid(alpha=0.3)
             axis.legend(fontsize=7)
     drawn.supxlabel("step")

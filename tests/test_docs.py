@@ -24,7 +24,7 @@ RUN = ["python train.py --task examples/polite.py --steps 1 --prompts 2 --name p
        "python bench/plot.py runs/polite runs/polite --out both.png"]  # `runs/A runs/B` in README
 NOT_HERE = {  # why
     "make demo": "minutes", "make study": "minutes", "python study/study.py": "minutes", "python bench/step.py": "minutes",
-    "python study/text.py": "days", "python study/demo.py": "tests/test_text.py", "python study/sign.py": "tests/test_sign.py",
+    "python study/text.py": "days", "python study/more.py": "hours", "python study/demo.py": "tests/test_text.py", "python study/sign.py": "tests/test_sign.py",
     "make gpu": "tests/test_gpu.py", "python bench/gpu.py": "tests/test_gpu.py",
     "python bench/simulate.py": "tests/test_simulate.py",
     "pip install": "network", "vllm serve": "GPUs", "torchrun --nproc_per_node=8": "GPUs", "torchrun --nnodes=2": "GPUs",
@@ -49,7 +49,7 @@ def test_every_option_that_is_shown_exists(script):
 
 def test_every_option_in_the_text_and_every_file_exists():
     helps = [subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True).stdout
-             for script in ("train.py", "eval.py", "bench/step.py", "bench/gpu.py", "bench/simulate.py", "study/study.py", "study/text.py", "study/demo.py", "bench/plot.py",
+             for script in ("train.py", "eval.py", "bench/step.py", "bench/gpu.py", "bench/simulate.py", "study/study.py", "study/text.py", "study/demo.py", "study/more.py", "bench/plot.py",
                            "tests/kill_and_resume.py")]
     others = {"--nproc_per_node", "--max-restarts", "--shutdown-timeout", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--no-deps", "--tensor-parallel-size", "--port"}
     for page in PAGES:
