@@ -332,8 +332,8 @@ def channel_stats(groups: "list[Group]", beta: float) -> dict[str, dict[str, flo
 
 def credit(groups: "list[Group]") -> dict[str, float]:
     """{channel: correlation, within groups, of the advantages with its raw rewards}. Negative: this step's update works
-    against it. A soft minimum of z-scores does so where less than about half of a group satisfy a channel and others
-    pull the other way, see docs/sign.md. NaN where the channel never varies, or no advantage does."""
+    against it. A soft minimum of z-scores does so where too few of a group satisfy a channel against which others pull,
+    see docs/sign.md. NaN where the channel never varies, or no advantage does."""
     pairs = {channel.name: [] for group in groups for channel in group.channels}
     for group in groups:
         for channel, values in zip(group.channels, group.rewards.T, strict=True):

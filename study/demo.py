@@ -2,7 +2,7 @@
 
     python study/demo.py --name demo  # runs/demo-rvpo, runs/demo-gdpo, runs/demo.png; the rest is train.py's
 
-A reply must not exceed 35 words, which the model keeps to at first; five other rewards are graded and grow with length.
+A reply must not exceed 35 words, which the model keeps to at first; four of the five others grow with length.
 """
 
 import argparse

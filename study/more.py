@@ -210,7 +210,7 @@ def compare(done: dict[Run, dict], task: str) -> str:
         ends = {name: np.mean([shares(out)[name] for out in some]) for name in some[0]["full"]}
         worst = min(ends, key=ends.get)
         curves = np.array([out["eval"]["joint"] for out in some])
-        rows.append([m, f"{rates[m]:g}", str(len(some)), spread(finals[m]) if len(some) > 1 else f"{finals[m][0]:.3f}",
+        rows.append([m, f"{rates[m]:g}", str(len(some)), spread(finals[m]),
                      f"{curves[:, (curves.shape[1] - 1) // 3].mean():.3f}", f"{worst} {ends[worst]:.2f}",
                      str(sum(x >= 0.5 for x in finals[m])), *tests.get(m, ["", "", ""])])
     return table("| aggregation | lr | seeds | joint rate ± sd | after a third | worst channel | joint >= .5 "

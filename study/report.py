@@ -53,7 +53,7 @@ def table(header: str, rows: Iterable[Iterable[str]]) -> str:
 
 
 def spread(values: list[float]) -> str:
-    return f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}"
+    return f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
 
 
 def compare(panel: dict[str, list], done: dict, rates: dict, task: str) -> str:

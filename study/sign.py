@@ -150,9 +150,10 @@ def label(method: str, beta: float) -> str:
 
 
 def batches(file: Path) -> dict[str, tuple[list[float], list[float]]]:
-    """Of the steps of the text study's runs, by aggregation: share that keeps the limit, `credit` of it in the log."""
-    found = {}
-    for run in map(json.loads, file.read_text().splitlines() if file.exists() else []):
+    """Of the steps of the text study's runs, by aggregation: share that keeps the limit, `credit` of it in the log. Not
+    of those on reply-capped, where little pulls against it."""
+    found, runs = {}, map(json.loads, file.read_text().splitlines() if file.exists() else [])
+    for run in [run for run in runs if run["task"] != "reply-capped"]:
         shares, credits = found.setdefault(run["method"], ([], []))
         for share, value in zip(run["train"]["short"], run["credit"]["short"], strict=True):
             if value is not None:  # kept by all, or by none

@@ -6,8 +6,8 @@
     python study/text.py --report           # the tables of docs/text.md, and docs/text.png, from the file
 
 A run differs from the others of its seed in the aggregation and its learning rate alone: prompts, request seeds and
-steps are the same. Seeds come one after the other, each with all methods on one machine, for another kind of CPU rounds
-differently. The rates were chosen on a seed of their own (`RATES`).
+steps are the same. The rates are chosen on a seed of their own (`rate`). The file says on which CPU a run was: another
+kind rounds differently.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from typing import NamedTuple
 
 import matplotlib
 import numpy as np
-from report import sign_flip, table
+from report import sign_flip, spread, table
 
 from eval import holm
 
@@ -171,8 +171,8 @@ def work(end: float) -> None:
     while time.time() < end:
         with LOCK:
             run = next((run for run in plan(read()) if run.name not in TAKEN | read().keys()), None)
-            TAKEN.add(run.name if run else "")
-        if run is None and not TAKEN - {""} - read().keys():
+            TAKEN.update([run.name] if run else [])
+        if run is None and not TAKEN - read().keys():
             return
         if run is None:  # a run that is under way may decide a rate
             time.sleep(10)
@@ -218,10 +218,6 @@ def best(run: dict) -> float:
 def lost(run: dict) -> str:
     """The first step whose rollouts keep the limit in less than half."""
     return str(next((i for i, share in enumerate(run["train"]["short"], 1) if share < 0.5), "never"))
-
-
-def spread(values: list[float]) -> str:
-    return f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
 
 
 def rows(cells: Cells) -> list[list[str]]:
@@ -282,8 +278,9 @@ def report(done: dict[str, dict]) -> str:
             ("reply, learning rate falling to 0", of(done, "reply", STEPS, "linear"))):
         if any(cells.values()):
             parts.append(f"{title}\n\n{table(HEAD, rows(cells))}")
-    parts.append("What an update did with the limit: mean credit (steps), by the share of the step's rollouts that "
-                 "kept it; and the correlation of the advantage with the number of words among these\n\n"
+    parts.append("What an update did with the limit, but in reply-capped: mean credit (steps), by the share of the "
+                 "step's rollouts that kept it; and the correlation of the advantage with the number of words among "
+                 "these\n\n"
                  + table("| | .8 or more | .65 to .8 | .5 to .65 | .25 to .5 | less | words |", credits(done)))
     hours = sum(run["minutes"] for run in done.values()) / 60
     return "\n".join([*parts, f"{len(done)} runs, {hours:.1f} hours of training on one core each; "
