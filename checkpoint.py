@@ -139,21 +139,21 @@ def write_json(file: Path, content: dict) -> None:
 # The directory of a run
 
 @contextlib.contextmanager
-def make_run(name: str, again: bool = False):
+def make_run(name: str, again: str | None = None):
     """The new folder runs/name, made before anything is loaded; removed if an error comes before it has a file. again:
-    it may be that of a run that was killed before its first checkpoint. name: rank 0's counts, for a default name holds
-    the time, of which each rank has another one."""
+    it may be one that is there, if it holds this file, for a run was killed in it. name: rank 0's counts, for a default
+    name holds the time, of which each rank has another one."""
     run = Path("runs") / gather([name])[0]
 
     def make() -> None:
         try:
-            run.mkdir(parents=True, exist_ok=again)
+            run.mkdir(parents=True, exist_ok=again is not None)
             entries = [*run.iterdir()]
         except FileExistsError as error:
             raise InputError(f"{run} exists: choose another --name, or delete it") from error
         except OSError as error:
             raise InputError(f"{run} cannot be made: {error}") from error
-        if entries and not (run / "config.json").exists():
+        if entries and not any(run.glob(again)):
             raise InputError(f"{run} holds something else than a run: choose another --name")
 
     on_rank_0(make)
@@ -278,7 +278,7 @@ def open_run(options: dict, given: set[str]):
         yield run, options, read(latest(run))
     else:
         name = options["name"] or f"{Path(options['task']).stem}-{options['agg']}-{time.strftime('%m%d-%H%M%S')}"
-        with make_run(name, again=options["resume"] is not None) as run:
+        with make_run(name, "config.json" if options["resume"] else None) as run:
             yield run, options, State()
 
 

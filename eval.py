@@ -7,7 +7,8 @@
     python eval.py compare runs/A/results.json runs/B/results.json
 
 Writes runs/NAME/results.json (every metric's mean and bootstrap standard error, the settings) and samples.jsonl (one
-line an item, with its scores), and prints the table. --policies writes both into runs/NAME/step-N/ for each policy.
+line an item, with its scores), and prints the table. --policies writes both into runs/NAME/step-N/ for each policy, and
+goes on, with the same --name, where it broke off.
 """
 
 import sys
@@ -52,7 +53,7 @@ import model
 import policy
 import rewards
 import rollout
-from checkpoint import RunLog, by_step, make_run, versions
+from checkpoint import RunLog, by_step, make_run, versions, write_json
 
 RESAMPLES, PAIRED_RESAMPLES = 1_000, 10_000
 UNCOMPARED = {"model", "engine"}  # two evaluations may differ in these
@@ -222,12 +223,17 @@ def evaluate(config: EvalConfig, run: Path, device: torch.device) -> dict[Path, 
     prompts = model.encode(tokenizer, examples, room)
     max_len = max(len(prompt.ids) for prompt in prompts) + max_tokens
     decoding = rollout.Decoding(tokenizer, stops, temperature, max_tokens)
+    tables = {run / kept.name: table for kept in paths if (table := measured(
+        run / kept.name, settings(config.model_copy(update={"model": str(kept)}), decoding, prompts)))}
+    if paths and len(tables) == len(paths):
+        return tables
     engine = load_engine(config, path, decoding, max_len, device)
     sampler = rollout.Sampler(engine, task, config.seed)
     if not paths:
         return {run: measure(config, sampler, prompts, run)}
-    tables = {}
     for kept in paths:
+        if run / kept.name in tables:
+            continue
         with model.readable(str(kept)):
             weights = policy.load(kept, torch.device("cpu"), dtype=engine.dtype, trained=False)
             engine.sleep()  # as in training: what takes the weights over needs some of the KV cache's memory
@@ -235,39 +241,60 @@ def evaluate(config: EvalConfig, run: Path, device: torch.device) -> dict[Path, 
         del weights
         of_kept = config.model_copy(update={"model": str(kept)})
         tables[run / kept.name] = measure(of_kept, sampler, prompts, run / kept.name)
-    return tables
+    return {run / kept.name: tables[run / kept.name] for kept in paths}
+
+
+def settings(config: EvalConfig, decoding: rollout.Decoding, prompts: list[model.Prompt]) -> dict:
+    """What decides the results, for results.json."""
+    items = json.dumps([prompt.example for prompt in prompts])
+    found = {"items": hashlib.sha256(items.encode()).hexdigest(), "model": config.model, "engine": config.engine,
+             "temperature": decoding.temperature, "max_tokens": decoding.max_tokens, "seed": config.seed}
+    return found | ({"judge_model": config.judge_model, "judge_mode": config.judge_mode} if config.judge_model else {})
+
+
+def measured(folder: Path, wanted: dict) -> dict[str, dict[str, float]] | None:
+    """The metrics of an evaluation that is done, None if it is not. Raises InputError if its settings are others."""
+    file = folder / "results.json"
+    if not file.exists():
+        return None
+    try:
+        results = json.loads(file.read_text())
+        found, table = results["settings"], results["metrics"]
+        other = [key for key in wanted if found.get(key) != wanted[key]]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{file} cannot be read: {type(error).__name__} {error}; delete it, or choose another "
+                         "--name") from error
+    if other:
+        raise InputError(f"{file} is of another evaluation: {other[0]} is {found.get(other[0])} there, and "
+                         f"{wanted[other[0]]} now; choose another --name")
+    return table
 
 
 def measure(config: EvalConfig, sampler: rollout.Sampler, prompts: list[model.Prompt],
             run: Path) -> dict[str, dict[str, float]]:
     """Of the weights that the engine has. Writes results.json and samples.jsonl into `run`. Returns the metrics. Raises
     InputError if the judge fails too often, with samples.jsonl written."""
-    task, decoding, examples = sampler.task, sampler.engine.decoding, [prompt.example for prompt in prompts]
+    task, decoding = sampler.task, sampler.engine.decoding
     groups = sampler.score(prompts, sampler.sample(prompts, 1, "eval"))  # one response a prompt
     samples = records(task, groups)
-    on_rank_0(lambda: run.mkdir(exist_ok=True))
+    on_rank_0(lambda: (run.mkdir(exist_ok=True), (run / "samples.jsonl").unlink(missing_ok=True)))  # of a killed one
     RunLog(run).samples(samples)
     report = task.report([group.rewards.numpy() for group in groups])
     task.check(report)
     table = summarize(samples, task.averages(), task.clip, config.seed)
     if not table:
         raise InputError(f"no item has a score; the responses are in {run}/samples.jsonl")
-    settings = {"items": hashlib.sha256(json.dumps(examples).encode()).hexdigest(), "model": config.model,
-                "engine": config.engine, "temperature": decoding.temperature, "max_tokens": decoding.max_tokens,
-                "seed": config.seed}
-    if config.judge_model:
-        settings |= {"judge_model": config.judge_model, "judge_mode": config.judge_mode}
-    if RANK == 0:
-        (run / "results.json").write_text(json.dumps({
-            "task": config.task, "settings": settings, "metrics": table, "averages": task.averages(),
-            "truncated": float(np.mean([record["truncated"] for record in samples])), "judge": report,
-            "versions": versions()}, indent=1) + "\n")
+    on_rank_0(lambda: write_json(run / "results.json", {
+        "task": config.task, "settings": settings(config, decoding, prompts), "metrics": table,
+        "averages": task.averages(), "truncated": float(np.mean([record["truncated"] for record in samples])),
+        "judge": report, "versions": versions()}))
     return table
 
 
 def main(config: EvalConfig) -> None:
     device = join()
-    with make_run(config.name or f"eval-{Path(config.task).stem}-{time.strftime('%m%d-%H%M%S')}") as run:
+    name = config.name or f"eval-{Path(config.task).stem}-{time.strftime('%m%d-%H%M%S')}"
+    with make_run(name, "step-*" if config.policies else None) as run:
         tables = evaluate(config, run, device)
     if RANK == 0 and config.policies:
         print_policies(tables)

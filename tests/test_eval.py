@@ -476,6 +476,33 @@ def test_every_kept_policy_is_evaluated_as_it_would_be_alone(kept, monkeypatch, 
     assert outcomes(kept / "runs/two") == found and [header, *rows[:3]] == out.splitlines()[:4]
 
 
+def test_an_evaluation_of_policies_goes_on_where_it_broke_off(kept, monkeypatch, tmp_path):
+    """What is missing is done, what is there stays as it is, other settings are refused."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "letters.py").write_text(LETTERS)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/trained").symlink_to(kept / "runs/trained")
+    words = [*of_letters(), "--policies", "--name", "part"]
+    evaluation.main(parse(evaluation.EvalConfig, "", words))
+    whole, run = outcomes(tmp_path / "runs/part"), tmp_path / "runs/part"
+    (run / "step-2/results.json").unlink()  # killed between its two files
+    shutil.rmtree(run / "step-3")
+    written = (run / "step-0/results.json").stat().st_mtime_ns
+    evaluation.main(parse(evaluation.EvalConfig, "", words))
+    assert outcomes(run) == whole and (run / "step-0/results.json").stat().st_mtime_ns == written
+    loaded = []
+    monkeypatch.setattr(hf, "load", lambda *_: loaded.append(1))
+    evaluation.main(parse(evaluation.EvalConfig, "", words))
+    assert not loaded
+    with pytest.raises(InputError, match=r"step-0/results.json is of another evaluation: max_tokens is 12 there, and 13 now; choose another --name"):
+        evaluation.main(parse(evaluation.EvalConfig, "", [*words, "--max-tokens", "13"]))
+    (run / "step-0/results.json").write_text("{")
+    with pytest.raises(InputError, match=r"step-0/results.json cannot be read"):
+        evaluation.main(parse(evaluation.EvalConfig, "", words))
+    with pytest.raises(InputError, match="holds something else than a run"):
+        evaluation.main(parse(evaluation.EvalConfig, "", [*of_letters(), "--policies", "--name", "trained"]))
+
+
 @needs_vllm
 def test_vllm_evaluates_every_kept_policy(kept, monkeypatch):
     """The same greedy text as transformers: no weight and no cached prefix of the policy before is left."""
