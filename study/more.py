@@ -31,9 +31,10 @@ from multiprocessing import get_context
 import numpy as np
 import torch
 import toy
-from report import last, shares, sign_flip, spread, table
+from report import last, shares
 
 import study
+from bench.stats import sign_flip, spread, table
 from eval import holm
 from study import TUNING, Run
 

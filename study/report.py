@@ -1,15 +1,15 @@
 """What study.py makes of its runs: statistics, tables, the figure."""
 
 import functools
-import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import toy
 
+from bench.stats import sign_flip, spread, table
 from eval import holm
 
 matplotlib.use("Agg")
@@ -28,13 +28,6 @@ def shares(out: dict) -> dict[str, float]:
     return {name: min(1.0, last(out, name) / full) for name, full in out["full"].items()}
 
 
-def sign_flip(differences: list[float]) -> float:
-    """Two-sided p-value of the exact paired permutation test: all 2^n signs."""
-    d = np.array(differences)
-    signs = np.array([*itertools.product((-1, 1), repeat=len(d))])
-    return float((np.abs(signs @ d) >= abs(d.sum()) - 1e-12).mean())
-
-
 def closed_credit(beta: float, channels: int, group: int, successes: int) -> tuple[float, float]:
     """Score of a rollout that succeeds, and of one that fails, in a channel of two values that `successes` of the group
     satisfy, while the other channels are constant (eps left out). The first is never above ln(K / (K-1)) / beta."""
@@ -45,15 +38,6 @@ def closed_credit(beta: float, channels: int, group: int, successes: int) -> tup
         return -math.log1p(math.expm1(-beta * z) / channels) / beta if beta else z / channels
 
     return score(unit * math.sqrt((1 - p) / p)), score(-unit * math.sqrt(p / (1 - p)))
-
-
-def table(header: str, rows: Iterable[Iterable[str]]) -> str:
-    lines = [header, "|" + "---|" * (header.count("|") - 1), *("| " + " | ".join(row) + " |" for row in rows)]
-    return "\n".join(lines) + "\n"
-
-
-def spread(values: list[float]) -> str:
-    return f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
 
 
 def compare(panel: dict[str, list], done: dict, rates: dict, task: str) -> str:

@@ -32,11 +32,12 @@ import numpy as np
 import others
 import torch
 import toy
-from report import Panel, figure, last, report, shares, table
+from report import Panel, figure, last, report, shares
 from tqdm import tqdm
 
 import rvpo
 import train
+from bench.stats import table
 from checkpoint import Log, NoCheckpoints
 from config import TrainConfig
 from rewards import Channel, Task, to_unit

@@ -36,8 +36,8 @@ from typing import NamedTuple
 
 import matplotlib
 import numpy as np
-from report import sign_flip, spread, table
 
+from bench.stats import sign_flip, spread, table
 from eval import holm
 
 matplotlib.use("Agg")

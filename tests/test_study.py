@@ -14,6 +14,7 @@ from conftest import ROOT
 import policy as policies
 import rewards as scoring
 import rvpo
+from bench import stats
 
 sys.path.insert(0, str(ROOT / "study"))  # where study.py finds the two others, too
 
@@ -90,9 +91,9 @@ def test_closed_credit_is_rvpo_advantage(beta, channels, group, successes):
 
 
 def test_statistics_by_hand():
-    assert report.sign_flip([1.0, 2.0, 3.0]) == 2 / 8
-    assert report.sign_flip([1.0, -1.0]) == 1.0
-    assert report.sign_flip([0.1] * 8) == 2 / 256
+    assert stats.sign_flip([1.0, 2.0, 3.0]) == 2 / 8
+    assert stats.sign_flip([1.0, -1.0]) == 1.0
+    assert stats.sign_flip([0.1] * 8) == 2 / 256
     rewards = torch.tensor([[[1.0, 0.5], [0, 0.5], [0, 0.5], [0, 0.5]], [[1, 0], [1, 0], [1, 0], [0, 0]], [[1, 0], [0, 0], [0, 1], [0, 0]]])
     advantages = torch.tensor([[3.0, -1, -1, -1], [0.5, 0.5, 0.5, -2], [9, 9, 9, 9]])
     assert study.credit(rewards, advantages) == [3, -2]  # in the third group two channels vary
