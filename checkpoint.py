@@ -47,7 +47,8 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # on
 
 BAD_STEPS = 5  # stop after as many steps in a row whose loss or gradient is not finite
 FIRST_SAVE = 600.0  # seconds until --save-every auto saves for the first time
-CONSTANT = 10  # after as many steps a reward that has always been the same is pointed out
+CONSTANT = 10  # after as many steps a reward that has always been the same is pointed out, and a judge that has
+ONE_SIDED = 0.02  # said yes, or no, to all questions but this share
 LOGS = "metrics.jsonl", "samples.jsonl"
 
 
@@ -407,7 +408,8 @@ class Log:
                  + f" | grad {metrics['grad_norm']:.2f} entropy {metrics['entropy']:.2f}"
                  + f" length {np.mean(lengths):.0f} | "
                  + " ".join(f"{phase} {t:.1f}s" for phase, t in seconds.items() if t >= 0.05)
-                 + (f" | judge {judge['requests']} requests {judge['seconds']:.1f}s" if judge else ""))
+                 + (f" | judge {judge['requests']} requests {judge['seconds']:.1f}s, yes to "
+                    f"{judge['yes'] / max(1, judge['verdicts']):.0%}" if judge else ""))
         if metrics["bad_updates"]:
             self.say(f"step {step}: a loss or gradient is not finite; updates left out: {metrics['bad_updates']}")
 
@@ -470,6 +472,11 @@ class RunLog(Log):
                 if len(values) == 1:
                     self.say(f"warning: reward '{name}' was {values.pop():g} for every response of {CONSTANT} steps: "
                              "it teaches nothing")
+            yes, verdicts = (sum(line["judge"].get(key, 0) for line in lines if "loss" in line and "judge" in line)
+                             for key in ("yes", "verdicts"))
+            if verdicts and not ONE_SIDED < yes / verdicts < 1 - ONE_SIDED:
+                self.say(f"warning: the judge said yes to {yes} of {verdicts} questions in {CONSTANT} steps: it may not "
+                         "be grading at all, see docs/rubrics.md")
 
     def begin(self, state: "State", config: dict) -> None:
         """Cuts the logs back to what they were at a checkpoint, and writes config.json. Raises InputError."""

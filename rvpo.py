@@ -36,9 +36,9 @@ def _float_like(scores: Tensor, rewards: Tensor) -> Tensor:
 
 
 def _varies(rewards: Tensor) -> Tensor:
-    """(..., G, K) -> (..., K): does the channel take two values in the group? Exact, unlike std > 0."""
-    missing = rewards.isnan()
-    return rewards.masked_fill(missing, -math.inf).amax(-2) > rewards.masked_fill(missing, math.inf).amin(-2)
+    """(..., G, K) -> (..., K): does the channel vary in the group, by more than the rounding of float32?"""
+    low, high = rewards.nan_to_num(math.inf).amin(-2), rewards.nan_to_num(-math.inf).amax(-2)
+    return high - low > 1e-6 * torch.maximum(low.abs(), high.abs())
 
 
 def zscore(rewards: Tensor, eps: float = EPS) -> Tensor:

@@ -23,7 +23,8 @@ from config import JudgeOptions
 from ranks import WORLD, InputError, gather
 from tasks.verdicts import PROMPT, Completion, judge_prompt, parse_verdicts, response_format
 
-COUNTS = "requests", "retries", "cached", "failed", "prompt_tokens", "completion_tokens", "seconds"
+COUNTS = ("requests", "retries", "cached", "failed", "verdicts", "yes", "prompt_tokens", "completion_tokens",
+          "seconds")
 
 # A hundred verdicts and an explanation take a thousand tokens, brief thoughts as many; a context of 8,192 has room for
 # 6,000 tokens of conversation beside it. Without a limit, an answer that repeats itself would fill the context.
@@ -103,14 +104,16 @@ class Judge:
             answers = await asyncio.gather(*[self._answer(messages, *question) for question in questions])
             met = [answer.get(name, np.nan) for (_, part), answer in zip(questions, answers, strict=True)
                    for name in part]
+            self.counts["verdicts"] += len(met) - int(np.isnan(met).sum())
+            self.counts["yes"] += int(np.nansum(met))
             return np.array(met, dtype=np.float64).reshape(len(responses), len(items))
 
         return self.run(grade()).result
 
     def take_counts(self) -> dict[str, float | str]:
         """Of all ranks, since the last call: requests sent, retries among them, verdicts found in the cache, questions
-        given up, tokens, the seconds in which a question was under way; and the last reason for a missing verdict. A
-        judge that was given up is asked again from now."""
+        given up, verdicts had and how many of them say "met", tokens, the seconds in which a question was under way; and
+        the last reason for a missing verdict. A judge that was given up is asked again from now."""
         ranks = gather([(self.counts, self.error)])
         self.counts, self.failed_in_a_row = dict.fromkeys(COUNTS, 0), 0
         counts = {name: (max if name == "seconds" else sum)(counts[name] for counts, _ in ranks) for name in COUNTS}

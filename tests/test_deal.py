@@ -6,11 +6,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import rvpo
 import train
 from model import Prompt
+from rewards import Channel
 from rollout import Group, Response
 
 PAIR = 3e-5  # work of a (query, key) pair of Qwen2.5-7B: 2 x 3584 operations against those of 233 million weights
+BOTH_ONE_ONE_NONE = torch.tensor([[1.0, 1], [1, 0], [0, 1], [0, 0]]).double()  # rewards of four rollouts in two channels
 GROUPS = st.lists(st.tuples(st.integers(1, 300), st.lists(st.integers(0, 200), min_size=1, max_size=8)), max_size=12)
 
 
@@ -49,6 +52,28 @@ def check(dealt, groups, ranks: int, budget: int):
     assert sorted(r.text for batch in everywhere for part in batch for r in part.responses) == sorted(r.text for group in groups for r in group.responses)
     for batch in everywhere:
         assert sum(train.computed(part) for part in batch) <= budget or sum(len(part.responses) for part in batch) == 1
+
+
+@pytest.mark.parametrize("agg", ["rvpo", "gdpo", "grpo"])
+def test_an_advantage_does_not_depend_on_the_length_of_a_response(agg):
+    """Each token has its rollout's."""
+    seen = []
+    for lengths in ((1, 1, 1, 1), (2, 90, 40, 7)):
+        responses = [Response([0] * n, [-1.0] * n, [1] * n, "", "") for n in lengths]
+        group = Group(Prompt([0] * 10, None), [Channel("a"), Channel("b")], responses, BOTH_ONE_ONE_NONE)
+        train.set_advantages([group], agg, 1.0)
+        *_, advantages = train.row_of([group], torch.device("cpu"))
+        assert all(len(of_one.unique()) == 1 for of_one in advantages.split(lengths))
+        seen.append([of_one[0].item() for of_one in advantages.split(lengths)])
+    assert seen[0] == seen[1] and seen[0] == sorted(seen[0], reverse=True)
+
+
+def test_z_scores_summed_over_tokens_would():
+    """As in an implementation of RVPO elsewhere (docs/experiments.md): a response that fails both rewards beats longer ones
+    that fail one."""
+    z = rvpo.zscore(BOTH_ONE_ONE_NONE)
+    assert rvpo.soft_min(z, 1.0).argmin() == 3
+    assert rvpo.soft_min(z * torch.tensor([[2.0], [90], [40], [7]]), 1.0).argsort(descending=True).tolist() == [0, 3, 2, 1]
 
 
 def test_computed_by_hand():

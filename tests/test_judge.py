@@ -407,6 +407,25 @@ def test_a_judge_that_dies_in_mid_run_stops_both_ranks_and_the_state_is_saved(tm
     assert any(None in s["rewards"].values() for s in samples)
 
 
+@pytest.mark.parametrize(("nos", "warned"), [(0, True), (3, True), (40, False)])
+def test_a_judge_that_says_yes_to_everything_is_pointed_out(monkeypatch, tmp_path, capsys, nos, warned):
+    """Of 10 steps' verdicts all but `nos`, which come after the evaluation before the run: each step's line has the share, the tenth a warning."""
+    asked = []
+
+    def answer(body, n):
+        asked.append(body)
+        return json.dumps(dict.fromkeys(names(body), not 9 < len(asked) <= 9 + nos))
+
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS))
+    steps, *_ = run(monkeypatch, tmp_path, "--task", "rubric", "--data", "rows.json", "--judge-url", Server(answer).url, "--judge-model", "m",
+                           "--eval-prompts", 1, "--steps", 11)
+    out, judged = capsys.readouterr().out, [line["judge"] for line in steps]
+    yes, verdicts = (sum(counts[key] for counts in judged[:10]) for key in ("yes", "verdicts"))
+    assert verdicts - yes == nos and all(counts["verdicts"] == counts["requests"] + counts["cached"] for counts in judged) and f"yes to {judged[5]['yes'] / judged[5]['verdicts']:.0%}" in out
+    assert out.count(f"warning: the judge said yes to {yes} of {verdicts} questions in 10 steps: it may not be grading at all, see docs/rubrics.md") == warned
+    assert nos or "warning: reward 't0' was 1 for every response of 10 steps" in out
+
+
 def test_missing_verdicts_are_null_and_the_run_goes_on_if_it_may(monkeypatch, tmp_path):
     server = Server(lambda body, n: '{"criterion_2": "true"}' if names(body) == ["criterion_2"] else vowels(body, n))
     (tmp_path / "rows.json").write_text(json.dumps(ROWS))

@@ -140,6 +140,25 @@ def test_the_trap_of_whitening_soft_min():
     assert (rvpo.advantages(rewards, "rvpo", 1.0)[:3] == 0).all()
 
 
+@pytest.mark.parametrize("agg", [*rvpo.AGGREGATIONS])
+def test_rounding_noise_in_one_channel_does_not_erase_the_others(agg):
+    """NeMo-RL#4158: a variance as E[x^2] - E[x]^2 leaves 2e-7 of a constant 0.95, and a z-score of thousands, beside which
+    whitening makes all others 0. Here it is 0, a channel that varies by rounding alone counts as constant, and one that
+    differs once has a z-score of at most (G - 1) / sqrt(G)."""
+    rewards = torch.rand(6, 8, 3, generator=torch.Generator().manual_seed(0))
+    rewards[..., 2] = 0.95
+    exact = rvpo.advantages(rewards, agg, 2.0)
+    noisy = rewards.clone()
+    noisy[:, ::2, 2] = torch.nextafter(noisy[:, ::2, 2], torch.tensor(1.0))
+    assert (noisy != rewards).any() and exact.abs().max() > 1
+    torch.testing.assert_close(rvpo.advantages(noisy, agg, 2.0), exact, atol=1e-5, rtol=1e-5)
+    noise = torch.cat([noisy[:1, :, 2:].expand(1, 8, 3), rewards])  # a group of nothing else
+    assert (rvpo.advantages(noise, agg, 2.0)[0] == 0).all()
+    torch.testing.assert_close(rvpo.advantages(noise, agg, 2.0)[1:], exact, atol=1e-5, rtol=1e-5)
+    rewards[:, 0, 2] = 0.0  # [0, .95, .95, ...]
+    assert rvpo.zscore(rewards.double())[..., 2].abs().max() <= 7 / math.sqrt(8)
+
+
 def test_a_rollout_whose_only_rewards_are_constant_has_no_signal():
     rewards = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, NAN]])
     assert rvpo.has_signal(rewards).tolist() == [True, True, False]

@@ -42,6 +42,8 @@ def run(out: Path) -> None:
         data = compute_advantage(data, config.adv_estimator, config=config)
         assert torch.equal(data.batch["advantages"], data.batch["returns"])
         results[str(weights)] = data.batch["advantages"]
+        data.batch["response_mask"] = torch.ones_like(mask)
+        results[f"{weights}, long"] = compute_advantage(data, config.adv_estimator, config=config).batch["advantages"]
     with pytest.raises(TypeError, match="non_tensor_batch"):  # why the estimator takes GDPO's name
         compute_advantage(data, "rvpo", config=config)
     torch.save(results, out)
@@ -67,6 +69,7 @@ def test_advantages(results, weights):
     got = results[str(weights)]
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, (wanted[:, None] * results["mask"]).float())
+    assert torch.equal(results[f"{weights}, long"] * results["mask"], got)  # whatever the lengths of the responses
 
 
 if __name__ == "__main__":
