@@ -475,8 +475,8 @@ class RunLog(Log):
             yes, verdicts = (sum(line["judge"].get(key, 0) for line in lines if "loss" in line and "judge" in line)
                              for key in ("yes", "verdicts"))
             if verdicts and not ONE_SIDED < yes / verdicts < 1 - ONE_SIDED:
-                self.say(f"warning: the judge said yes to {yes} of {verdicts} questions in {CONSTANT} steps: it may not "
-                         "be grading at all, see docs/rubrics.md")
+                self.say(f"warning: the judge said yes to {yes} of {verdicts} questions in {CONSTANT} steps: it may "
+                         "not be grading at all, see docs/rubrics.md")
 
     def begin(self, state: "State", config: dict) -> None:
         """Cuts the logs back to what they were at a checkpoint, and writes config.json. Raises InputError."""

@@ -112,7 +112,7 @@ class Judge:
 
     def take_counts(self) -> dict[str, float | str]:
         """Of all ranks, since the last call: requests sent, retries among them, verdicts found in the cache, questions
-        given up, verdicts had and how many of them say "met", tokens, the seconds in which a question was under way; and
+        given up, verdicts had, those of them that say yes, tokens, the seconds in which a question was under way; and
         the last reason for a missing verdict. A judge that was given up is asked again from now."""
         ranks = gather([(self.counts, self.error)])
         self.counts, self.failed_in_a_row = dict.fromkeys(COUNTS, 0), 0
