@@ -26,9 +26,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tests"))  # a script sees its own folder only
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))  # a script sees its own folder only
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from bench.others import AXES, CHOICES, order
 from ranks import InputError
@@ -140,7 +139,8 @@ def draw_rlla(data: list[str]) -> list[dict]:
         texts = {"ground truth": truth, "no thought": rest.strip(), "spaces around": f" \n{truth}\n\n", "empty": "",
                  "text after": f"{truth} x", "text before": f"x {truth}", "blocks twice": truth + rest, "text": "text",
                  "blank line": truth.replace("</think>\n", "</think>\n\n"), "cut": truth[:len(truth) * 2 // 3],
-                 "no line break": truth.replace("<tool_call>\n", "<tool_call>"), "single quotes": truth.replace('"', "'"),
+                 "no line break": truth.replace("<tool_call>\n", "<tool_call>"),
+                 "single quotes": truth.replace('"', "'"),
                  "two thoughts": f"{think}</think>\n{truth}", "response added": f"{truth}\n<response> r </response>",
                  "tag in thought": truth.replace("<think>", "<think><tool_call>", 1),
                  "no parameters": truth.replace('"parameters"', '"arguments"')}
@@ -257,7 +257,7 @@ def score(tool: str, cases: list[dict], args: argparse.Namespace) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         asked, given = Path(folder) / "cases.json", Path(folder) / "scores.json"
         asked.write_text(json.dumps(cases))
-        run = [args.python, ROOT / "bench/others.py", f"{args.what}_of_{tool}", asked, given, *args.source]
+        run = [args.python, Path(__file__).parent / "others.py", f"{args.what}_of_{tool}", asked, given, *args.source]
         try:
             done = subprocess.run(run, capture_output=True, text=True)
         except OSError as error:
@@ -269,12 +269,13 @@ def score(tool: str, cases: list[dict], args: argparse.Namespace) -> list[dict]:
 
 
 def record(file: Path, name: str, pairs: list[tuple[dict, dict]]) -> None:
-    """Puts the two shortest pairs of each kind into the file, (case, their scores), but none of 8,000 characters."""
+    """Puts pairs (case, their scores) into the file: the shortest of each kind and outcome, of short ones two."""
     kinds = collections.defaultdict(list)
-    for pair in sorted(pairs, key=lambda pair: len(str(pair))):
-        kinds[pair[0]["kind"]].append(pair)
+    for pair in sorted((pair for pair in pairs if pair[1]), key=lambda pair: len(str(pair))):
+        kinds[pair[0]["kind"], pair[1].get("correct")].append(pair)
     recorded = json.loads(file.read_text()) if file.exists() else {}
-    recorded[name] = [pair for pairs in kinds.values() for pair in pairs[:2] if len(str(pair)) < 8_000]
+    recorded[name] = [pair for same in kinds.values() for k, pair in enumerate(same[:2])
+                      if len(str(pair)) < (12_000, 400)[k]]
     text = json.dumps(recorded, ensure_ascii=False, separators=(",", ":"))
     file.write_text(text.replace('[{"kind"', '\n[{"kind"') + "\n")  # a line a pair
 
