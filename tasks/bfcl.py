@@ -153,14 +153,18 @@ class BFCL(Task):
         return scores, {"response": response, "calls": calls(response)}
 
     def averages(self) -> dict[str, dict[str, float]]:
-        """Non-live: simple, the mean of three languages, is one of five; live: weighted by rows. The overall of v3 is
-        the mean of non-live, live and multi-turn; multi-turn runs simulators and is not here."""
+        """Non-live: simple, the mean of three languages, is one of five; live: weighted by rows. AST: without
+        (ir)relevance, so that simple is one of four. The overall of v3 is the mean of non-live, live and multi-turn;
+        multi-turn runs simulators and is not here."""
         sizes = {category: len(examples) for category, examples in self.rows.items()}
         non_live = {c: 1 / 15 if c in ("simple", "java", "javascript") else 1 / 5 for c in NON_LIVE}
         live = {c: sizes[c] / sum(sizes[c] for c in LIVE) for c in LIVE}
+        ast = {c: weight * 5 / 4 for c, weight in non_live.items() if "relevance" not in c}
+        live_ast = {c: sizes[c] for c in LIVE if "relevance" not in c}
         return {"v3 without multi-turn (live, non-live)": {c: w / 2 for c, w in (non_live | live).items()},
                 "single turn (mean of all rows)": {c: size / sum(sizes.values()) for c, size in sizes.items()},
-                "non-live": non_live, "live": live}
+                "non-live": non_live, "live": live, "non-live AST": ast,
+                "live AST": {c: size / sum(live_ast.values()) for c, size in live_ast.items()}}
 
 
 def task(options) -> Task:

@@ -296,6 +296,8 @@ def test_bfcl_averages_by_hand(of_bfcl):
     means = {name: metric["mean"] for name, metric in evaluation.summarize(samples, averages, False, 0).items()}
     assert means["non-live"] == pytest.approx((0.6 + 0.8 + 0.4 + 0 + 0.5) / 5)
     assert means["live"] == pytest.approx((0.5 * 258 + 882) / 2251)
+    assert means["non-live AST"] == pytest.approx((0.6 + 0.8 + 0.4 + 0) / 4)
+    assert means["live AST"] == pytest.approx(0.5 * 258 / 1351)
     assert means["v3 without multi-turn (live, non-live)"] == pytest.approx((means["live"] + means["non-live"]) / 2)
     assert means["java"] == pytest.approx(0.6) and means["format"] == 1
 
