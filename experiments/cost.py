@@ -16,21 +16,14 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script sees its own folder only
 
 from bench.stats import table
-from bench.step import CUDA_TFLOPS
 from config import JudgeOptions, TrainConfig
+from experiments import roofline as roof
 from experiments.files import NAMES, read
 from experiments.lengths import EXPLAINED, LENGTHS, Lengths, count
+from experiments.roofline import MFU, Machine, cache_bytes, parameters, sample_seconds, update_seconds
 from local.shapes import QWEN
 from ranks import InputError
 
-MFU = 0.3  # of an update's operations, recomputed ones too; prime-rl publishes .27 and .35 on H100 (65k tokens a step)
-PREFILL_MFU = 0.4  # of operations on prompts; assumed
-BANDWIDTH = {"H100": 3.35e12, "A100": 2.04e12}  # bytes a second, SXM with 80 GB, by the data sheets
-# The share of it at which weights are read, and the seconds of a decoding step beside that, for vLLM's work on the
-# host. Both assumed; together they come near what is published, see docs/experiments.md.
-SHARE, PAUSE = 0.75, 0.005
-SEQUENCES = 256  # that a GPU samples at a time, as in rollout.VLLMEngine, if the KV cache has room for them
-GPU_BYTES, VLLM_BYTES = 79.1 * 2**30, 3.5 * 2**30  # 80 GB; beside weights and KV cache: as bench/simulate.py has it
 REST = 0.1  # of sampling and update: pushing weights (NeMo-RL: .04 to .06 of a step), advantages, logs, checkpoints
 EVAL_MEMORY = 0.9  # eval.py's --gpu-memory
 RESPONSE = {  # tokens, assumed: the largest unknown. rlla's answers have 92, with the thoughts distilled for them 374
@@ -46,7 +39,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.error = lambda message: sys.exit(f"error: {message}; see --help")
     add = parser.add_argument
     add("experiment", nargs="?", choices=NAMES, help="a file in experiments/ (default all)")
-    add("--gpu", choices=[*BANDWIDTH], default="H100", help="each of 80 GB (default %(default)s)")
+    add("--gpu", choices=[*roof.BANDWIDTH], default="H100", help="each of 80 GB (default %(default)s)")
     add("--gpus", type=int, default=8, help="that train a policy (default %(default)s)")
     add("--mfu", type=float, default=MFU, help="model FLOP utilisation of the update (default %(default)s)")
     add("--response", type=int, help="tokens of every response (default: 200 with tools, else 500)")
@@ -62,58 +55,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-# Operations, bytes and seconds
-
-def parameters(size: str) -> tuple[int, int, int]:
-    """(of all layers' matrices, of the output head, of all: biases, norms and embeddings, too)."""
-    layers, hidden, heads, kv_heads, wide, words, tied = QWEN[size]
-    keys = hidden // heads * kv_heads
-    matrices = 2 * hidden * (hidden + keys) + 3 * hidden * wide
-    return (layers * matrices, words * hidden,
-            layers * (matrices + 3 * hidden + 2 * keys) + hidden + (2 - tied) * words * hidden)
-
-
-def cache_bytes(size: str) -> int:
-    """Of a token's keys and values in bf16."""
-    layers, hidden, heads, kv_heads, *_ = QWEN[size]
-    return 4 * layers * (hidden // heads) * kv_heads
-
-
-def recomputes(size: str, tokens: int) -> bool:
-    """Whether policy.recompute would, on auto, for micro-batches of so many tokens."""
-    layers, hidden, _, _, wide, *_ = QWEN[size]
-    return tokens * layers * (20 * hidden + 8 * wide) > 0.4 * GPU_BYTES
-
-
-def needed(size: str, prompt: float, response: float, group: int, prompts: int) -> tuple[float, float]:
-    """Operations of an update, in layers and in the output head: together bench.step.needed_flops."""
-    (matrices, head, _), (layers, hidden, *_), n = parameters(size), QWEN[size], response - 1
-    attention = 2 * layers * hidden * (prompt**2 / 2 + group * n * (prompt + n / 2))
-    return 6 * prompts * (matrices * (prompt + group * n) + attention), 6 * prompts * head * group * response
-
-
-def update_seconds(size: str, prompt: float, response: float, train: dict, args: argparse.Namespace) -> float:
-    """Of all GPUs together, for a step."""
-    layers, head = needed(size, prompt, response, train["group"], train["prompts"])
-    # A forward is a third. Old log-probs of all updates but the first need one more, the reference of --kl another.
-    more = (1 - 1 / train["updates"] + bool(train["kl"])) / 3
-    again = recomputes(size, train["tokens_per_microbatch"]) / 3
-    return (layers * (1 + more + again) + head * (1 + more)) / (args.mfu * CUDA_TFLOPS[args.gpu] * 1e12)
-
-
-def sample_seconds(size: str, prompts: float, group: int, lengths: tuple[float, float, int], memory: float,
-                   args: argparse.Namespace) -> float:
-    """Of all GPUs together. lengths: prompt, response, limit. A decoding step reads the weights (the head in fp32), and
-    the keys and values of all that runs. The batch is full until the last response begins; one goes to the limit."""
-    (matrices, head, _), cache, (prompt, response, limit) = parameters(size), cache_bytes(size), lengths
-    own, weights = prompts * group / args.gpus, 2 * matrices + 4 * head  # responses of a GPU; bytes
-    room = memory * GPU_BYTES - VLLM_BYTES - weights - 2 * head  # the last: embeddings
-    at_once = max(1, min(SEQUENCES, room // (cache * (prompt + response))))
-    steps = response * max(1, own / at_once) + max(0, limit - response)
-    read = steps * weights + own * response * (prompt + response / 2) * cache
-    prefill = 2 * matrices * prompts * prompt / (PREFILL_MFU * CUDA_TFLOPS[args.gpu] * 1e12)
-    return args.gpus * (steps * PAUSE + read / (SHARE * BANDWIDTH[args.gpu])) + prefill
-
+# What a judge is asked
 
 class Asked(NamedTuple):  # of a judge
     requests: float
@@ -123,18 +65,17 @@ class Asked(NamedTuple):  # of a judge
     seconds: float  # of a local judge's GPUs together
 
 
-def asked(lengths: Lengths, response: float, group: int, each: bool, explain: bool, gpu: str) -> Asked:
+def asked(lengths: Lengths, response: float, group: int, each: bool, explain: bool, machine: Machine) -> Asked:
     """About a prompt's responses. each: a request a criterion, otherwise one a response."""
     k, before = lengths.criteria, lengths.begin + response + lengths.middle
     asks = k if each else 1
     prompt = group * (asks * (before + lengths.item) + (k - asks) * lengths.more)
     cached = BLOCK * (group * (asks - 1) * (before // BLOCK) + (group - 1) * (lengths.begin // BLOCK))
     completion = group * (asks * (ANSWER + explain * REASON) + (k - asks) * NEXT)
-    (matrices, head, _), flops = parameters(JUDGE), PREFILL_MFU * CUDA_TFLOPS[gpu] * 1e12
     steps = completion / JudgeOptions.model_fields["judge_concurrency"].default  # so many requests at a time
-    read = steps * 2 * (matrices + head) + completion * before * cache_bytes(JUDGE)
-    return Asked(group * asks, prompt, cached, completion, 2 * matrices * (prompt - cached) / flops
-                 + steps * PAUSE * JUDGE_GPUS + read / (SHARE * BANDWIDTH[gpu]))
+    read = steps * 2 * sum(parameters(JUDGE)[:2]) + completion * before * cache_bytes(JUDGE)
+    seconds = machine.prefill(JUDGE, prompt - cached) + machine.decode(steps * JUDGE_GPUS, read)  # its GPUs share it
+    return Asked(group * asks, prompt, cached, completion, seconds)
 
 
 # Runs
@@ -145,8 +86,8 @@ class Part(NamedTuple):  # a run's training, or the evaluation of all its polici
     response: int
     groups: dict[int, int]  # {responses to a prompt: how many prompts have so many}
 
-    def asked(self, each: bool, gpu: str) -> Asked:
-        parts = [[n * x for x in asked(self.lengths, self.response, group, each, self.task in EXPLAINED, gpu)]
+    def asked(self, each: bool, machine: Machine) -> Asked:
+        parts = [[n * x for x in asked(self.lengths, self.response, group, each, self.task in EXPLAINED, machine)]
                  for group, n in self.groups.items()]
         return Asked(*map(sum, zip(*parts, strict=True)))
 
@@ -169,7 +110,7 @@ def size_of(model: str) -> str:
 
 def cost(name: str, train: dict, evaluate: dict, lengths: dict[str, Lengths], args: argparse.Namespace) -> Run:
     """Of a run with these options of train.py, and of the evaluation of each policy that it keeps."""
-    size, memory = size_of(train["model"]), train["gpu_memory"]
+    size, machine = size_of(train["model"]), Machine(args.gpu, args.gpus, args.mfu)
     kept = len({*range(0, train["steps"], train["eval_every"] or train["steps"]), train["steps"]})
     items, repeats, limit = BENCHMARKS[evaluate["task"]]
     items *= evaluate.get("repeats", repeats)
@@ -177,14 +118,16 @@ def cost(name: str, train: dict, evaluate: dict, lengths: dict[str, Lengths], ar
         (train["task"], {train["group"]: train["steps"] * train["prompts"], 1: kept * train["eval_prompts"]}),
         (evaluate["task"], {1: kept * items})))
     shape = trained.lengths.prompt, trained.response, train["max_tokens"]
-    update = update_seconds(size, *shape[:2], train, args)
-    sample = sample_seconds(size, train["prompts"], train["group"], shape, memory, args)
-    held_out = kept * sample_seconds(size, train["eval_prompts"], 1, shape, memory, args)
-    test = kept * sample_seconds(size, items, 1, (evaluated.lengths.prompt, evaluated.response, limit), EVAL_MEMORY, args)
-    hours = train["steps"] * update / 3600, (train["steps"] * sample + held_out) / 3600
+    test = evaluated.lengths.prompt, evaluated.response, limit
+    update = update_seconds(size, *shape[:2], train, machine)
+    sample = sample_seconds(size, train["prompts"], train["group"], shape, train["gpu_memory"], machine)
+    held_out = kept * sample_seconds(size, train["eval_prompts"], 1, shape, train["gpu_memory"], machine)
+    tested = kept * sample_seconds(size, items, 1, test, EVAL_MEMORY, machine)
+    seconds = train["steps"] * update, train["steps"] * sample + held_out
+    parts = *seconds, REST * sum(seconds), (1 + REST) * tested
     weights = parameters(size)[2] / 1e9
-    return Run(name, (*hours, REST * sum(hours), (1 + REST) * test / 3600), (2 * weights * (kept + 1), 12 * weights),
-               trained, evaluated, (update / args.gpus, sample / args.gpus))
+    return Run(name, tuple(args.gpus / 3600 * x for x in parts), (2 * weights * (kept + 1), 12 * weights), trained,
+               evaluated, (update, sample))
 
 
 def plan(name: str, lengths: dict[str, Lengths], args: argparse.Namespace) -> dict[str, list[Run]]:
@@ -202,16 +145,22 @@ def plan(name: str, lengths: dict[str, Lengths], args: argparse.Namespace) -> di
 
 # What is printed
 
+HEADER = ("| GPU-hours of a run | new runs | update | sampling | rest | evaluations | together | wall, hours | disk, GB "
+          "| judge's GPUs | new runs' GPU-hours | days |")
+JUDGED = ("| judge, of a run, millions | requests | prompt tokens | of these cached | completion tokens "
+          f"| GPU-hours of a {JUDGE} | runs | their GPU-hours |")
+
+
 def tables(plans: dict[str, dict[str, list[Run]]], args: argparse.Namespace) -> str:
     """Of GPUs, and of judges. A run that an experiment shares with one before it is not counted again."""
-    lines, asks, counted = [], {}, {}
+    lines, asks, counted, machine = [], {}, {}, Machine(args.gpu, args.gpus, args.mfu)
     for name, of_model in plans.items():
         for label, runs in of_model.items():
             new = {run.name: run for run in runs if run.name not in counted}
             counted |= new
-            hours = [statistics.fmean(x) for x in zip(*(run.hours for run in runs), strict=True)]
-            added, run = sum(sum(run.hours) for run in new.values()), runs[0]
-            judge = [run.trained.asked(each, args.gpu).seconds / 3600 / (hours[1] / args.gpus) for each in (True, False)]
+            hours, run = [statistics.fmean(x) for x in zip(*(run.hours for run in runs), strict=True)], runs[0]
+            added = sum(sum(run.hours) for run in new.values())
+            judge = [run.trained.asked(each, machine).seconds / 3600 / hours[1] * args.gpus for each in (True, False)]
             lines.append([f"{name} {label}", f"{len(new)} of {len(runs)}", *(f"{x:.1f}" for x in (*hours, sum(hours))),
                           f"{sum(hours) / args.gpus:.1f}", " + ".join(f"{x:.0f}" for x in run.gigabytes),
                           f"{judge[0]:.0f}, {judge[1]:.0f}" if run.trained.lengths.criteria else "",
@@ -221,34 +170,30 @@ def tables(plans: dict[str, dict[str, list[Run]]], args: argparse.Namespace) -> 
     for run in counted.values():
         for part, what in ((run.trained, "train"), (run.evaluated, "evaluate")):
             for each in (True, False) if part.lengths.criteria else ():
-                key = f"{part.task}, {what}, {'each' if each else 'all'}", part.asked(each, args.gpu)
+                key = f"{part.task}, {what}, {'each' if each else 'all'}", part.asked(each, machine)
                 asks[key] = asks.get(key, 0) + 1
-    out = table("| GPU-hours of a run | new runs | update | sampling | rest | evaluations | together | wall, hours | disk, GB "
-                "| judge's GPUs | new runs' GPU-hours | days |", lines)
     rows = [[what, *(f"{x / 1e6:,.2f}" for x in (a.requests, a.prompt, a.cached, a.completion)),
              f"{a.seconds / 3600:.0f}", str(n), f"{n * a.seconds / 3600:,.0f}"] for (what, a), n in asks.items()]
-    header = ("| judge, of a run, millions | requests | prompt tokens | of these cached | completion tokens | GPU-hours "
-              f"of a {JUDGE} | runs | their GPU-hours |")
-    return out + ("\n" + table(header, rows) if rows else "")
+    return table(HEADER, lines) + ("\n" + table(JUDGED, rows) if rows else "")
 
 
 def details(of_model: dict[str, list[Run]], args: argparse.Namespace) -> str:
     """What the tables of an experiment assume, a line each."""
     said = []
     for label, (run, *_) in of_model.items():
-        group, prompts = next(iter(run.trained.groups.items()))
+        (group, prompts), (update, sample) = next(iter(run.trained.groups.items())), run.per_step
         rate = prompts * group * run.trained.response / 3600 / run.hours[1]
-        said.append(f"{label}: a step updates {run.per_step[0]:.0f} s and samples {run.per_step[1]:.0f} s, {rate:,.0f} "
-                    "tokens a second and GPU")
+        said.append(f"{label}: {update:.0f} s a step of update and {sample:.0f} of sampling, {rate:,.0f} tokens a "
+                    "second and GPU")
     for part in (run.trained, run.evaluated):
         x = part.lengths
-        said.append(f"{part.task}: prompts of {x.prompt:.0f} tokens ({x.source}), responses of {part.response} (assumed)")
+        said.append(f"{part.task}: prompts of {x.prompt:.0f} tokens ({x.source}), responses of {part.response}")
         if x.criteria:
             said.append(f"its judge: {x.criteria:.2f} criteria, prompts of {x.begin:.0f} + response + {x.middle:.0f} + "
                         f"{x.item:.0f} tokens, in mode all {x.more:.0f} for each further criterion")
-    said.append(f"{args.gpu}: {CUDA_TFLOPS[args.gpu]} TFLOP/s, {args.mfu:g} of them used by an update, {PREFILL_MFU} for "
-                f"prompts; {BANDWIDTH[args.gpu] / 1e12} TB/s, {SHARE} used in decoding, and {1e3 * PAUSE:g} ms a step; at "
-                f"most {SEQUENCES} sequences at a time; the rest is {REST} of update and sampling")
+    said += [f"{args.gpu}: {args.mfu:g} of its peak in an update, {roof.PREFILL_MFU} on prompts; {roof.SHARE} of its "
+             f"{roof.BANDWIDTH[args.gpu] / 1e12} TB/s in decoding, and {1e3 * roof.PAUSE:g} ms a step",
+             f"at most {roof.SEQUENCES} sequences at a time on a GPU; the rest is {REST} of update and sampling"]
     return "\n".join(f"- {line}" for line in said)
 
 
@@ -260,7 +205,8 @@ def memory(name: str, of_model: dict[str, list[Run]], args: argparse.Namespace) 
     for label, (run, *_) in of_model.items():
         shape = {"prompt": round(run.trained.lengths.prompt), "response": run.trained.response,
                  "group": next(iter(run.trained.groups)), "updates": experiment["train"].get("updates", 1)}
-        said.append(f"- {name} {label}, GiB of a GPU: {cell(size_of(experiment['models'][label]['model']), args.gpus, **shape)}")
+        gib = cell(size_of(experiment["models"][label]["model"]), args.gpus, **shape)
+        said.append(f"- {name} {label}, GiB of a GPU while sampling / at the update's peak: {gib}")
     return "\n".join(said)
 
 

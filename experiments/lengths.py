@@ -30,8 +30,7 @@ class Lengths(NamedTuple):
     more: float = 0.0  # each further criterion, where one request has all
 
 
-# Counted with Qwen2.5's tokenizer, of the default prompts of tasks/. Of RaR's data only the number of criteria was known
-# (arXiv 2507.17746).
+# Counted with Qwen2.5's tokenizer. Of RaR's data only the number of criteria was known (arXiv 2507.17746).
 _RAR = "RaR's number of criteria; all else HealthBench's, though RaR's prompts are single questions"
 LENGTHS = {
     "rlla": Lengths("399 of the training rows", 760), "bfcl": Lengths("all rows", 883),
