@@ -145,8 +145,8 @@ def plan(name: str, lengths: dict[str, Lengths], args: argparse.Namespace) -> di
 
 # What is printed
 
-HEADER = ("| GPU-hours of a run | new runs | update | sampling | rest | evaluations | together | wall, hours | disk, GB "
-          "| judge's GPUs | new runs' GPU-hours | days |")
+HEADER = ("| GPU-hours of a run | new runs | update | sampling | rest | evaluations | together | wall, hours | disk, "
+          "GB | judge's GPUs | new runs' GPU-hours | days |")
 JUDGED = ("| judge, of a run, millions | requests | prompt tokens | of these cached | completion tokens "
           f"| GPU-hours of a {JUDGE} | runs | their GPU-hours |")
 
