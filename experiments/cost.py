@@ -215,7 +215,10 @@ def main(args: argparse.Namespace) -> None:
     if args.tokenizer:
         from model import load_tokenizer
 
-        tokenizer = load_tokenizer(args.tokenizer)
+        try:
+            tokenizer = load_tokenizer(args.tokenizer)
+        except (OSError, ValueError) as error:
+            raise InputError(f"--tokenizer {args.tokenizer}: no tokenizer in that directory or on the hub") from error
         for part, path in (("train", args.data), ("eval", args.eval_data)):
             task = read(args.experiment)[part]["task"]
             lengths |= {task: count(task, path, tokenizer)} if path else {}

@@ -105,6 +105,16 @@ def test_lengths_of_a_file(tmp_path, tiny):
     assert out.returncode == 0 and f"2 rows of {file}" in out.stdout and "responses of 100" in out.stdout, out.stderr
 
 
+def test_lengths_of_benchmarks(tmp_path, tiny):
+    from model import load_tokenizer
+
+    (tmp_path / "gpqa.csv").write_text("Question,Correct Answer,Incorrect Answer 1,Incorrect Answer 2,Incorrect Answer 3\nWhy?,1,2,3,4\n")
+    (tmp_path / "hb.jsonl").write_text(json.dumps({"prompt_id": "a", "prompt": [{"role": "user", "content": "Why?"}],
+                                                   "rubrics": [{"criterion": "Says why.", "points": 5, "tags": []}]}))
+    found = [lengths.count(task, str(tmp_path / file), load_tokenizer(tiny)) for task, file in (("gpqa", "gpqa.csv"), ("healthbench", "hb.jsonl"))]
+    assert found[0].prompt > 50 and found[0].criteria == 0 and found[1].criteria == 1 and found[1].item > found[1].prompt
+
+
 def _last(file, folder):
     out = folder / "one.jsonl"
     out.write_text(file.read_text().splitlines()[-1])
@@ -117,7 +127,7 @@ def _run(*words) -> subprocess.CompletedProcess:
 
 def test_errors_are_a_sentence_and_torch_is_not_needed():
     for words, said in ((("nothing",), "invalid choice"), (("--gpus", "0"), "--gpus"), (("--data", "x"), "--tokenizer"),
-                        (("tools", "--data", "x"), "--tokenizer")):
+                        (("tools", "--data", "x"), "--tokenizer"), (("tools", "--data", "x", "--tokenizer", "/none"), "/none")):
         out = _run(*words)
         assert out.returncode == 1 and said in out.stderr and out.stderr.startswith("error: ") and len(out.stderr.splitlines()) == 1
     with pytest.raises(lengths.InputError, match="package"):
