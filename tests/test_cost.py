@@ -88,7 +88,7 @@ def test_published_times_are_within_a_quarter(monkeypatch):
     assert Machine().decode(1, 2 * 72.7e9 / 2) == pytest.approx(0.031, rel=0.25)
 
 
-def test_lengths_of_a_file(tmp_path, tiny):
+def test_lengths_of_a_file(tmp_path, tiny, capsys):
     file = tmp_path / "rar.jsonl"
     rubric = [{"description": f"{kind} Criteria: Names a remedy.", "weight": weight} for kind, weight in (("Essential", 5), ("Pitfall", -1))]
     file.write_text("".join(json.dumps({"question": question, "rubric": rubric[:n]}) + "\n" for question, n in (("Is coffee bad?", 2), ("Why?", 1))))
@@ -101,8 +101,9 @@ def test_lengths_of_a_file(tmp_path, tiny):
     whole = judge_prompt([{"role": "user", "content": "Why?"}], "", {"criterion_1": "Names a remedy."}, False)
     one = lengths.count("rar-medicine", str(_last(file, tmp_path)), tokenizer)
     assert one.begin + one.middle + one.item == pytest.approx(len(tokenizer(whole).input_ids), abs=3)
-    out = _run("medicine", "--data", file, "--tokenizer", tiny, "--response", "100")
-    assert out.returncode == 0 and f"2 rows of {file}" in out.stdout and "responses of 100" in out.stdout, out.stderr
+    cost.main(cost.options(["medicine", "--data", str(file), "--tokenizer", str(tiny), "--response", "100"]))
+    out = capsys.readouterr().out
+    assert f"2 rows of {file}" in out and "responses of 100" in out
 
 
 def test_lengths_of_benchmarks(tmp_path, tiny):
@@ -127,9 +128,11 @@ def _run(*words) -> subprocess.CompletedProcess:
 
 def test_errors_are_a_sentence_and_torch_is_not_needed():
     for words, said in ((("nothing",), "invalid choice"), (("--gpus", "0"), "--gpus"), (("--data", "x"), "--tokenizer"),
-                        (("tools", "--data", "x"), "--tokenizer"), (("tools", "--data", "x", "--tokenizer", "/none"), "/none")):
+                        (("tools", "--data", "x"), "--tokenizer")):
         out = _run(*words)
         assert out.returncode == 1 and said in out.stderr and out.stderr.startswith("error: ") and len(out.stderr.splitlines()) == 1
+    with pytest.raises(lengths.InputError, match="--tokenizer /none: no tokenizer"):
+        cost.main(cost.options(["tools", "--data", "x", "--tokenizer", "/none"]))
     with pytest.raises(lengths.InputError, match="package"):
         lengths.read_examples("bfcl", "x")
     code = "import sys; from experiments import cost; cost.main(cost.options([])); assert 'torch' not in sys.modules"
