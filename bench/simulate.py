@@ -125,9 +125,11 @@ def show(result: dict) -> None:
         print(f"{name:25}{total:>10}   " + ", ".join(f"{part} {text(x)}" for part, x in parts.items()))
 
 
-def cell(size: str, gpus: int) -> str:
-    """GiB while sampling / at the update's peak, by train.py's defaults, with more for a vLLM that needs it."""
-    command = [sys.executable, __file__, "--json", "--size", size, "--gpus", str(gpus)]
+def cell(size: str, gpus: int, **shape: int) -> str:
+    """GiB while sampling / at the update's peak, by train.py's defaults, with more for a vLLM that needs it. shape:
+    other options of this program."""
+    command = [sys.executable, __file__, "--json", "--size", size, "--gpus", str(gpus),
+               *(word for name, value in shape.items() for word in (f"--{name}", str(value)))]
     result = json.loads(subprocess.check_output(command))
     held, weights = OUTSIDE + result["held_gib"], result["vllm_weights_gib"]
     share = next((x for x in (0.4, 0.5, 0.6) if weights + result["vllm_cache_gib"] + ENGINE <= x * GPU_MEMORY), 1.0)

@@ -18,10 +18,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # a script sees its own folder only
 
 from config import JudgeOptions, TrainConfig, option, parse
+from experiments.files import NAMES, read
 from ranks import InputError
-
-FOLDER = Path(__file__).parent
-NAMES = sorted(file.stem for file in FOLDER.glob("*.toml"))
 
 
 def options() -> argparse.Namespace:
@@ -56,7 +54,6 @@ import shlex
 import signal
 import socket
 import subprocess
-import tomllib
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -95,16 +92,6 @@ class Job(NamedTuple):
         if not all(file.exists() for file in files.values()):
             return {}
         return {step: json.loads(file.read_text())["metrics"] for step, file in files.items()}
-
-
-def read(name: str) -> dict:
-    """experiments/NAME.toml. One that is `like` another has that one's tables, and those options in them, that it does
-    not have itself; its models and methods are its own."""
-    found = tomllib.loads((FOLDER / f"{name}.toml").read_text())
-    if "like" in found:
-        base = read(found["like"])
-        found = base | found | {part: base[part] | found.get(part, {}) for part in ("train", "eval", "table")}
-    return found
 
 
 def words(given: dict) -> list[str]:

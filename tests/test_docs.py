@@ -27,6 +27,8 @@ NOT_HERE = {  # why
     "python study/text.py": "days", "python study/more.py": "hours", "python study/demo.py": "tests/test_text.py", "python study/sign.py": "tests/test_sign.py",
     "make gpu": "tests/test_gpu.py", "python bench/gpu.py": "tests/test_gpu.py",
     "python bench/simulate.py": "tests/test_simulate.py", "python bench/agree.py": "tests/test_agreement.py",
+    "python experiments/cost.py": "tests/test_cost.py", "python experiments/run.py": "tests/test_experiments.py",
+    "python -m vllm": "minutes",
     "pip install": "network", "vllm serve": "GPUs", "torchrun --nproc_per_node=8": "GPUs", "torchrun --nnodes=2": "GPUs",
     "python train.py --resume runs/NAME": "tests/test_resume.py", "python eval.py compare": "tests/test_eval.py", "python eval.py --task bfcl": "tests/test_eval.py",
     "python bench/plot.py runs/A-bfcl": "tests/test_eval.py"}
@@ -39,7 +41,8 @@ def test_every_command_is_run_or_has_a_reason_not_to_be():
     assert all(any(line.startswith(start) for line in shown) for start in NOT_HERE)
 
 
-@pytest.mark.parametrize("script", ["train.py", "eval.py", "bench/step.py", "bench/gpu.py", "bench/simulate.py", "bench/agree.py", "study/study.py"])
+@pytest.mark.parametrize("script", ["train.py", "eval.py", "bench/step.py", "bench/gpu.py", "bench/simulate.py", "bench/agree.py", "study/study.py",
+                                    "experiments/run.py", "experiments/cost.py"])
 def test_every_option_that_is_shown_exists(script):
     known = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True).stdout
     lines = commands() + [line for page in PAGES for line in re.findall(r"`((?:train|eval)\.py [^`]*)`", page.read_text())]
@@ -50,6 +53,7 @@ def test_every_option_that_is_shown_exists(script):
 def test_every_option_in_the_text_and_every_file_exists():
     helps = [subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True).stdout
              for script in ("train.py", "eval.py", "bench/step.py", "bench/gpu.py", "bench/simulate.py", "bench/agree.py", "study/study.py", "study/text.py", "study/demo.py", "study/more.py", "bench/plot.py",
+                           "experiments/run.py", "experiments/cost.py",
                            "tests/kill_and_resume.py")]
     others = {"--nproc_per_node", "--max-restarts", "--shutdown-timeout", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--no-deps", "--tensor-parallel-size", "--port"}
     for page in PAGES:
