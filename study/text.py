@@ -107,6 +107,7 @@ def plan(done: dict[str, dict]) -> Iterator[Run]:
         yield from runs(("rvpo", "gdpo"), (0, 1, 2), task)
     yield from tuning(("softmin", "grpo"))
     yield from runs(MOST, (0, 1, 2, 3, 4))
+    yield from runs(MOST, (0, 1), steps=LONG)
     yield from runs(MOST, (0, 1, 2), "reply-25")
     yield from tuning(("hardmin", "explicit"))
     yield from runs((*METHODS,), (0, 1, 2))
