@@ -104,7 +104,7 @@ def judge_options(args: argparse.Namespace, task: str, **others: str | None) -> 
     if "judge_url" not in rewards.task_module(task).OPTIONS:
         return {}
     given = {name: others.get(name) or getattr(args, name, None) for name in JudgeOptions.model_fields}
-    if args.commands:
+    if args.commands or args.table:
         given |= {name: given[name] or name.upper() for name in ("judge_url", "judge_model")}
     if missing := [name for name in ("judge_url", "judge_model") if not given[name]]:
         raise InputError(f"{option(missing[0])}: {task} needs a judge, an OpenAI-compatible endpoint; docs/rubrics.md "
@@ -140,13 +140,13 @@ def jobs(args: argparse.Namespace) -> list[Job]:
     return found
 
 
-def check(job: Job) -> None:
+def check(job: Job, may_differ: set[str]) -> None:
     """Raises InputError for a wrong option, and for a finished run that had others."""
     config = parse(TrainConfig, "", job.train)
     parse(EvalConfig, "", job.evaluate)
     if finished(job.run):
         had = json.loads((job.run / "config.json").read_text())
-        given = {name: getattr(config, name) for name in config._given - MAY_CHANGE}
+        given = {name: getattr(config, name) for name in config._given - may_differ}
         if other := [name for name in sorted(given) if had.get(name) != given[name]]:
             raise InputError(f"{job.run} is another run: its {option(other[0])} is {had.get(other[0])}, and "
                              f"{given[other[0]]} in the experiment; move it away")
@@ -261,7 +261,7 @@ def main(args: argparse.Namespace) -> None:
             args.judge_url, args.judge_model = stack.enter_context(tiny.judge()), "stub"
         found = jobs(args)
         for job in found:
-            check(job)
+            check(job, MAY_CHANGE | ({*JudgeOptions.model_fields} if args.table else set()))
         for job in found:
             if args.commands:
                 start = shlex.join(["torchrun", *launcher(args.gpus)[2:]] if args.gpus > 1 else ["python"])
@@ -273,7 +273,8 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         main(ARGS)
     except InputError as error:

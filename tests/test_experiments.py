@@ -77,13 +77,13 @@ def test_bad_input(words, message, monkeypatch):
 def test_a_finished_run_with_other_options_is_not_taken_for_the_experiment_s(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (job, *_) = run.jobs(options(monkeypatch, "tools"))
-    run.check(job)
+    run.check(job, run.MAY_CHANGE)
     config = {**parse(TrainConfig, "", job.train).model_dump(), "lr": 1e-5}
     (job.run / "checkpoint").mkdir(parents=True)
     (job.run / "config.json").write_text(json.dumps(config))
     (job.run / "metrics.jsonl").write_text(json.dumps({"step": 100, "eval": {}}))
     with pytest.raises(InputError, match=r"runs/rlla-1.5B-rvpo-s0 is another run: its --lr is 1e-05, and 1e-06 in the experiment; move it away"):
-        run.check(job)
+        run.check(job, run.MAY_CHANGE)
 
 
 def test_an_experiment_killed_in_the_middle_and_its_table(monkeypatch, tmp_path):
@@ -111,6 +111,7 @@ def test_an_experiment_killed_in_the_middle_and_its_table(monkeypatch, tmp_path)
     p = sign_flip(differences)
     items = [compare(*(tmp_path / f"runs/tiny-rar-medicine-3B-{m}-s{seed}-healthbench/step-3/results.json" for m in ("gdpo", "rvpo")))[0]["p"] for seed in range(3)]
     assert rows["rvpo"][-3:] == [f"{np.mean(differences):+.3f}", f"{p:.3f}, {p:.3f}", ", ".join(f"{x:.3f}" for x in items)] and rows["gdpo"][-3:] == [""] * 3
+    assert {line["judge"]["missing"] for line in map(json.loads, (first / "metrics.jsonl").read_text().splitlines()) if "loss" in line} == {0}
     table = finish(start(tmp_path, *words, "--table"), tmp_path)
     assert "train.py" not in table and [line for line in table.splitlines() if line.startswith("| rvpo")] == [line for line in out.splitlines() if line.startswith("| rvpo")]
 
@@ -132,6 +133,11 @@ def test_what_another_node_has_is_left_to_it_and_what_this_one_has_is_waited_for
         process = subprocess.Popen([sys.executable, "-c", code, ROOT], stdout=subprocess.PIPE, text=True)
         assert process.stdout.readline() == "waiting for a run that is under way on this node\n" and process.poll() is None
     assert process.communicate(timeout=60)[0] == "has it\n"
+
+
+def test_the_table_needs_no_judge(tmp_path):
+    out = subprocess.run([sys.executable, ROOT / "experiments/run.py", "medicine", "--table"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert "rar-medicine, 14B, healthbench: 0 of 15 runs" in out and not [*tmp_path.iterdir()]
 
 
 def test_commands_are_what_would_be_run(tmp_path):
