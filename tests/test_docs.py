@@ -24,7 +24,7 @@ RUN = ["python train.py --task examples/polite.py --steps 1 --prompts 2 --name p
        "python bench/plot.py runs/polite runs/polite --out both.png"]  # `runs/A runs/B` in README
 NOT_HERE = {  # why
     "make demo": "minutes", "make study": "minutes", "python study/study.py": "minutes", "python bench/step.py": "minutes",
-    "python study/text.py": "days", "python study/more.py": "hours", "python study/demo.py": "tests/test_text.py", "python study/sign.py": "tests/test_sign.py",
+    "python study/text.py": "days", "python study/text_report.py": "tests/test_text.py", "python study/more.py": "hours", "python study/demo.py": "tests/test_text.py", "python study/sign.py": "tests/test_sign.py",
     "make gpu": "tests/test_gpu.py", "python bench/gpu.py": "tests/test_gpu.py",
     "python bench/simulate.py": "tests/test_simulate.py", "python bench/agree.py": "tests/test_agreement.py",
     "python experiments/cost.py": "tests/test_cost.py", "python experiments/run.py": "tests/test_experiments.py",

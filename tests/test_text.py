@@ -10,6 +10,7 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "study"))
 
 import text
+import text_report
 
 TINY = ["--engine", "hf", "--prompts", "2", "--group", "2", "--max-tokens", "8", "--eval-prompts", "4"]
 
@@ -38,13 +39,13 @@ def test_the_report_by_hand():
         for method, joint in (("rvpo", ours), ("gdpo", theirs)):
             run = text.Run("reply", method, "1e-5", seed)
             done[run.name] = outcome(run, joint, short=0.5 + seed / 10)
-    line = next(line for line in text.report(done).splitlines() if line.startswith("| rvpo | 1e-5"))
+    line = next(line for line in text_report.report(done).splitlines() if line.startswith("| rvpo | 1e-5"))
     assert line == "| rvpo | 1e-5 | 2 | 0.550 ± 0.071 | 0.800 ± 0.141 | 0.600 ± 0.141 | 0.550 ± 0.071 | never, never | short 0.55 |  |"
-    line = next(line for line in text.report(done).splitlines() if line.startswith("| gdpo | 1e-5"))
+    line = next(line for line in text_report.report(done).splitlines() if line.startswith("| gdpo | 1e-5"))
     assert "| 0.250 ± 0.071 | 0.200 ± 0.141 |" in line and line.endswith("| 0.500, 0.500 |")  # two seeds can say no more
-    assert "| gdpo | +0.10 (2) |  |  |  |  | +0.50 |" in text.report(done)
-    assert text.lost(outcome(text.Run("reply", "rvpo", "1e-5", 0), [0.0], short=0.4)) == "2"
-    assert "4 runs, 0.4 hours" in text.report(done)
+    assert "| gdpo | +0.10 (2) |  |  |  |  | +0.50 |" in text_report.report(done)
+    assert text_report.lost(outcome(text.Run("reply", "rvpo", "1e-5", 0), [0.0], short=0.4)) == "2"
+    assert "4 runs, 0.4 hours" in text_report.report(done)
 
 
 def test_a_run_is_kept_and_repeated_to_the_digit(tiny, monkeypatch, tmp_path, capsys):
