@@ -6,6 +6,7 @@ CASES: a list of cases, see bench/agree.py. SCORES: a list as long, {name: the t
 What the tools do not offer as a function is called by its private name, so other versions may need other calls.
 """
 
+import argparse
 import contextlib
 import importlib
 import importlib.util
@@ -195,8 +196,10 @@ def rlla_of_toolrl(cases: list[dict], source: str) -> list[dict]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 4:
-        sys.exit(__doc__)
-    WHAT, CASES, SCORES, *SOURCE = sys.argv[1:]
-    found = globals()[WHAT](json.loads(Path(CASES).read_text()), *(SOURCE or [None]))
-    Path(SCORES).write_text(json.dumps(found))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=[name for name in globals() if "_of_" in name])
+    parser.add_argument("cases", type=Path)
+    parser.add_argument("scores", type=Path)
+    parser.add_argument("source", nargs="?")
+    args = parser.parse_args()
+    args.scores.write_text(json.dumps(globals()[args.what](json.loads(args.cases.read_text()), args.source)))

@@ -3,10 +3,13 @@
     python study/text_report.py
 """
 
+import argparse
 import itertools
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":  # before numpy is imported: --help must not wait for it
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script sees its own folder only
 
 import matplotlib

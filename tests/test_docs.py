@@ -25,7 +25,7 @@ RUN = ["python train.py --task examples/polite.py --steps 1 --prompts 2 --name p
 NOT_HERE = {  # why
     "make demo": "minutes", "make study": "minutes", "python study/study.py": "minutes", "python bench/step.py": "minutes",
     "python study/text.py": "days", "python study/text_report.py": "tests/test_text.py", "python study/more.py": "hours", "python study/demo.py": "tests/test_text.py", "python study/sign.py": "tests/test_sign.py",
-    "make gpu": "tests/test_gpu.py", "python bench/gpu.py": "tests/test_gpu.py",
+    "make gpu": "tests/test_gpu.py", "make .venv/ready": "it is what runs this", "python train.py --task rubric": "tests/test_judge.py", "python bench/gpu.py": "tests/test_gpu.py",
     "python bench/simulate.py": "tests/test_simulate.py", "python bench/agree.py": "tests/test_agreement.py",
     "python experiments/cost.py": "tests/test_cost.py", "python experiments/run.py": "tests/test_experiments.py",
     "python -m vllm": "minutes",
@@ -55,7 +55,7 @@ def test_every_option_in_the_text_and_every_file_exists():
              for script in ("train.py", "eval.py", "bench/step.py", "bench/gpu.py", "bench/simulate.py", "bench/agree.py", "study/study.py", "study/text.py", "study/demo.py", "study/more.py", "bench/plot.py",
                            "experiments/run.py", "experiments/cost.py",
                            "tests/kill_and_resume.py")]
-    others = {"--nproc_per_node", "--max-restarts", "--shutdown-timeout", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--no-deps", "--tensor-parallel-size", "--port"}
+    others = {"--served-model-name", "--max-model-len", "--gpu-memory-utilization", "--enforce-eager", "--nproc_per_node", "--max-restarts", "--shutdown-timeout", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--no-deps", "--tensor-parallel-size", "--port"}
     for page in PAGES:
         text = page.read_text()
         unknown = {option for option in re.findall(r"(?<![\w-])--[a-z][\w-]+", text) if option not in others and not any(option in said for said in helps)}

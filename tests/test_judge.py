@@ -385,6 +385,16 @@ def test_every_rubric_option_changes_the_policy(monkeypatch, tmp_path):
         seen[str(option)] = weights
 
 
+def test_the_example_s_rubric(monkeypatch, tmp_path):
+    """docs/rubrics.md's first step: examples/rubric.jsonl, which a judge of 135M parameters finds met in everything."""
+    judge = Server(lambda body, n: json.dumps(dict.fromkeys(names(body), True)))
+    steps, evals, samples, _ = run(monkeypatch, tmp_path, "--task", "rubric", "--data", ROOT / "examples/rubric.jsonl", "--judge-url", judge.url,
+                                   "--judge-model", "judge", "--prompts", 2, "--group", 4, "--steps", 2, "--eval-prompts", 1)
+    assert {*evals[0]["eval"]} == {"clean", "doctor", "joint"} and len(samples) == 16
+    assert all(stats["constant"] == 1 and stats["mean"] == (name not in ("antibiotics", "alarm", "pills")) for line in steps for name, stats in line["channels"].items())
+    assert all(line["judge"]["yes"] == line["judge"]["verdicts"] > 0 and line["grad_norm"] == 0 for line in steps)
+
+
 def test_no_judge_no_run(tmp_path):
     start = time.monotonic()
     result = train(tmp_path, "http://127.0.0.1:9/v1", "--name", "a")
