@@ -61,7 +61,7 @@ import numpy as np
 
 import rewards
 from bench.stats import sign_flip, spread, table
-from checkpoint import MAY_CHANGE, evaluations, finished
+from checkpoint import MAY_CHANGE, by_step, evaluations, finished
 from eval import EvalConfig, compare, holm
 
 
@@ -218,7 +218,7 @@ def row(method: str, runs: dict[int, Job], base: dict[int, Job], columns: list[s
 
 def items_p(job: Job, base: Job) -> str:
     """Of the two final policies, over the items of the benchmark: eval.py's paired permutation test."""
-    a, b = (max(x.results.glob("step-*"), key=lambda path: int(path.name[5:])) / "results.json" for x in (base, job))
+    a, b = (by_step(x.results)[-1] / "results.json" for x in (base, job))
     return f"{compare(a, b)[0]['p']:.3f}"
 
 
