@@ -97,17 +97,16 @@ def plan(done: dict[str, dict]) -> Iterator[Run]:
         yield from runs(("rvpo", "gdpo"), (0, 1, 2), task)
     yield from tuning(("softmin", "grpo"))
     yield from runs(MOST, (0, 1, 2, 3, 4))
-    yield from runs(MOST, (0, 1), steps=LONG)
-    yield from runs(MOST, (0, 1, 2), "reply-25")
     yield from tuning(("hardmin", "explicit"))
+    yield from runs(MOST, (0,), steps=LONG)
     yield from runs((*METHODS,), (0, 1, 2))
-    for seed in (0, 1, 2):
-        yield from runs(MOST[:2], (seed,), steps=LONG)
-        yield from runs(MOST[:2], (seed,), schedule="linear")
+    yield from runs(MOST[:2], (0, 1, 2), schedule="linear")
+    yield from runs(MOST, (0, 1, 2), "reply-25")
+    yield from runs(MOST, (1, 2), steps=LONG)
     yield from runs((*METHODS,), (0, 1, 2), "reply-25")
     yield from runs(MOST, (3, 4), "reply-25")
     for seed in (0, 1, 2):
-        yield from runs(MOST, (seed,), steps=LONG)
+        yield from runs(MOST, (seed,), steps=LONG, schedule="linear")
         yield from runs(MOST, (seed,), schedule="linear")
 
 
