@@ -1,10 +1,9 @@
 """More aggregations on the study's tasks (others.py), and runs three times as long. Apart from study.py's own numbers.
 
-    python study/more.py --reuse runs/study/study.json   # what that study has run is taken over
-    python study/more.py                                 # goes on where it was stopped
-    python study/more.py --tables > docs/more.md         # from what has been run, nothing else
+    python study/more.py                            # goes on where it was stopped
+    python study/more.py --tables > docs/more.md    # from what has been run, nothing else
 
-Each run is a line of study/more.jsonl: its settings, and its evaluations rounded to three digits. One that is there is
+Each run is a line of study/more.jsonl: its settings and its evaluations. One that is there, or in study/study.jsonl, is
 not run again. As in study.py the learning rate is chosen on tuning seeds, then others count; a long run begins with the
 short one, step by step the same, and stands for it.
 """
@@ -16,17 +15,11 @@ from pathlib import Path
 if __name__ == "__main__":  # before torch is imported: --help must not wait for it
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--file", type=Path, default=Path(__file__).with_name("more.jsonl"), help="the runs")
-    parser.add_argument("--starts", type=Path, default=Path("runs/starts"), help="where warm starts are kept")
-    parser.add_argument("--reuse", type=Path, help="a study.json of study.py, run on the same kind of CPU")
-    parser.add_argument("--workers", type=int, default=1, help="processes (default %(default)s)")
     parser.add_argument("--tables", action="store_true", help="run nothing, print the tables")
     OPTIONS = parser.parse_args()
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the code that is studied; a script sees its own folder only
 
-import functools
-import json
 from collections.abc import Iterator
-from multiprocessing import get_context
 
 import numpy as np
 import torch
@@ -52,29 +45,6 @@ HARDER = {"K = 17": ("K = 17", {}),  # title: task, what is done to it
           "no conflict, `safe` inverted in 30%": ("no conflict", {"channel": "safe", "wrong": 0.3})}
 ROBUST = *CLIPPED[:5], *KNOWN[:4], "geometric"  # run there, too
 study.BETAS |= {name: study.BETAS.get(name.split()[0], "0") for name in METHODS} | {"blend full": "2"}
-
-
-def load(file: Path) -> dict[Run, dict]:
-    """{run: its evaluations, as study.result returns them}, from a file like more.jsonl or study.json."""
-    if not file.exists():
-        return {}
-    text = file.read_text()
-    records = json.loads(text) if text.startswith("[") else [json.loads(line) for line in text.splitlines()]
-    return {Run(**{name: record[name] for name in Run._fields if name in record}):
-            {"eval": record["eval"], "full": {c.name: c.full for c in toy.SUITE[record["task"]][0]}}
-            for record in records}
-
-
-def settings_of(run: Run) -> dict:
-    """What differs from Run's defaults."""
-    return {name: value for name, value in run._asdict().items() if value != Run._field_defaults.get(name)}
-
-
-def append(file: Path, run: Run, out: dict, **more) -> None:
-    """A line: its settings, the evaluations, and what else there is to say."""
-    curves = {name: [round(x, 3) for x in curve] for name, curve in out["eval"].items()}
-    with file.open("a") as lines:
-        lines.write(json.dumps({**settings_of(run), **more, "eval": curves}) + "\n")
 
 
 def find(done: dict[Run, dict], run: Run) -> dict | None:
@@ -149,35 +119,6 @@ def stages(done: dict[Run, dict]) -> Iterator[list[Run]]:
         yield counted("conflict", LONGER, n, times=LONG)
     yield from tuned("conflict", CLIPPED)
     yield counted("conflict", CLIPPED)
-
-
-def execute(runs: list[Run], done: dict[Run, dict], file: Path, starts: Path, workers: int) -> None:
-    """Runs what is neither in `done` nor the beginning of what is, and appends it to the file."""
-    todo = [run for run in dict.fromkeys(runs) if not find(done, run)]
-    keys = dict.fromkeys((run.seed, toy.SUITE[run.task][1]) for run in todo)
-    with get_context("fork").Pool(workers) as pool:
-        study.STARTS.update(pool.imap(functools.partial(start, starts), keys))
-    with get_context("fork").Pool(workers) as pool:  # forked after the starts are there
-        for run, out in zip(todo, pool.imap(study.result, todo), strict=True):
-            append(file, run, out)
-            done |= load(file)  # rounded
-            print(f"{run}: {last(out):.3f}", file=sys.stderr, flush=True)
-
-
-def start(folder: Path, key: tuple[int, str]) -> tuple[tuple[int, str], dict]:
-    """study.warm_start, kept in a file."""
-    file = folder / "{}-{}.pt".format(*key)
-    if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.save(study.warm_start(key)[1], file)
-    return key, torch.load(file)
-
-
-def reuse(source: Path, done: dict[Run, dict], file: Path) -> None:
-    """Takes over from a study.json the runs that may be compared here."""
-    for run, out in load(source).items():
-        if run.method in KNOWN and run.lr in RATES and run.beta is None and run.group == 8 and not find(done, run):
-            append(file, run, out, reused=True)
 
 
 def against_rvpo(values: dict[str, list[float]], n: int) -> dict[str, list[str]]:
@@ -302,18 +243,16 @@ def tables(done: dict[Run, dict]) -> str:
     return INTRODUCTION + "\n".join(f"## {title}\n\n{text}" for title, text in parts.items())
 
 
-def main(file: Path, starts: Path, source: Path | None, workers: int, only_tables: bool) -> None:
+def main(file: Path, only_tables: bool) -> None:
     """See OPTIONS."""
+    done = study.load(Path(__file__).with_name("study.jsonl")) | study.load(file)
     if only_tables:
-        print(tables(load(file)), end="")
+        print(tables(done), end="")
         return
     torch.set_num_threads(1)  # before the processes fork
-    if source:
-        reuse(source, load(file), file)
-    done = load(file)
     for stage in stages(done):
-        execute(stage, done, file, starts, workers)
+        study.execute((run for run in stage if not find(done, run)), done, file, ("eval", "full"))
 
 
 if __name__ == "__main__":
-    main(OPTIONS.file, OPTIONS.starts, OPTIONS.reuse, OPTIONS.workers, OPTIONS.tables)
+    main(OPTIONS.file, OPTIONS.tables)

@@ -2,10 +2,12 @@
 
     python study/study.py --out runs/study                     # 17 minutes on two EPYC cores
     python study/study.py --out runs/study-20 --first-seed 20  # other held-out seeds
+    python study/study.py --out study                          # makes the tables of this folder's study.jsonl again
 
-Writes study.json (every run's settings and curves), study.md (the tables) and study.png into --out. A run is train.fit
-itself, with the tasks, the policy and the engine of toy.py: same warm start, prompts, request seeds and steps for
-every aggregation. The learning rate is chosen for each aggregation and task on tuning seeds, then eight others count.
+Writes study.jsonl (each run's settings and curves, in four digits), study.md (the tables) and study.png into --out. A
+run that is in study.jsonl is not run again. A run is train.fit itself, with the tasks, the policy and the engine of
+toy.py: same warm start, prompts, request seeds and steps for every aggregation. The learning rate is chosen for each
+aggregation and task on tuning seeds, then eight others count.
 """
 
 import argparse
@@ -14,14 +16,13 @@ from pathlib import Path
 
 if __name__ == "__main__":  # before torch is imported: --help must not wait for it
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/study"), help="a new directory (default %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("runs/study"), help="directory (default %(default)s)")
     parser.add_argument("--first-seed", type=int, default=0, help="first held-out seed (default %(default)s)")
     parser.add_argument("--search", action="store_true", help="instead: random tasks, one seed, into search.md")
     OPTIONS = parser.parse_args()
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the code that is studied; a script sees its own folder only
 
 import functools
-import itertools
 import json
 import math
 from collections.abc import Callable, Iterable
@@ -97,6 +98,26 @@ class Records(Log):
         """Hundreds of runs, several at a time: only their results are shown."""
 
 
+def rounded(x):
+    """The same dicts and lists, floats in four digits: what a file keeps."""
+    if isinstance(x, dict):
+        return {key: rounded(value) for key, value in x.items()}
+    return [*map(rounded, x)] if isinstance(x, list) else float(f"{x:.4g}")
+
+
+def load(file: Path) -> dict[Run, dict]:
+    """{run: what is kept of its result}, from a file that `execute` wrote."""
+    lines = map(json.loads, file.read_text().splitlines() if file.exists() else [])
+    return {Run(**{name: line.pop(name) for name in Run._fields if name in line}): line for line in lines}
+
+
+def append(file: Path, run: Run, out: dict) -> None:
+    """A line: what differs from Run's defaults, and `out`."""
+    settings = {name: value for name, value in run._asdict().items() if value != Run._field_defaults.get(name)}
+    with file.open("a") as lines:
+        lines.write(json.dumps(settings | out) + "\n")
+
+
 def warm_start(key: tuple[int, str]) -> tuple[tuple[int, str], dict]:
     return key, toy.warm_start(*key).state_dict()
 
@@ -160,12 +181,18 @@ def result(run: Run) -> dict:
     }
 
 
-def execute(runs: Iterable[Run], done: dict[Run, dict]) -> None:
-    """Adds to `done` the result of each run that is not there, in a process a core."""
+def execute(runs: Iterable[Run], done: dict[Run, dict], file: Path, kept: tuple[str, ...] = ()) -> None:
+    """Adds to `done` and to the file the result of each run that is not there, in a process a core.
+
+    kept: the entries of a result that are kept; all of them by default."""
     todo = sorted((run for run in dict.fromkeys(runs) if run not in done), key=lambda run: run.seed)
+    starts = dict.fromkeys((run.seed, toy.SUITE[run.task][1]) for run in todo)
     with get_context("fork").Pool() as pool:
+        STARTS.update(pool.imap(warm_start, (key for key in starts if key not in STARTS)))
+    with get_context("fork").Pool() as pool:  # forked after the starts are there
         for run, out in zip(todo, tqdm(pool.imap(result, todo), total=len(todo), unit="run"), strict=True):
-            done[run] = out
+            done[run] = rounded({name: out[name] for name in kept or out})
+            append(file, run, done[run])
 
 
 def choose_rates(done: dict[Run, dict]) -> dict[tuple[str, str], float]:
@@ -208,12 +235,12 @@ def comparisons(rates: dict, seeds: range) -> dict[str, Panel]:
     }
 
 
-def search(seed: int) -> str:
+def search(seed: int, file: Path) -> str:
     """An attempt to break the claim: joint rates on random tasks, each at the better of two learning rates."""
     names = [f"random {i}" for i in range(SEARCH)]
     toy.SUITE.update((name, toy.random_task(name)) for name in names)
-    methods, done = ("rvpo", "gdpo", "grpo", "softmin"), {}
-    execute((Run(name, m, seed, lr) for name in names for m in methods for lr in RATES[1:3]), done)
+    methods, done = ("rvpo", "gdpo", "grpo", "softmin"), load(file)
+    execute((Run(name, m, seed, lr) for name in names for m in methods for lr in RATES[1:3]), done, file, ("eval",))
     rows, wins = [], {m: np.zeros(3, int) for m in methods[1:]}
     for name in names:
         best = {m: max(last(done[Run(name, m, seed, lr)]) for lr in RATES[1:3]) for m in methods}
@@ -229,28 +256,24 @@ def search(seed: int) -> str:
 def main(out: Path, first_seed: int, searching: bool) -> None:
     """See OPTIONS."""
     seeds = range(first_seed, first_seed + HELD_OUT)
-    if out.exists() or {*seeds} & {*TUNING}:
-        sys.exit(f"error: --out {out} must not exist yet, and the seeds must be others than {TUNING}")
-    out.mkdir(parents=True)
+    if {*seeds} & {*TUNING}:
+        sys.exit(f"error: --first-seed {first_seed}: {seeds} has a tuning seed, {TUNING}; choose another")
+    out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # before the processes fork, one a core
-    needed = seeds[:1] if searching else [*TUNING, *seeds]
-    with get_context("fork").Pool() as pool:
-        STARTS.update(pool.imap(warm_start, itertools.product(needed, toy.FAULTS)))
     if searching:
-        (out / "search.md").write_text(search(seeds[0]))
+        (out / "search.md").write_text(search(seeds[0], out / "search.jsonl"))
         return
-    done: dict[Run, dict] = {}
+    file = out / "study.jsonl"
+    done = load(file)
     execute((Run(task, m, seed, lr) for task in TASKS for m in METHODS if m not in TUNED for seed in TUNING
-             for lr in RATES), done)
+             for lr in RATES), done, file)
     rates = choose_rates(done)
     panels = comparisons(rates, seeds)
     execute((run for panel in panels.values() for cells in panel.values() for runs in cells.values() for run in runs),
-            done)
-    with (out / "study.json").open("w") as file:
-        json.dump([{**run._asdict(), **outcome} for run, outcome in done.items()], file)
+            done, file)
     (out / "study.md").write_text(report(done, panels, rates, EVERY))
     figure(done, panels, EVERY, out / "study.png")
-    print(f"{out}: study.json, study.md, study.png")
+    print(f"{out}: study.jsonl, study.md, study.png")
 
 
 if __name__ == "__main__":

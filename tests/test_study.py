@@ -169,16 +169,22 @@ def test_a_run_that_is_in_the_file_is_not_run_again(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "EVERY", 1)
     monkeypatch.setattr(rvpo, "AGGREGATIONS", dict(rvpo.AGGREGATIONS))
     monkeypatch.setattr(study, "warm_start", lambda key: (key, toy.make_policy(3).state_dict()))
-    monkeypatch.setattr(more, "get_context", lambda kind: multiprocessing.dummy)
+    monkeypatch.setattr(study, "get_context", lambda kind: multiprocessing.dummy)
+    monkeypatch.setattr(study, "STARTS", {})
     file, long = tmp_path / "more.jsonl", study.Run("conflict", "rvpo full", 0, 1e-3, times=more.LONG)
     short, done = long._replace(times=1), {}
-    more.execute([long, long], done, file, tmp_path / "starts", 1)
-    assert [*done] == [long] and done == more.load(file) and len(done[long]["eval"]["joint"]) == 7
+    study.execute([long, long], done, file, ("eval", "full"))
+    assert [*done] == [long] and done == study.load(file) and len(done[long]["eval"]["joint"]) == 7
     alone = study.result(short)
-    assert {name: [round(x, 3) for x in curve] for name, curve in alone["eval"].items()} == more.find(done, short)["eval"]
+    assert study.rounded(alone["eval"]) == more.find(done, short)["eval"] and study.rounded(1 / 3) == 0.3333
+    study.execute([short], done, file)
+    assert study.load(file)[short].keys() == alone.keys()
     monkeypatch.setattr(study, "result", None)  # it is not called
     before = file.read_text()
-    more.execute([short, long], done, file, tmp_path / "starts", 1)
+    study.execute([short, long], study.load(file), file)
+    assert file.read_text() == before
+    monkeypatch.setattr(more, "stages", lambda done: iter([[short, long]]))
+    more.main(file, False)
     assert file.read_text() == before
 
 
@@ -199,8 +205,8 @@ def test_learning_rates_and_tables_of_more(tmp_path):
     done |= {study.Run("conflict", m, seed, 1e-3): out(value + seed / 100)
              for m, value in (("rvpo", 0.8), ("rvpo full", 0.9)) for seed in range(8)}
     for run, one in done.items():
-        more.append(tmp_path / "more.jsonl", run, one)
-    row = next(line for line in more.tables(more.load(tmp_path / "more.jsonl")).splitlines() if line.startswith("| rvpo full"))
+        study.append(tmp_path / "more.jsonl", run, one)
+    row = next(line for line in more.tables(study.load(tmp_path / "more.jsonl")).splitlines() if line.startswith("| rvpo full"))
     assert row.split(" | ")[1:4] == ["0.001", "8", "0.935 ± 0.024"] and row.endswith("| 8 | -0.100 | 0.0078 | 0.008 |")
 
 
@@ -219,23 +225,24 @@ def test_a_run_and_the_report(tmp_path, monkeypatch):
     assert study.result(run._replace(method="centred"))["full"] == out["full"]
     assert study.result(run._replace(wrong=0.0))["weight"]["safe"] != out["weight"]["safe"]
 
-    def stand_in(runs, done):
-        for one in runs:
+    def stand_in(runs, done, file):
+        for one in {run for run in runs if run not in done}:
             channels = [c.name for c in toy.SUITE[one.task][0]]
             value = {"rvpo": 0.9, "gdpo": 0.1 + one.seed / 100}.get(one.method, 0.5) + one.lr
             done[one] = {**out, "eval": {name: [0.0, value, value] for name in [*channels, "joint"]}, "full": dict.fromkeys(channels, 1.0),
                          "binding": {c: [0.1, 0.2] for c in channels}, "weight": {c: [0.1, 0.1] for c in channels}}
+            study.append(file, one, done[one])
 
     monkeypatch.setattr(study, "execute", stand_in)
-    monkeypatch.setattr(study, "warm_start", lambda key: (key, {}))
-    monkeypatch.setattr(study, "get_context", lambda kind: multiprocessing.dummy)  # threads
     study.main(tmp_path / "out", 40, False)
     text = (tmp_path / "out/study.md").read_text()
     row = next(line for line in text.splitlines() if line.startswith("| gdpo |")).split(" | ")
     # seeds 40 to 47: joint .5 to .57 and the best learning rate, 3e-3; rvpo is .366 better, in every seed
     assert row[1:3] == ["0.003", "0.538 ± 0.024"] and row[6] == "8 of 8"
     assert row[8:10] == ["+0.365", "0.0078"] and row[10] == "0.047 |"
-    assert len(json.loads((tmp_path / "out/study.json").read_text())) > 200
+    assert len(lines := (tmp_path / "out/study.jsonl").read_text().splitlines()) > 200
     assert (tmp_path / "out/study.png").read_bytes()[:4] == b"\x89PNG"
-    with pytest.raises(SystemExit, match="must not exist"):
-        study.main(tmp_path / "out", 40, False)
+    study.main(tmp_path / "out", 40, False)  # from the file
+    assert (tmp_path / "out/study.jsonl").read_text().splitlines() == lines and (tmp_path / "out/study.md").read_text() == text
+    with pytest.raises(SystemExit, match="tuning seed"):
+        study.main(tmp_path / "out", 995, False)
