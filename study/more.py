@@ -3,8 +3,8 @@
     python study/more.py                            # goes on where it was stopped
     python study/more.py --tables > docs/more.md    # from what has been run, nothing else
 
-Each run is a line of study/more.jsonl: its settings and its evaluations. One that is there, or in study/study.jsonl, is
-not run again. As in study.py the learning rate is chosen on tuning seeds, then others count; a long run begins with the
+Each run is a line of study/more.jsonl: its settings and its evaluations. One that is there is not
+run again. As in study.py the learning rate is chosen on tuning seeds, then others count; a long run begins with the
 short one, step by step the same, and stands for it.
 """
 
@@ -24,7 +24,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 import toy
-from report import last, shares
+from report import best, last, shares
 
 import study
 from bench.stats import sign_flip, spread, table
@@ -159,12 +159,6 @@ def compare(done: dict[Run, dict], task: str) -> str:
                  "| rvpo - it | p | Holm's p |", rows)
 
 
-def best(out: dict) -> float:
-    """The best mean of two evaluations in a row, as `last` is one."""
-    joint = np.array(out["eval"]["joint"])
-    return float(((joint[1:] + joint[:-1]) / 2).max())
-
-
 def longer(done: dict[Run, dict]) -> str:
     """The table of the long runs."""
     outs = outcomes(done, "conflict", METHODS, times=LONG)
@@ -245,13 +239,13 @@ def tables(done: dict[Run, dict]) -> str:
 
 def main(file: Path, only_tables: bool) -> None:
     """See OPTIONS."""
-    done = study.load(Path(__file__).with_name("study.jsonl")) | study.load(file)
+    done = study.load(file)
     if only_tables:
         print(tables(done), end="")
         return
     torch.set_num_threads(1)  # before the processes fork
     for stage in stages(done):
-        study.execute((run for run in stage if not find(done, run)), done, file, ("eval", "full"))
+        study.execute((run for run in stage if not find(done, run)), done, file, ("eval",))
 
 
 if __name__ == "__main__":

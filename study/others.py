@@ -1,7 +1,7 @@
 """Aggregations of others, clipped ones and an attempt of our own, which more.py compares with those of rvpo.py.
 
-As rvpo.AGGREGATIONS: rewards (P, G, K) -> scores (P, G), not yet whitened. Rewards are on the unit scale, none is
-missing, and all weigh the same: `weights` is not used, nor is beta but by `blend`.
+As rvpo.AGGREGATIONS: rewards (P, G, K) -> scores (P, G), not yet whitened. Rewards are on the unit scale and none is
+missing. `weights` is not used, for all weigh the same, but the constraint where `heavy` has it; nor is beta by most.
 """
 
 import functools
@@ -14,6 +14,7 @@ import rvpo
 from rewards import Channel, to_unit
 
 FLOOR = 0.05  # of the geometric mean, which would not see a channel beside one that is 0
+LIMIT = "length14"  # the constraint of the task conflict
 GAP = 2.0  # z of a success minus z of a failure where half of a large group succeeds
 
 
@@ -84,9 +85,17 @@ def clipped(aggregation: Callable, channels: list[Channel], rewards: Tensor, bet
     return neutral(aggregation(r, beta, weights), rvpo.has_signal(r))
 
 
+def heavy(aggregation: Callable, factor: int, channels: list[Channel], rewards: Tensor, beta: float, weights) -> Tensor:
+    """The aggregation with the constraint weighing `factor` times as much as another channel: --weights, by hand."""
+    return aggregation(rewards, beta, torch.tensor([factor if channel.name == LIMIT else 1 for channel in channels]))
+
+
 def forms(channels: list[Channel]) -> dict[str, Callable]:
-    """{name: aggregation of the rewards of these channels}; "X full" is X, clipped."""
+    """{name: aggregation of the rewards of these channels}; "X full" is X, clipped, "X x3" has three times the weight
+    on the constraint."""
     new = {"dara": dara, "gd2po": gd2po, "dvao": dvao, "geometric": geometric, "blend": blend}
     known = {name: rvpo.AGGREGATIONS[name] for name in ("rvpo", "gdpo", "grpo", "hardmin", "softmin")}
     return ({name: lambda r, beta, w, f=f: f(to_unit(channels, r), beta, w) for name, f in new.items()}
-            | {f"{name} full": functools.partial(clipped, f, channels) for name, f in (known | new).items()})
+            | {f"{name} full": functools.partial(clipped, f, channels) for name, f in (known | new).items()}
+            | {f"{name} x{factor}": functools.partial(heavy, rvpo.AGGREGATIONS[name], factor, channels)
+               for name in ("rvpo", "gdpo") for factor in (3, 10)})

@@ -15,12 +15,19 @@ from eval import holm
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+LONGER = "Three times as long"
 Panel = dict[str, dict[str, list]]  # row: column: runs, one a seed. `done` below is {run: what study.result returns}
 
 
 def last(out: dict, name: str = "joint") -> float:
     """The mean of the last two evaluations."""
     return float(np.mean(out["eval"][name][-2:]))
+
+
+def best(out: dict) -> float:
+    """The best mean of two evaluations in a row, as `last` is one."""
+    joint = np.array(out["eval"]["joint"])
+    return float(((joint[1:] + joint[:-1]) / 2).max())
 
 
 def shares(out: dict) -> dict[str, float]:
@@ -67,10 +74,19 @@ def report(done: dict, panels: dict[str, Panel], rates: dict, every: int) -> str
     parts = {f"{task} (K = {len(toy.SUITE[task][0])})": compare(panel, done, rates, task)
              for task, panel in panels["Aggregation"].items()}
     for title, panel in [*panels.items()][1:]:
+        if title == LONGER:
+            continue
         columns = next(iter(panel.values()))
         parts[title] = table("| joint rate | " + " | ".join(columns) + " |", (
             [str(row), *(spread([last(done[run]) for run in runs]) for runs in cells.values())]
             for row, cells in panel.items()))
+
+    parts["Three times as long: conflict (best: of the means of two evaluations in a row)"] = table(
+        "| aggregation | after 120 steps | after 360 | of each seed | best | best - final |", (
+            [m, spread([last(done[run._replace(times=1)]) for run in runs]), spread([last(done[run]) for run in runs]),
+             " ".join(f"{last(done[run]):.2f}" for run in runs), spread([best(done[run]) for run in runs]),
+             f"{np.mean([best(done[run]) - last(done[run]) for run in runs]):.3f}"]
+            for m, runs in panels[LONGER]["conflict"].items()))
 
     def mean(method: str, *keys: str) -> np.ndarray:
         """Over the seeds of the conflict task that have the number."""

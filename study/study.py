@@ -33,7 +33,7 @@ import numpy as np
 import others
 import torch
 import toy
-from report import Panel, figure, last, report, shares
+from report import LONGER, Panel, figure, last, report, shares
 from tqdm import tqdm
 
 import rvpo
@@ -51,8 +51,9 @@ RATES = 1e-4, 3e-4, 1e-3, 3e-3
 TUNING, HELD_OUT, FEW = (1000, 1001), 8, 3  # seeds to choose by, to report, and to report in the smaller comparisons
 STEPS, EVERY = 120, 20
 SEARCH = 24  # random tasks
-TUNED = {"rvpo 0.5:2": "rvpo", "centred": "rvpo", "minmax": "grpo", "rawsoftmin": "softmin"}  # take the other's rate
-BETAS = METHODS | {"minmax": "0", "rawsoftmin": "1", "centred": "2"}
+HEAVY = {f"{m} x{factor}": m for m in ("rvpo", "gdpo") for factor in (3, 10)}  # others.heavy
+TUNED = {"rvpo 0.5:2": "rvpo", "centred": "rvpo", "minmax": "grpo", "rawsoftmin": "softmin", **HEAVY}  # take its rate
+BETAS = METHODS | {"minmax": "0", "rawsoftmin": "1", "centred": "2"} | {m: METHODS[HEAVY[m]] for m in HEAVY}
 
 
 class Run(NamedTuple):
@@ -106,9 +107,12 @@ def rounded(x):
 
 
 def load(file: Path) -> dict[Run, dict]:
-    """{run: what is kept of its result}, from a file that `execute` wrote."""
-    lines = map(json.loads, file.read_text().splitlines() if file.exists() else [])
-    return {Run(**{name: line.pop(name) for name in Run._fields if name in line}): line for line in lines}
+    """{run: what is kept of its result, and `full`}, from a file that `execute` wrote."""
+    out = {}
+    for line in map(json.loads, file.read_text().splitlines() if file.exists() else []):
+        run = Run(**{name: line.pop(name) for name in Run._fields if name in line})
+        out[run] = {"full": {c.name: c.full for c in toy.SUITE[run.task][0]}} | line
+    return out
 
 
 def append(file: Path, run: Run, out: dict) -> None:
@@ -228,6 +232,11 @@ def comparisons(rates: dict, seeds: range) -> dict[str, Panel]:
                              for m in (*ours, "grpo", "hardmin", "softmin")} for wrong in (0.0, 0.1, 0.3)},
         "Whitening: rvpo over the batch, or centred in the group first": {
             task: {m: runs(task, m) for m in ("rvpo", "centred")} for task in TASKS},
+        "Weights: conflict, the length limit weighs more": {
+            f"x {factor}": {m: runs("conflict", m if factor == 1 else f"{m} x{factor}", HELD_OUT) for m in ours}
+            for factor in (1, 3, 10)},
+        LONGER: {"conflict": {m: runs("conflict", m, HELD_OUT, times=3)
+                              for m in ("rvpo", "gdpo", "grpo", "hardmin", "softmin")}},
         "K and G: conflict, 64 rollouts a step": {
             f"K = {len(toy.SUITE[task][0])}, G = {group}": {m: runs(task, m, group=group) for m in ours}
             for task, group in (("K = 2", 8), ("K = 4", 8), ("conflict", 4), ("conflict", 8), ("conflict", 16),

@@ -135,6 +135,13 @@ def test_aggregations_of_others_by_hand(name, beta, rewards, expected):
     torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64), atol=2e-3, rtol=0)
 
 
+def test_a_heavy_constraint_by_hand():
+    forms, rewards = others.forms([toy.reward("safe"), toy.reward("length14")]), torch.tensor(FOUR, dtype=torch.float64)
+    expected = (0.866 * torch.tensor([1.0, -1, 1, -1]) + 3 * torch.tensor([1.5, -0.5, -0.5, -0.5])) / 4
+    torch.testing.assert_close(forms["gdpo x3"](rewards, 0.0, None)[0], expected.double(), atol=2e-3, rtol=0)
+    assert (forms["rvpo x10"](rewards, 2.0, None) - forms["rvpo x3"](rewards, 2.0, None)).abs().min() > 1e-3
+
+
 def test_weights_of_channels_that_hardly_vary(monkeypatch):
     rewards = torch.zeros(30, 2, 3)
     rewards[:, 0, 0] = 1
@@ -173,10 +180,12 @@ def test_a_run_that_is_in_the_file_is_not_run_again(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "STARTS", {})
     file, long = tmp_path / "more.jsonl", study.Run("conflict", "rvpo full", 0, 1e-3, times=more.LONG)
     short, done = long._replace(times=1), {}
-    study.execute([long, long], done, file, ("eval", "full"))
-    assert [*done] == [long] and done == study.load(file) and len(done[long]["eval"]["joint"]) == 7
+    study.execute([long, long], done, file, ("eval",))
+    assert [*done] == [long] and done[long]["eval"] == study.load(file)[long]["eval"] and len(done[long]["eval"]["joint"]) == 7
     alone = study.result(short)
-    assert study.rounded(alone["eval"]) == more.find(done, short)["eval"] and study.rounded(1 / 3) == 0.3333
+    assert study.rounded(alone["eval"]) == more.find(study.load(file), short)["eval"] and study.rounded(1 / 3) == 0.3333
+    done = study.load(file)
+    assert done[long]["full"]["please"] < 1 / 3
     study.execute([short], done, file)
     assert study.load(file)[short].keys() == alone.keys()
     monkeypatch.setattr(study, "result", None)  # it is not called
@@ -240,6 +249,8 @@ def test_a_run_and_the_report(tmp_path, monkeypatch):
     # seeds 40 to 47: joint .5 to .57 and the best learning rate, 3e-3; rvpo is .366 better, in every seed
     assert row[1:3] == ["0.003", "0.538 ± 0.024"] and row[6] == "8 of 8"
     assert row[8:10] == ["+0.365", "0.0078"] and row[10] == "0.047 |"
+    assert "| x 1 | 0.903 ± 0.000 | 0.538 ± 0.024 |\n| x 3 | 0.503 ± 0.000 | 0.503 ± 0.000 |" in text
+    assert "| gdpo | 0.538 ± 0.024 | 0.538 ± 0.024 | 0.50 0.51 0.52 0.53 0.54 0.55 0.56 0.57 | 0.538 ± 0.024 | 0.000 |" in text
     assert len(lines := (tmp_path / "out/study.jsonl").read_text().splitlines()) > 200
     assert (tmp_path / "out/study.png").read_bytes()[:4] == b"\x89PNG"
     study.main(tmp_path / "out", 40, False)  # from the file
