@@ -219,6 +219,10 @@ def comparisons(rates: dict, seeds: range) -> dict[str, Panel]:
         same = scale == 1 and wrong == 0
         return runs(task, method, **({} if same else {"channel": channel, "scale": scale, "wrong": wrong}))
 
+    def heavy(factor: int) -> dict[str, list[Run]]:
+        cells = {m: runs("conflict", m if factor == 1 else f"{m} x{factor}", HELD_OUT) for m in ours}
+        return cells | {"gdpo at rvpo's rate": [run._replace(lr=rates["conflict", "rvpo"]) for run in cells["gdpo"]]}
+
     easy, ours = "no conflict", ("rvpo", "gdpo")
     return {
         "Aggregation": {task: {m: runs(task, m, HELD_OUT) for m in METHODS} for task in TASKS},
@@ -232,9 +236,7 @@ def comparisons(rates: dict, seeds: range) -> dict[str, Panel]:
                              for m in (*ours, "grpo", "hardmin", "softmin")} for wrong in (0.0, 0.1, 0.3)},
         "Whitening: rvpo over the batch, or centred in the group first": {
             task: {m: runs(task, m) for m in ("rvpo", "centred")} for task in TASKS},
-        "Weights: conflict, the length limit weighs more": {
-            f"x {factor}": {m: runs("conflict", m if factor == 1 else f"{m} x{factor}", HELD_OUT) for m in ours}
-            for factor in (1, 3, 10)},
+        "Weights: conflict, the length limit weighs more": {f"x {factor}": heavy(factor) for factor in (1, 3, 10)},
         LONGER: {"conflict": {m: runs("conflict", m, HELD_OUT, times=3)
                               for m in ("rvpo", "gdpo", "grpo", "hardmin", "softmin")}},
         "K and G: conflict, 64 rollouts a step": {

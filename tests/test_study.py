@@ -249,7 +249,7 @@ def test_a_run_and_the_report(tmp_path, monkeypatch):
     # seeds 40 to 47: joint .5 to .57 and the best learning rate, 3e-3; rvpo is .366 better, in every seed
     assert row[1:3] == ["0.003", "0.538 ± 0.024"] and row[6] == "8 of 8"
     assert row[8:10] == ["+0.365", "0.0078"] and row[10] == "0.047 |"
-    assert "| x 1 | 0.903 ± 0.000 | 0.538 ± 0.024 |\n| x 3 | 0.503 ± 0.000 | 0.503 ± 0.000 |" in text
+    assert "| x 1 | 0.903 ± 0.000 | 0.538 ± 0.024 | 0.538 ± 0.024 |\n| x 3 | 0.503 ± 0.000 | 0.503 ± 0.000 |" in text
     assert "| gdpo | 0.538 ± 0.024 | 0.538 ± 0.024 | 0.50 0.51 0.52 0.53 0.54 0.55 0.56 0.57 | 0.538 ± 0.024 | 0.000 |" in text
     assert len(lines := (tmp_path / "out/study.jsonl").read_text().splitlines()) > 200
     assert (tmp_path / "out/study.png").read_bytes()[:4] == b"\x89PNG"
