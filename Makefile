@@ -6,7 +6,7 @@ RUN := demo-$(shell date +%m%d-%H%M%S)
 demo: .venv/ready  ## rvpo and gdpo on SmolLM2-135M: does a constraint survive? about ten minutes on two cores
 	.venv/bin/python study/demo.py --name $(RUN)
 
-study: .venv/ready  ## every aggregation on three small tasks: 17 minutes or more on two cores
+study: .venv/ready  ## every aggregation on three small tasks: up to an hour on two cores
 	.venv/bin/python study/study.py --out runs/study-$(shell date +%m%d-%H%M%S)
 
 test: .venv/ready

@@ -1,6 +1,6 @@
 """Does the soft minimum do what it is for, and when not? Every aggregation on three small tasks, all else equal.
 
-    python study/study.py --out runs/study                     # 17 minutes on two EPYC cores
+    python study/study.py --out runs/study                     # up to an hour on two cores; killed, it goes on
     python study/study.py --out runs/study-20 --first-seed 20  # other held-out seeds
     python study/study.py --out study                          # makes the tables of this folder's study.jsonl again
 
