@@ -203,18 +203,19 @@ def tried(done: dict[Run, dict]) -> str:
     return table("| aggregation | task | " + " | ".join(f"{lr:g}" for lr in RATES) + " |", rows)
 
 
-INTRODUCTION = """# More aggregations, and longer runs
+INTRODUCTION = """# More aggregations
 
 Made by study/more.py of study/more.jsonl; tasks, policy and steps are those of [the study](study.md), the
-aggregations are defined in study/others.py. The learning rate is chosen on two tuning seeds of 3e-4, 1e-3 and 3e-3.
-"full": clipped at what satisfies a channel. Joint rate: the mean of a run's last two evaluations; ± the standard
-deviation over seeds. p: exact sign-flip test, paired by seed, given for eight seeds; Holm's correction within others'
-methods, clipped ones and ours, each by itself (among more than six methods eight seeds cannot show anything; this was
-decided after the first tables, where all were corrected together and geometric's lead in conflict had .094). rvpo,
-gdpo, grpo, softmin and hardmin are tested in the study; their runs of 120 steps are an earlier one's, on the same
-kind of CPU, when the code rounded differently. Without conflict every channel is full at its best, so clipping
-changes nothing there, nor where that task has noise. `blend` was not better than the clipped methods on the tuning
-seeds, and was not run on all eight others.
+aggregations are defined in study/others.py. All runs are of an Intel Xeon: they are to be compared with each other, and
+not with the study's tables, which are an AMD EPYC's. The learning rate is chosen of 3e-4, 1e-3 and 3e-3 on two tuning
+seeds, or on one where it could not win any more. "full": min(1, reward / full) instead of the reward. Joint rate: the
+mean of a run's last two evaluations; ± the standard deviation over seeds. p: exact sign-flip test, paired by seed,
+given for eight seeds; Holm's correction within others' methods, clipped ones and ours, each by itself (among more than
+six methods eight seeds cannot show anything; this was decided after the first tables, where all were corrected
+together and geometric's lead in conflict had .094). The runs of rvpo, gdpo, grpo, softmin and hardmin over 120 steps
+are older than the others: the code rounded differently. Without conflict every channel is full at its best, so
+clipping changes nothing there, nor where that task has noise. `blend` was not better than the clipped methods on the
+tuning seeds; of held-out ones it was run on the harder tasks only.
 
 """
 
