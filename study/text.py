@@ -36,12 +36,12 @@ import numpy as np
 ROOT = Path(__file__).parent.parent
 RESULTS, RUNS = Path(__file__).with_suffix(".jsonl"), ROOT / "runs"
 STEPS, LONG, EVERY = 15, 45, 3
-METHODS = {"rvpo": "2", "rvpo 0.5:2": "0.5:2", "gdpo": "0", "grpo": "0", "softmin": "1", "hardmin": "0",
-           "explicit": "1"}  # name: beta; the aggregation is the first word
-MOST = "rvpo", "gdpo", "grpo", "softmin"  # five seeds, the others three
+METHODS = {"rvpo": "2", "rvpo 0.5:2": "0.5:2", "rvpo 10": "10", "gdpo": "0", "grpo": "0", "softmin": "1",
+           "hardmin": "0", "explicit": "1"}  # name: beta; the aggregation is the first word
+MOST = "rvpo", "gdpo", "grpo", "softmin", "hardmin"  # five seeds, the others three
 GRID, TUNING = ("1e-5", "2e-5", "4e-5"), 100  # learning rates; the seed they were chosen on, on the task reply
 LOCK, TAKEN = Lock(), set()  # what a process of this study has begun
-TUNED = {"rvpo 0.5:2": "rvpo"}  # take the other's rate
+TUNED = {"rvpo 0.5:2": "rvpo", "rvpo 10": "rvpo"}  # take the other's rate
 
 
 class Run(NamedTuple):
@@ -95,23 +95,19 @@ def plan(done: dict[str, dict]) -> Iterator[Run]:
     yield from tuning(("rvpo", "gdpo"))
     for task in ("reply", "reply-capped"):
         yield from runs(("rvpo", "gdpo"), (0, 1, 2), task)
-    yield from tuning(("softmin", "grpo"))
+    yield from tuning(("softmin", "grpo", "hardmin"))
     yield from runs(MOST, (0, 1, 2, 3, 4))
-    yield from tuning(("hardmin",))
-    yield from runs(MOST[:1], (0,), steps=LONG)
-    yield from runs(("hardmin", "rvpo 0.5:2"), (0, 1, 2))
-    yield from runs(MOST[:2], (0, 1, 2), "reply-25")
+    yield from runs(("rvpo", "hardmin"), (0,), steps=LONG)
+    yield from runs(("rvpo 0.5:2", "rvpo 10"), (0, 1, 2))
+    yield from runs(("rvpo", "gdpo", "hardmin"), (0, 1, 2), "reply-25")
     yield from tuning(("explicit",))
     yield from runs((*METHODS,), (0, 1, 2))
     yield from runs(MOST, (0,), steps=LONG)
-    yield from runs(MOST[:2], (0, 1, 2), schedule="linear")
-    yield from runs(MOST, (0, 1, 2), "reply-25")
-    yield from runs(MOST, (1, 2), steps=LONG)
+    yield from runs(MOST, (0, 1, 2), schedule="linear")
     yield from runs((*METHODS,), (0, 1, 2), "reply-25")
     yield from runs(MOST, (3, 4), "reply-25")
-    for seed in (0, 1, 2):
-        yield from runs(MOST, (seed,), steps=LONG, schedule="linear")
-        yield from runs(MOST, (seed,), schedule="linear")
+    yield from runs(MOST, (1, 2), steps=LONG)
+    yield from runs(MOST, (0, 1, 2), steps=LONG, schedule="linear")
 
 
 def cpu() -> str:
