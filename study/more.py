@@ -3,9 +3,9 @@
     python study/more.py                            # goes on where it was stopped
     python study/more.py --tables > docs/more.md    # from what has been run, nothing else
 
-Each run is a line of study/more.jsonl: its settings and its evaluations. One that is there is not
-run again. As in study.py the learning rate is chosen on tuning seeds, then others count; a long run begins with the
-short one, step by step the same, and stands for it.
+Each run is a line of study/more.jsonl: its settings and its evaluations. One that is there is not run again. As in
+study.py the learning rate is chosen on tuning seeds, then others count; a long run begins with the short one, step by
+step the same, and stands for it.
 """
 
 import argparse
@@ -246,7 +246,7 @@ def main(file: Path, only_tables: bool) -> None:
         return
     torch.set_num_threads(1)  # before the processes fork
     for stage in stages(done):
-        study.execute((run for run in stage if not find(done, run)), done, file, ("eval",))
+        study.execute((run for run in stage if not find(done, run)), done, file, ("eval", "full"))
 
 
 if __name__ == "__main__":

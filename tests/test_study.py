@@ -197,6 +197,23 @@ def test_a_run_that_is_in_the_file_is_not_run_again(tmp_path, monkeypatch):
     assert file.read_text() == before
 
 
+def test_what_more_has_run_decides_what_it_runs_next(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "get_context", lambda kind: multiprocessing.dummy)
+    monkeypatch.setattr(study, "STARTS", {})
+    monkeypatch.setattr(study, "warm_start", lambda key: (key, {}))
+    full = dict.fromkeys(("safe", "please"), 1.0)
+    monkeypatch.setattr(study, "result", lambda run: {"eval": {name: [run.lr * 100] * 7 for name in (*full, "joint")}, "full": full, "credit": [0]})
+
+    def stages(done):
+        while todo := more.rate_of(done, "conflict", "rvpo")[1]:
+            yield todo
+
+    monkeypatch.setattr(more, "stages", stages)
+    more.main(tmp_path / "more.jsonl", False)
+    done = study.load(tmp_path / "more.jsonl")
+    assert more.rate_of(done, "conflict", "rvpo") == (3e-3, []) and len(done) > 3 and "credit" not in next(iter(done.values()))
+
+
 def test_learning_rates_and_tables_of_more(tmp_path):
     """The rate that could not win is not run on the second seed; p and Holm's p of eight seeds."""
     def out(value: float) -> dict:
