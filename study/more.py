@@ -29,7 +29,7 @@ from report import best, last, shares
 import study
 from bench.stats import sign_flip, spread, table
 from eval import holm
-from study import TUNING, Run
+from study import LONG, TUNING, Run
 
 SEEDS = range(study.HELD_OUT)
 RATES = study.RATES[1:]  # study.py never chose 1e-4
@@ -39,7 +39,6 @@ OURS = "blend full",
 CLIPPED = "grpo full", "gdpo full", "softmin full", "geometric full", "rvpo full", "hardmin full"
 METHODS = *KNOWN, *OTHERS, *CLIPPED, *OURS
 LOST = 0.05  # a joint rate that is not followed up
-LONG = 3  # times as many steps
 LONGER = *CLIPPED[:5], "softmin", "geometric", "rvpo", "grpo", "hardmin"  # run that long; gdpo is lost before
 HARDER = {"K = 17": ("K = 17", {}),  # title: task, what is done to it
           "no conflict, `safe` inverted in 30%": ("no conflict", {"channel": "safe", "wrong": 0.3})}

@@ -48,6 +48,7 @@ METHODS = {"rvpo": "2", "rvpo 0.5:2": "0.5:2", "gdpo": "0", "grpo": "0", "explic
            "softmin": "1"}  # name: beta; the aggregation is the first word. explicit 1 is rvpo 2 to second order
 TASKS = "conflict", "no conflict", "precision"
 RATES = 1e-4, 3e-4, 1e-3, 3e-3
+LONG = 3  # times as many steps
 TUNING, HELD_OUT, FEW = (1000, 1001), 8, 3  # seeds to choose by, to report, and to report in the smaller comparisons
 STEPS, EVERY = 120, 20
 SEARCH = 24  # random tasks
@@ -237,7 +238,7 @@ def comparisons(rates: dict, seeds: range) -> dict[str, Panel]:
         "Whitening: rvpo over the batch, or centred in the group first": {
             task: {m: runs(task, m) for m in ("rvpo", "centred")} for task in TASKS},
         "Weights: conflict, the length limit weighs more": {f"x {factor}": heavy(factor) for factor in (1, 3, 10)},
-        LONGER: {"conflict": {m: runs("conflict", m, HELD_OUT, times=3)
+        LONGER: {"conflict": {m: runs("conflict", m, HELD_OUT, times=LONG)
                               for m in ("rvpo", "gdpo", "grpo", "hardmin", "softmin")}},
         "K and G: conflict, 64 rollouts a step": {
             f"K = {len(toy.SUITE[task][0])}, G = {group}": {m: runs(task, m, group=group) for m in ours}
