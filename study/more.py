@@ -1,4 +1,4 @@
-"""More aggregations on the study's tasks (others.py), and runs three times as long. Apart from study.py's own numbers.
+"""More aggregations on the study's tasks (others.py), and runs three times as long.
 
     python study/more.py                            # goes on where it was stopped
     python study/more.py --tables > docs/more.md    # from what has been run, nothing else
@@ -42,7 +42,7 @@ LOST = 0.05  # a joint rate that is not followed up
 LONGER = *CLIPPED[:5], "softmin", "geometric", "rvpo", "grpo", "hardmin"  # run that long; gdpo is lost before
 HARDER = {"K = 17": ("K = 17", {}),  # title: task, what is done to it
           "no conflict, `safe` inverted in 30%": ("no conflict", {"channel": "safe", "wrong": 0.3})}
-ROBUST = *CLIPPED[:5], *KNOWN[:4], "geometric"  # run there, too
+ROBUST = *OURS, *CLIPPED[:5], *KNOWN[:4], "geometric"  # run there, too
 study.BETAS |= {name: study.BETAS.get(name.split()[0], "0") for name in METHODS} | {"blend full": "2"}
 
 
@@ -98,23 +98,14 @@ def stages(done: dict[Run, dict]) -> Iterator[list[Run]]:
         runs = held_out(done, task, methods, n, **change).values()
         return [run for same_seed in zip(*runs, strict=True) for run in same_seed]  # a seed after the other
 
-    yield from tuned("conflict", (*KNOWN, *OTHERS))
-    yield counted("conflict", OTHERS)
-    for task in study.TASKS[1:]:
-        yield from tuned(task, (*KNOWN, *OTHERS))
-    for task in study.TASKS[1:]:
-        yield counted(task, OTHERS)
-    yield from tuned("conflict", CLIPPED[:5])
-    yield counted("conflict", LONGER, 2, times=LONG)
-    yield counted("conflict", CLIPPED[:5])
-    yield from tuned("precision", CLIPPED[:5])  # without conflict clipping changes nothing
-    yield counted("precision", CLIPPED[:5])
-    task, change = HARDER["K = 17"]
-    yield counted(task, ROBUST, 2, **change)
-    for task in study.TASKS:
-        yield from tuned(task, OURS)
-    yield [run for task, change in HARDER.values() for run in counted(task, ROBUST, study.FEW, **change)]
-    for n in range(3, study.HELD_OUT + 1):
+    for task in study.TASKS:  # without conflict clipping changes nothing
+        methods = *OURS, *(() if task == "no conflict" else CLIPPED[:5]), *OTHERS, *KNOWN
+        yield from tuned(task, methods)
+        yield counted(task, methods)
+    for n in (study.FEW, study.HELD_OUT):
+        yield [run for task, change in reversed(HARDER.values()) for run in counted(task, ROBUST, n, **change)
+               if n == study.FEW or max(map(last, outcomes(done, task, [run.method], **change)[run.method])) >= LOST]
+    for n in range(2, study.HELD_OUT + 1):
         yield counted("conflict", LONGER, n, times=LONG)
     yield from tuned("conflict", CLIPPED)
     yield counted("conflict", CLIPPED)
@@ -191,6 +182,25 @@ def clipping(done: dict[Run, dict]) -> str:
     return table("| aggregation | task | steps | seeds | without | clipped | difference | p | Holm's p |", rows)
 
 
+def overall(done: dict[Run, dict]) -> str:
+    """Joint rate in every setting, and how far a method is below the best of each at most. Where clipping changes
+    nothing a clipped method is what it clips."""
+    settings = {task: (task, {}) for task in study.TASKS} | HARDER
+    means = {}
+    for title, (task, change) in settings.items():
+        outs = outcomes(done, task, METHODS, **change)
+        means[title] = {m: float(np.mean([*map(last, some)])) for m, some in outs.items()}
+        if task == "no conflict":
+            means[title] |= {f"{m} full": mean for m, mean in means[title].items() if f"{m} full" in means["conflict"]}
+    rows = []
+    for m in METHODS:
+        cells = [f"{means[title][m]:.3f}" if m in means[title] else "" for title in settings]
+        gap = max((max(found.values()) - found.get(m, 0) for found in means.values() if found), default=0)
+        if any(cells):
+            rows.append([m, *cells, "" if "" in cells else f"{gap:.3f}"])
+    return table("| aggregation | " + " | ".join(settings) + " | below the best, at most |", rows)
+
+
 def tried(done: dict[Run, dict]) -> str:
     """Joint rates on the tuning seeds, by which rates and candidates were chosen."""
     rows = []
@@ -205,16 +215,17 @@ def tried(done: dict[Run, dict]) -> str:
 INTRODUCTION = """# More aggregations
 
 Made by study/more.py of study/more.jsonl; tasks, policy and steps are those of [the study](study.md), the
-aggregations are defined in study/others.py. All runs are of an Intel Xeon: they are to be compared with each other, and
-not with the study's tables, which are an AMD EPYC's. The learning rate is chosen of 3e-4, 1e-3 and 3e-3 on two tuning
-seeds, or on one where it could not win any more. "full": min(1, reward / full) instead of the reward. Joint rate: the
-mean of a run's last two evaluations; ± the standard deviation over seeds. p: exact sign-flip test, paired by seed,
-given for eight seeds; Holm's correction within others' methods, clipped ones and ours, each by itself (among more than
-six methods eight seeds cannot show anything; this was decided after the first tables, where all were corrected
+aggregations are defined in study/others.py. The last 91 runs (of blend the held-out ones, of the harder settings seeds
+3 to 7, of two methods 2) are of an AMD EPYC, the others of an Intel Xeon, and the study's tables of an EPYC: a pair of
+runs from the two has the same prompts, not the same samples. The learning rate is chosen of 3e-4, 1e-3 and 3e-3 on two
+tuning seeds, or on one where it could not win any more. "full": min(1, reward / full) instead of the reward. Joint
+rate: the mean of a run's last two evaluations; ± the standard deviation over seeds. p: exact sign-flip test, paired by
+seed, given for eight seeds; Holm's correction within others' methods, clipped ones and ours, each by itself (among more
+than six methods eight seeds cannot show anything; this was decided after the first tables, where all were corrected
 together and geometric's lead in conflict had .094). The runs of rvpo, gdpo, grpo, softmin and hardmin over 120 steps
 are older than the others: the code rounded differently. Without conflict every channel is full at its best, so
-clipping changes nothing there, nor where that task has noise. `blend` was not better than the clipped methods on the
-tuning seeds; of held-out ones it was run on the harder tasks only.
+clipping changes nothing there, nor where that task has noise. In the harder settings a method that is below
+.05 in each of three seeds has no more of them.
 
 """
 
@@ -233,6 +244,7 @@ def tables(done: dict[Run, dict]) -> str:
     parts["Harder, joint rate (of each seed)"] = table(
         "| aggregation | " + " | ".join(HARDER) + " |",
         ([m, *(cells.get(title, "") for title in HARDER)] for m, cells in harder.items()))
+    parts["Does one never lose? Joint rate in every setting"] = overall(done)
     parts["Tuning seeds: joint rates of each at three learning rates"] = tried(done)
     return INTRODUCTION + "\n".join(f"## {title}\n\n{text}" for title, text in parts.items())
 

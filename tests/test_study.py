@@ -234,6 +234,12 @@ def test_learning_rates_and_tables_of_more(tmp_path):
         study.append(tmp_path / "more.jsonl", run, one)
     row = next(line for line in more.tables(study.load(tmp_path / "more.jsonl")).splitlines() if line.startswith("| rvpo full"))
     assert row.split(" | ")[1:4] == ["0.001", "8", "0.935 ± 0.024"] and row.endswith("| 8 | -0.100 | 0.0078 | 0.008 |")
+    gap = {m: 0.0 if m == "rvpo full" else 0.1 for m in ("rvpo", "rvpo full")}
+    settings = [(task, {}) for task in study.TASKS] + [*more.HARDER.values()]
+    done |= {study.Run(task, m, seed, 1e-3, **change): {**out(0.9 - gap[m]), "full": {"safe": 1.0}} for task, change in settings for m in gap for seed in range(8)}
+    done |= {study.Run(task, m, seed, lr): out(0.9 if lr == 1e-3 else 0.1) for task in study.TASKS for m in gap for seed, lr in values}
+    rows = more.overall(done).splitlines()[2:]
+    assert rows == ["| rvpo | 0.800 | 0.800 | 0.800 | 0.800 | 0.800 | 0.100 |", "| rvpo full | 0.900 | 0.800 | 0.900 | 0.900 | 0.800 | 0.000 |"]
 
 
 def test_a_run_and_the_report(tmp_path, monkeypatch):
