@@ -100,6 +100,7 @@ def plan(done: dict[str, dict]) -> Iterator[Run]:
     yield from runs(("rvpo", "hardmin"), (0,), steps=LONG)
     yield from runs(("rvpo 0.5:2", "rvpo 10"), (0, 1, 2))
     yield from runs(("rvpo 10",), (0,), steps=LONG)
+    yield from runs(("rvpo", "gdpo"), (0,), "reply-capped", LONG)
     yield from tuning(("explicit",))
     yield from runs(("rvpo", "gdpo", "hardmin"), (0, 1, 2), "reply-25")
     yield from runs((*METHODS,), (0, 1, 2))

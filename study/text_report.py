@@ -102,6 +102,7 @@ def report(done: dict[str, dict]) -> str:
             ("reply: at most 35 words", of(done, "reply")),
             ("reply-capped: no reward goes on beyond what satisfies it", of(done, "reply-capped")),
             ("reply-25: at most 25 words", of(done, "reply-25")), (f"reply, {LONG} steps", of(done, "reply", LONG)),
+            (f"reply-capped, {LONG} steps", of(done, "reply-capped", LONG)),
             ("reply, learning rate falling to 0", of(done, "reply", STEPS, "linear"))):
         if any(cells.values()):
             parts.append(f"{title}\n\n{table(HEAD, rows(cells))}")
@@ -117,7 +118,7 @@ def report(done: dict[str, dict]) -> str:
 def figure(done: dict[str, dict], out: Path) -> None:
     """Held-out curves, mean over seeds, of the constraint and of the joint rate."""
     settings = [(task, steps) for task, steps in (("reply", STEPS), ("reply-capped", STEPS), ("reply-25", STEPS),
-                                                  ("reply", LONG)) if any(of(done, task, steps).values())]
+                                                  ("reply", LONG), ("reply-capped", LONG)) if any(of(done, task, steps).values())]
     drawn, axes = plt.subplots(2, len(settings), figsize=(4 * len(settings), 6), sharey=True, squeeze=False,
                                layout="constrained")
     for column, (task, steps) in enumerate(settings):
