@@ -117,8 +117,8 @@ def report(done: dict[str, dict]) -> str:
 
 def figure(done: dict[str, dict], out: Path) -> None:
     """Held-out curves, mean over seeds, of the constraint and of the joint rate."""
-    settings = [(task, steps) for task, steps in (("reply", STEPS), ("reply-capped", STEPS), ("reply-25", STEPS),
-                                                  ("reply", LONG), ("reply-capped", LONG)) if any(of(done, task, steps).values())]
+    settings = [("reply", STEPS), ("reply-capped", STEPS), ("reply-25", STEPS), ("reply", LONG), ("reply-capped", LONG)]
+    settings = [setting for setting in settings if any(of(done, *setting).values())]
     drawn, axes = plt.subplots(2, len(settings), figsize=(4 * len(settings), 6), sharey=True, squeeze=False,
                                layout="constrained")
     for column, (task, steps) in enumerate(settings):
