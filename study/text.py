@@ -104,6 +104,7 @@ def plan(done: dict[str, dict]) -> Iterator[Run]:
     yield from tuning(("explicit",))
     yield from runs(("rvpo", "gdpo", "hardmin"), (0, 1, 2), "reply-25")
     yield from runs((*METHODS,), (0, 1, 2))
+    yield from runs(("rvpo", "gdpo"), (1,), "reply-capped", LONG)
     yield from runs(MOST, (0,), schedule="linear")
     yield from runs(("hardmin", "rvpo 10"), (0, 1, 2), "reply-capped")
     yield from runs(MOST, (0,), steps=LONG)
