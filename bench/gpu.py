@@ -289,14 +289,14 @@ def main(args: argparse.Namespace) -> int:
         outcome = next((word for word in ("FAIL", "skipped") if word in found), "pass")
         lines.append({"check": name, "outcome": outcome, "reason": found.pop(outcome, ""),
                       "seconds": time.monotonic() - began, "figures": found})
+        content = {"date": date, "command": shlex.join(sys.argv), "versions": checkpoint.versions(), "checks": lines}
+        args.out.write_text(json.dumps(content, indent=1) + "\n")  # after each: the machine may be taken away
         print(f"{name}: {outcome}", file=sys.stderr, flush=True)
         return found
 
     for name, what in plan(args, **check("device", ("device", 1, {}))).items():
         if name.startswith((*args.only.split(","),)):
             check(name, what)
-    content = {"date": date, "command": shlex.join(sys.argv), "versions": checkpoint.versions(), "checks": lines}
-    args.out.write_text(json.dumps(content, indent=1) + "\n")
     for line in lines:
         figures = (f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
                    for key, value in line["figures"].items())

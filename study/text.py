@@ -149,11 +149,11 @@ def execute(run: Run, name: str) -> dict:
                                 env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
     if status:
         sys.exit(f"error: {name} ended with status {status}, see {log}")
-    return kept(run, RUNS / name, {"cpu": cpu()})
+    return kept(run, RUNS / name)
 
 
-def kept(run: Run, folder: Path, machine: dict[str, str]) -> dict:
-    """What the files hold of a run that is done, for which its policy is not needed any more."""
+def kept(run: Run, folder: Path) -> dict:
+    """What text.jsonl has of a run, whose policy is deleted."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "channels" in line]
     channels = [*steps[0]["channels"]]
@@ -164,7 +164,7 @@ def kept(run: Run, folder: Path, machine: dict[str, str]) -> dict:
         return [None if x is None else round(x, 4) for x in values]
 
     evals = [{"step": x["step"], **{k: curve(v) for k, v in x["eval"].items()}} for x in lines if "eval" in x]
-    return {"name": run.name, **run._asdict(), "options": " ".join(run.options()), **machine, "versions": versions,
+    return {"name": run.name, **run._asdict(), "options": " ".join(run.options()), "cpu": cpu(), "versions": versions,
             "minutes": round(sum(sum(line["seconds"].values()) for line in steps) / 60, 1),
             "eval": evals, "longer": curve(longer(folder / "samples.jsonl")),
             "train": {**{key: curve(line[key] for line in steps) for key in ("joint", "length_mean")},
