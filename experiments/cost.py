@@ -4,7 +4,8 @@
     python experiments/cost.py tools                # one, with what is assumed; --memory simulates its GPUs, too
     python experiments/cost.py medicine --data FILE --tokenizer Qwen/Qwen2.5-7B-Instruct   # with a file's own lengths
 
-Nothing of it was measured on a GPU. Left out: loading, and waiting for a judge that is slower than sampling.
+Of it only updates and sampling of 1.5B were held against a GPU, see docs/gpu.md. Left out: loading, and waiting for a
+judge that is slower than sampling.
 """
 
 import argparse

@@ -1,12 +1,12 @@
 """Seconds of updates, of sampling and of a judge: operations at a share of a GPU's peak, bytes at a share of the rate
-at which it reads memory. Only MFU was measured, on one H100 (docs/gpu.md)."""
+at which it reads memory. Held against one H100 in docs/gpu.md."""
 
 from typing import NamedTuple
 
 from bench.step import CUDA_TFLOPS
 from local.shapes import QWEN
 
-MFU = 0.3  # of an update's operations, recomputed ones too: .304 and .296 of 1.5B on one H100; prime-rl has .27 and .35
+MFU = 0.3  # of an update's operations, recomputed ones too: .31 and .28 of 1.5B on one H100; prime-rl has .27 and .35
 PREFILL_MFU = 0.4  # of operations on prompts; assumed
 BANDWIDTH = {"H100": 3.35e12, "A100": 2.04e12}  # bytes a second, SXM with 80 GB, by the data sheets
 # The share of it at which weights are read, and the seconds of a decoding step beside that, for vLLM's work on the
