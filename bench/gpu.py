@@ -198,6 +198,7 @@ def update(name: str, checkpointing: str, compiled: bool = False) -> dict:
     for layer in policy.lm.base_model.layers if compiled else ():
         layer.compile()
     learner = train.Learner(policy, None, train.make_optimizer(policy, 1e-6), device)
+    # From token 3 on: the pad token's embedding is 0, and RMSNorm makes its gradient overflow in a deep model.
     responses = [Response([*range(3 + g, 3 + g + length)], [-10.0] * length, [1] * length, "", "") for g in range(size)]
     groups = [Group(model.Prompt([*range(3 + p, 3 + p + prompt)], None), [], responses, torch.zeros(size, 1),
                     torch.linspace(-1, 1, size)) for p in range(shape["prompts"])]

@@ -150,11 +150,7 @@ def execute(run: Run, name: str) -> dict:
                                 env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
     if status:
         sys.exit(f"error: {name} ended with status {status}, see {log}")
-    return kept(run, RUNS / name)
-
-
-def kept(run: Run, folder: Path) -> dict:
-    """What text.jsonl has of a run, whose policy is deleted."""
+    folder = RUNS / name
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "channels" in line]
     channels = [*steps[0]["channels"]]
