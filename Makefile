@@ -3,7 +3,7 @@
 PYTHON ?= python3
 RUN := demo-$(shell date +%m%d-%H%M%S)
 
-demo: .venv/ready  ## rvpo and gdpo on SmolLM2-135M: does a constraint survive? ten to 13 minutes on two cores
+demo: .venv/ready  ## rvpo and gdpo on SmolLM2-135M: does a constraint survive? nine to 13 minutes on two cores
 	.venv/bin/python study/demo.py --name $(RUN)
 
 study: .venv/ready  ## every aggregation on three small tasks: up to an hour on two cores
