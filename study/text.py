@@ -82,6 +82,22 @@ def rate(method: str, done: dict[str, dict]) -> str | None:
     return max(runs, key=lambda run: merit(done[run.name])).lr
 
 
+def at_one_rate() -> Iterator[Run]:
+    """Does a method regain the limit that it has lost? 45 steps at grpo's rate, which regained it."""
+    for seed in (0, 1, 2):
+        for method in ("gdpo", "rvpo", "grpo", "hardmin", "rvpo 10", "softmin"):
+            yield Run("reply", method, "4e-5", seed, LONG)
+    for seed in (3, 4):
+        yield Run("reply", "grpo", "4e-5", seed, LONG)
+
+
+def ten_seeds(done: dict[str, dict]) -> Iterator[Run]:
+    """Seeds 5 to 9 of what is compared with a test: with five seeds no difference can be significant."""
+    for seed in range(10):
+        for method in ("rvpo", "hardmin", "rvpo 10", "gdpo", "grpo", "softmin"):
+            yield Run("reply", method, rate(method, done), seed)
+
+
 def plan(done: dict[str, dict]) -> Iterator[Run]:
     """All runs that can be named, the most important first: a method's own come once its rates have been tried."""
     def runs(methods: tuple[str, ...], seeds: tuple[int, ...], task: str = "reply", steps: int = STEPS,
@@ -104,6 +120,9 @@ def plan(done: dict[str, dict]) -> Iterator[Run]:
     yield from tuning(("explicit",))
     yield from runs(("hardmin",), (0, 1, 2), "reply-25")
     yield from runs((*METHODS,), (0, 1, 2))
+    if all(rate(method, done) for method in METHODS):
+        yield from at_one_rate()
+        yield from ten_seeds(done)
     yield from runs(("rvpo", "gdpo"), (2,), "reply-capped", LONG)
     yield from runs(MOST, (0,), steps=LONG)
     yield from runs(("grpo",), (1,), steps=LONG)
@@ -139,6 +158,20 @@ def longer(file: Path) -> list[float | None]:
     return out
 
 
+def paid(file: Path) -> dict[str, list[float | None]]:
+    """Of a run's samples.jsonl, for each step: the mean advantage of the replies that keep the limit, and of those that
+    were cut off. None where there are none."""
+    steps: dict[int, dict[str, list[float]]] = {}
+    for sample in map(json.loads, file.read_text().splitlines()):
+        step = steps.setdefault(sample["step"], {"short": [], "cut off": []})
+        if sample["rewards"]["short"] == 1:
+            step["short"].append(sample["advantage"])
+        if sample["finish"] == "length":
+            step["cut off"].append(sample["advantage"])
+    return {name: [float(np.mean(step[name])) if step[name] else None for step in steps.values()]
+            for name in ("short", "cut off")}
+
+
 def execute(run: Run, name: str) -> dict:
     """Trains, or goes on with what was begun, on one core. Returns what is kept of the run."""
     command = [sys.executable, str(ROOT / "train.py"), *run.options(), "--name", name, "--save-every", "5",
@@ -164,7 +197,9 @@ def execute(run: Run, name: str) -> dict:
     return {"name": run.name, **run._asdict(), "options": " ".join(run.options()), "cpu": cpu(), "versions": versions,
             "minutes": round(sum(sum(line["seconds"].values()) for line in steps) / 60, 1),
             "eval": evals, "longer": curve(longer(folder / "samples.jsonl")),
-            "train": {**{key: curve(line[key] for line in steps) for key in ("joint", "length_mean")},
+            "paid": {name: curve(values) for name, values in paid(folder / "samples.jsonl").items()},
+            "train": {**{key: curve(line[key] for line in steps)
+                         for key in ("joint", "length_mean", "entropy", "truncated", "no_signal")},
                       **{c: curve(line["channels"][c]["mean"] for line in steps) for c in channels}},
             "credit": {c: curve(line["channels"][c]["credit"] for line in steps) for c in channels}}
 

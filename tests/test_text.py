@@ -25,10 +25,13 @@ def test_the_plan_tries_rates_first_and_is_matched():
     assert {run.seed for run in first} == {text.TUNING} and len(first) == len({*first}) == 18
     done = {run.name: outcome(run, [0.0, 0.5 if run.lr == "2e-5" else 0.1, 0.0]) for run in first}
     runs = [run for run in text.plan(done) if run.seed != text.TUNING]
-    assert {run.lr for run in runs} == {"2e-5"}  # also of 0.5:2, which takes rvpo's
-    for task in ("reply", "reply-25"):
+    assert {run.lr for run in runs if run not in {*text.at_one_rate()}} == {"2e-5"}  # also of 0.5:2, which takes rvpo's
+    for task, many in (("reply", 10), ("reply-25", 5)):
         seeds = {m: {run.seed for run in runs if (run.task, run.method, run.steps, run.schedule) == (task, m, text.STEPS, "constant")} for m in text.METHODS}
-        assert all(found == {*range(5)} if m in text.MOST else found == {0, 1, 2} for m, found in seeds.items())
+        tested = {*text.MOST, "rvpo 10"} if task == "reply" else text.MOST
+        assert all(found == ({*range(many)} if m in tested else {0, 1, 2}) for m, found in seeds.items())
+    long = [(run.method, run.seed) for run in text.at_one_rate()]
+    assert all((method, seed) in long for method in ("gdpo", "rvpo", "rvpo 10", "hardmin", "softmin", "grpo") for seed in range(3))
     a, b = (text.Run("reply", method, "1e-5", 3).options() for method in ("rvpo", "gdpo"))
     assert [x for x, y in zip(a, b, strict=True) if x != y] == ["rvpo", "2"]
 
@@ -54,6 +57,7 @@ def test_a_run_is_kept_and_repeated_to_the_digit(tiny, monkeypatch, tmp_path, ca
     run, options = text.Run("reply", "rvpo", "1e-3", 7, steps=6), text.Run.options
     monkeypatch.setattr(text.Run, "options", lambda self: [*options(self), "--model", str(tiny), *TINY])
     kept = text.execute(run, run.name)
+    assert len(kept["paid"]["cut off"]) == 6 and {None} != {*kept["paid"]["cut off"]}  # random text has no end: all are cut off
     assert [x["step"] for x in kept["eval"]] == [0, 3, 6] and len(kept["train"]["short"]) == len(kept["credit"]["short"]) == 6
     (tmp_path / "text.jsonl").write_text(json.dumps(kept) + "\n")
     text.again(run.name)
