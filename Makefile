@@ -1,7 +1,10 @@
-# All targets but `gpu` set up .venv themselves, with CPU builds. On a GPU machine: pip install -r requirements.txt first,
-# see README.md.
+# `make demo` and `make test` set up .venv themselves, for machines without a GPU. On a GPU machine: docs/install.md.
 PYTHON ?= python3
+# There is no vLLM for CPUs but on Linux. Without it transformers samples (--engine hf).
+VLLM ?= $(if $(filter Linux,$(shell uname -s)),yes,no)
+VLLM_LIST := $(if $(filter yes,$(VLLM)),-r requirements-cpu-vllm.txt)
 RUN := demo-$(shell date +%m%d-%H%M%S)
+INSTALL := .venv/bin/uv pip install -q --python .venv/bin/python
 
 demo: .venv/ready  ## rvpo and gdpo on SmolLM2-135M: does a constraint survive? nine to 13 minutes on two cores
 	.venv/bin/python study/demo.py --name $(RUN)
@@ -9,19 +12,28 @@ demo: .venv/ready  ## rvpo and gdpo on SmolLM2-135M: does a constraint survive? 
 study: .venv/ready  ## every aggregation on three small tasks: up to an hour on two cores
 	.venv/bin/python study/study.py --out runs/study-$(shell date +%m%d-%H%M%S)
 
-test: .venv/ready
+test: .venv/tests-ready
 	.venv/bin/ruff check .
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist loadfile  # threads of several tests would get in each other's way
 
 gpu:  ## is all well on a GPU machine? ten minutes, in the Python that has requirements.txt: of .venv, if there is one
 	$(or $(wildcard .venv/bin/python),$(PYTHON)) bench/gpu.py
 
-# Made again whenever a list changes. uv only because it installs the lists in a fraction of pip's time.
-.venv/ready: requirements-cpu.txt requirements-bench.txt requirements-verl.txt
+# Made again whenever a list changes. uv installs the lists in a fraction of pip's time, and finds the CPU build of torch.
+# Where it cannot reach that build, pip takes what the index has: usually the CUDA build, which is 4 GB larger.
+.venv/ready: requirements-cpu.txt requirements-cpu-vllm.txt
+	$(PYTHON) local/machine.py $(VLLM)
 	$(PYTHON) -m venv --clear .venv
-	.venv/bin/python -m pip install -q torch==2.13.0 uv
-	.venv/bin/uv pip install -q --python .venv/bin/python --no-deps -r requirements-cpu.txt -r requirements-bench.txt
-	.venv/bin/uv pip install -q --python .venv/bin/python --no-deps --target .venv/verl -r requirements-verl.txt
+	.venv/bin/python -m pip install -q uv
+	@echo "torch's CPU build, or, where it is out of reach, what the package index has"
+	$(INSTALL) --torch-backend cpu torch==2.13.0 2>/dev/null || .venv/bin/python -m pip install -q torch==2.13.0
+	$(INSTALL) --no-deps -r requirements-cpu.txt $(VLLM_LIST)
 	touch .venv/ready
+
+# What only tests compare with: TRL, and verl in a directory that one test sees.
+.venv/tests-ready: .venv/ready requirements-bench.txt requirements-verl.txt
+	$(INSTALL) --no-deps -r requirements-bench.txt
+	$(INSTALL) --no-deps --target .venv/verl -r requirements-verl.txt
+	touch .venv/tests-ready
 
 .PHONY: demo study test gpu

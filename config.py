@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 import rewards
-from ranks import InputError
+from ranks import RANK, InputError
 
 
 class JudgeOptions(BaseModel):
@@ -43,15 +43,21 @@ class Shared(JudgeOptions):  # what both programs have
     model: str = Field("smollm2", description="smollm2, a hub id, or a directory (a run's, too)")
     task: str = Field("tools", description=f"{', '.join(rewards.tasks.FILES)}, or a file of your own, such as mine.py")
     data: str | None = Field(None, description="parquet, JSON, JSONL or CSV in the task's schema; default: public data")
-    engine: Literal["vllm", "hf"] = Field("vllm", description="vllm, or hf: transformers' generate")
+    engine: Literal["auto", "vllm", "hf"] = Field("auto", description="vllm; hf: transformers' generate, slower; auto: "
+                                                                      "vllm where it is installed")
     gpu_memory: float = Field(0.4, ge=0.01, le=1, description="share of a GPU's memory that vLLM may take")
     seed: int = Field(0, ge=0, description="of all that is drawn at random")
     name: str | None = Field(None, pattern=r"^\w[\w.-]{0,99}$", description="results go to runs/NAME")
 
     def check(self) -> None:
         """Raises InputError for what no option shows by itself."""
-        if self.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        installed = importlib.util.find_spec("vllm") is not None
+        if self.engine == "vllm" and not installed:
             raise InputError("--engine vllm: vLLM is not installed; pip install -r requirements.txt, or --engine hf")
+        if self.engine == "auto":
+            self.engine = "vllm" if installed else "hf"
+            if not installed and RANK == 0:
+                print("vLLM is not installed: transformers samples (--engine hf), which is slower")
 
     def judge_options(self) -> JudgeOptions:
         return JudgeOptions(**{name: getattr(self, name) for name in JudgeOptions.model_fields})

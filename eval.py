@@ -16,7 +16,7 @@ import sys
 from pydantic import Field
 
 from config import Shared, TaskOptions, parse
-from ranks import RANK, InputError, join, leave, on_rank_0
+from ranks import RANK, InputError, join, on_rank_0, run_program
 
 
 class EvalConfig(Shared):
@@ -330,8 +330,6 @@ def print_comparison(paths: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(CONFIG) if CONFIG else print_comparison(sys.argv[2:])
-    except InputError as error:
-        sys.exit(f"error: {error}")
-    leave()
+    if CONFIG:
+        run_program(main, CONFIG)
+    run_program(print_comparison, sys.argv[2:])

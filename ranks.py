@@ -5,8 +5,10 @@ torch is imported where it is needed: config.py imports this file, and a wrong o
 
 import datetime
 import os
-import weakref
+import sys
+import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # else vLLM may lack memory that is in pieces
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -42,16 +44,31 @@ def join():
         store = dist.HashStore()
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=RANK, world_size=WORLD,
                             timeout=datetime.timedelta(hours=12))  # one rank may judge while the others wait
-    # At exit, after vLLM: it cleans up in a finalizer of its own, which still needs the group. The newest come first.
-    weakref.finalize(join, lambda: dist.is_initialized() and dist.destroy_process_group())
     return device
 
 
-def leave() -> None:
-    """Ends this process, whose work is done, before gloo's threads abort it while Python ends (pytorch#190489)."""
-    if WORLD > 1:
-        print(end="", flush=True)
-        os._exit(0)
+def run_program(main: Callable, *args) -> NoReturn:
+    """main(*args), then the end of the process, with the exit code that it means. An InputError becomes a sentence.
+
+    Python's own way to end is left out: gloo's threads may abort the process there (pytorch#190489), and with vLLM's
+    CPU build Python 3.13 crashes (segmentation fault) after all work is done.
+    """
+    code = 0
+    try:
+        main(*args)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 1
+    except SystemExit as error:
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException as error:  # noqa: BLE001 - the process ends here
+        traceback.print_exc()
+        code = 130 if isinstance(error, KeyboardInterrupt) else 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def gather(local: list) -> list:

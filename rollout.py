@@ -122,6 +122,10 @@ class VLLMEngine:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else all threads share one core
         warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")  # about its own imports
+        if not cuda:
+            from local import cpu
+
+            cpu.prepare()
         from vllm import LLM
 
         self.decoding = decoding
@@ -133,8 +137,6 @@ class VLLMEngine:
             options = {"gpu_memory_utilization": gpu_memory, "enable_sleep_mode": self.sleeps, "max_num_seqs": 256,
                        "max_num_batched_tokens": 8192}
         else:
-            from local import cpu
-
             options = cpu.vllm_options(max_len, at_a_time)
         if "RANK" in os.environ:  # under torchrun: this rank's device, not device 0 for all
             options["distributed_executor_backend"] = "external_launcher"

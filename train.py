@@ -10,7 +10,7 @@ for rounding and random rewards, the same for any number of ranks. Begin with `f
 import sys
 
 from config import TrainConfig, parse
-from ranks import RANK, WORLD, InputError, join, leave
+from ranks import RANK, WORLD, InputError, join, run_program
 
 try:  # before torch is imported: a wrong option must not wait for it
     CONFIG = parse(TrainConfig, __doc__) if __name__ == "__main__" else None
@@ -318,8 +318,4 @@ def main(config: TrainConfig) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(CONFIG)
-    except InputError as error:
-        sys.exit(f"error: {error}")
-    leave()
+    run_program(main, CONFIG)

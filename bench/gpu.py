@@ -55,7 +55,7 @@ import policy as policies
 import train
 from bench import step
 from local import models
-from ranks import RANK, WORLD, join, leave, on_rank_0
+from ranks import RANK, WORLD, join, on_rank_0, run_program
 from rollout import Decoding, Group, Response, VLLMEngine
 
 LIMIT = 600  # seconds for a check: a rank that waits for another one would wait for hours
@@ -307,10 +307,13 @@ def main(args: argparse.Namespace) -> int:
     return int(any(line["outcome"] == "FAIL" for line in lines))
 
 
+def one_check(name: str, arguments: str) -> None:
+    result = globals()[name](**json.loads(arguments))
+    if RANK == 0:
+        print("\nFOUND " + json.dumps(result), flush=True)
+
+
 if __name__ == "__main__":
     if not ARGS.check:
         sys.exit(main(ARGS))
-    result = globals()[ARGS.check[0]](**json.loads(ARGS.check[1]))
-    if RANK == 0:
-        print("\nFOUND " + json.dumps(result), flush=True)
-    leave()
+    run_program(one_check, *ARGS.check)

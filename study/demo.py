@@ -27,6 +27,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # a script sees its own folder only
+
+from local.machine import cores  # noqa: E402
+
 METHODS, SHOWN = ("rvpo", "gdpo"), ("short", "joint")
 
 
@@ -39,7 +43,7 @@ def lines(run: Path, name: str = "metrics.jsonl") -> list[dict]:
 
 def train(runs: dict[str, Path], options: list[str]) -> None:
     """Both at a time, each on half of the cores; shows each step."""
-    threads = max(1, len(os.sched_getaffinity(0)) // len(runs))
+    threads = max(1, cores() // len(runs))
     processes = {}
     for method, run in runs.items():
         with run.with_suffix(".log").open("w") as log:

@@ -22,7 +22,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # the code that is studie
 
 import json
 import os
-import platform
 import shutil
 import subprocess
 import time
@@ -32,6 +31,8 @@ from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
+
+from local.machine import cores, processor
 
 ROOT = Path(__file__).parent.parent
 RESULTS, RUNS = Path(__file__).with_suffix(".jsonl"), ROOT / "runs"
@@ -136,11 +137,6 @@ def plan(done: dict[str, dict]) -> Iterator[Run]:
     yield from runs(MOST, (0, 1, 2), steps=LONG, schedule="linear")
 
 
-def cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def longer(file: Path) -> list[float | None]:
     """Of a run's samples.jsonl, for each step: the correlation, within prompts, of the advantage with the number of
     words among the replies that keep the limit."""
@@ -194,7 +190,8 @@ def execute(run: Run, name: str) -> dict:
         return [None if x is None else round(x, 4) for x in values]
 
     evals = [{"step": x["step"], **{k: curve(v) for k, v in x["eval"].items()}} for x in lines if "eval" in x]
-    return {"name": run.name, **run._asdict(), "options": " ".join(run.options()), "cpu": cpu(), "versions": versions,
+    return {"name": run.name, **run._asdict(), "options": " ".join(run.options()), "cpu": processor(),
+            "versions": versions,
             "minutes": round(sum(sum(line["seconds"].values()) for line in steps) / 60, 1),
             "eval": evals, "longer": curve(longer(folder / "samples.jsonl")),
             "paid": {name: curve(values) for name, values in paid(folder / "samples.jsonl").items()},
@@ -236,7 +233,7 @@ def again(name: str) -> None:
 def main(minutes: float) -> None:
     end = time.time() + 60 * minutes
     with ThreadPoolExecutor() as pool:
-        for share in [pool.submit(work, end) for _ in os.sched_getaffinity(0)]:
+        for share in [pool.submit(work, end) for _ in range(cores())]:
             share.result()
 
 

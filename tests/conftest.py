@@ -23,8 +23,7 @@ def _on_rank(environ: dict, module: str, *args: Path) -> None:
     os.environ |= environ
     torch.set_num_threads(1)
     torch._C._set_print_stack_traces_on_fatal_signal(True)
-    importlib.import_module(module).main(*args)  # only now: ranks.py reads the environment
-    importlib.import_module("ranks").leave()
+    importlib.import_module("ranks").run_program(importlib.import_module(module).main, *args)  # only now: it reads the environment
 
 
 def on_ranks(total: int, node: int, *args: Path, module: str = "updates") -> None:
