@@ -15,6 +15,7 @@ if __name__ == "__main__":  # before matplotlib is imported: --help must not wai
     parser.add_argument("--steps", type=int, default=14, help="(default %(default)s)")
     OPTIONS, REST = parser.parse_known_args()
 
+import importlib.util
 import json
 import math
 import os
@@ -106,6 +107,8 @@ def main(name: str, steps: int, rest: list[str]) -> None:
     if taken := [path for path in (*runs.values(), out) if path.exists()]:
         sys.exit(f"error: {taken[0]} exists: choose another --name, or delete it")
     out.parent.mkdir(exist_ok=True)
+    if importlib.util.find_spec("vllm") is None:
+        print("vLLM is not installed: transformers samples (--engine hf), which is slower", flush=True)
     train(runs, ["--steps", str(steps), "--eval-every", str(max(1, steps // 4)), *rest])
     print(f"\n{table(runs)}")
     for i, (method, run) in enumerate(runs.items()):

@@ -159,6 +159,7 @@ def test_a_compiled_layer_is_compiled_for_the_first_two_rows_alone(monkeypatch, 
     """For the second one with free sizes. What a layer is given has no lists, which would be compiled in."""
     from torch._dynamo.utils import counters
 
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)  # set where another test has loaded vLLM (local/cpu.py)
     torch._dynamo.reset()
     counters.clear()
     monkeypatch.setattr(policies, "_attend_on_cpu", torch.compiler.disable(policies._attend_on_cpu))  # it loops over sequences
