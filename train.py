@@ -318,6 +318,7 @@ def main(config: TrainConfig) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter must not end a run
     try:
         main(CONFIG)
     except InputError as error:

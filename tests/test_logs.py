@@ -6,6 +6,7 @@ import types
 
 import pytest
 import torch
+from test_train import TINY, command
 
 from checkpoint import Log, RunLog, State, channel_stats
 from model import Prompt
@@ -109,3 +110,14 @@ def test_tracking(tmp_path, monkeypatch):
     monkeypatch.setattr(trackio, "init", lambda **options: 1 / 0)
     with pytest.raises(InputError, match="--track trackio: ZeroDivisionError: division by zero; log in"):
         RunLog(tmp_path).begin(State(), {"track": "trackio"})
+
+
+def test_a_terminal_without_the_letters_of_a_name(monkeypatch, tmp_path):
+    """The run goes on, and so does eval.py; what a letter stands for is printed."""
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    (tmp_path / "german.py").write_text("from rewards import Channel, Task\nfrom tasks import tools\n\ndef task(options):\n"
+                                        "    return Task(tools.prompts, [Channel('Länge', lambda prompts, responses, references: [len(r) / 100 for r in responses])])\n")
+    args = ["--task", "german.py", "--max-tokens", 8]
+    assert "L\\xe4nge 0." in command(*TINY, *args, "--name", "a", cwd=tmp_path)
+    assert "L\\xe4nge  0." in command(*args, "--engine", "hf", "--model", "runs/a", "--limit", 2, "--name", "b", cwd=tmp_path, script="eval.py")
+    assert "L\\xe4nge" in command("compare", "runs/b", "runs/b", cwd=tmp_path, script="eval.py")

@@ -353,7 +353,7 @@ def test_a_damaged_checkpoint(monkeypatch, stopped, damage, message):
 @pytest.mark.parametrize(("args", "message"), [
     (["--resume", "runs/b"], "--resume runs/b: no checkpoint is there; name the directory of a run, such as runs/NAME"),
     (["--resume", "auto"], "--resume auto needs --name, to find the run again"),
-    (["--save-every", "often"], "--save-every often: String should match"),
+    (["--save-every", "often"], "--save-every often: should be auto, or a number of steps, such as 20"),
     (["--task", "rubric", "--data", "x", "--judge-model", "m", "--judge-url", "http://me:secret@host/v1"],
      "--judge-url holds a password, which would be written to runs/: a judge's key goes into the environment variable JUDGE_API_KEY"),
     (["--resume", "auto", "--name", "mine"], "runs/mine holds something else than a run: choose another --name"),
