@@ -455,12 +455,27 @@ class Log:
             self.say(f"step {step}: a loss or gradient is not finite; updates left out: {metrics['bad_updates']}")
 
 
+def open_tracker(run: Path, config: dict, resumed: bool):
+    """Of a run with --track, on rank 0, before the model is loaded; else None. Raises InputError on all ranks."""
+    opened = []
+
+    def begin() -> None:
+        from local.track import Tracker
+
+        opened.append(Tracker(config["track"], run.name, config, resumed))
+
+    if config["track"]:
+        on_rank_0(begin)
+    return opened[0] if opened else None
+
+
 class RunLog(Log):
     """Into runs/NAME/ and onto the terminal, from rank 0. All ranks must call it. steps, begun: of the progress bar.
-    write_policy: writes the policy into a directory; each evaluation's is then kept, in runs/NAME/policies/step-N."""
+    write_policy: writes the policy into a directory; each evaluation's is then kept, in runs/NAME/policies/step-N.
+    tracker: what `open_tracker` returned."""
 
-    def __init__(self, run: Path, steps: int = 0, begun: int = 0, write_policy: Callable | None = None):
-        self.write_policy, self.tracker = write_policy, None
+    def __init__(self, run: Path, steps: int = 0, begun: int = 0, write_policy: Callable | None = None, tracker=None):
+        self.write_policy, self.tracker = write_policy, tracker
         self.run, self.bar = run, tqdm(total=steps, initial=begun, disable=RANK > 0 or not steps, unit="step",
                                        dynamic_ncols=True)
 
@@ -523,21 +538,9 @@ class RunLog(Log):
         """Cuts the logs back to what they were at a checkpoint, and writes config.json. Raises InputError."""
         try:
             on_rank_0(lambda: self._truncate(state.lengths))
-            about = {**config, "world_size": WORLD, "versions": versions()}
-            on_rank_0(lambda: write_json(self.run / "config.json", about))
+            on_rank_0(lambda: write_json(self.run / "config.json", config))
         except OSError as error:
             raise InputError(f"{self.run}: {error}") from error
-        if config.get("track"):
-            on_rank_0(lambda: self._track(about))
-
-    def _track(self, about: dict) -> None:
-        from local.track import Tracker
-
-        try:
-            self.tracker = Tracker(about["track"], self.run.name, about)
-        except Exception as error:  # whatever the package raises, such as for a key that is missing
-            raise InputError(f"--track {about['track']}: {type(error).__name__}: {' '.join(str(error).split())}; log "
-                             "in there first, or leave it out") from error
 
     def lengths(self) -> dict[str, int]:
         """Bytes of the run's logs."""
