@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -55,8 +56,11 @@ LOGS = "metrics.jsonl", "samples.jsonl"
 # Signals: SIGTERM and SIGINT end a run in order, all ranks at the same point, so that its state can be saved
 
 AGAIN = 2.0  # seconds: whoever signals a whole job reaches a rank twice, by torchrun, too, and means it once
+STOPPING = (b"\nstopping, and saving the state; a second signal (Ctrl-C again) ends the run at once, without "
+            b"saving\n")
 
-_signals: list[tuple[int, float]] = []  # the first that this rank has got: number and time
+CAUGHT = signal.SIGTERM, signal.SIGINT
+_signals: list[int] = []  # the first that this rank has got
 _working = False  # in `interruptible`
 
 
@@ -69,17 +73,51 @@ class Stop(BaseException):
 
 
 def catch_signals() -> None:
-    """From now on the first signal is kept for `check_signals`, and a second one ends the process at once."""
-    def handler(number: int, frame) -> None:
-        if _signals and time.monotonic() - _signals[0][1] >= AGAIN:
-            os._exit(128 + number)
+    """From now on the first signal is kept for `check_signals`, and a second one ends the process at once.
+
+    The main thread may be in one call of a library for long, waiting for other ranks, say. Python runs
+    `keep` only after it. What has to happen at once happens in a thread, `watch_signals`.
+    """
+    def keep(number: int, frame) -> None:
         if not _signals:
-            _signals.append((number, time.monotonic()))
+            _signals.append(number)
             if _working:
                 raise Stop(number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, handler)
+    for number in CAUGHT:
+        signal.signal(number, keep)
+    arrived, wakeup = os.pipe()
+    os.set_blocking(wakeup, False)
+    signal.set_wakeup_fd(wakeup)  # each signal's number is written there when it arrives
+    threading.Thread(target=watch_signals, args=(arrived,), daemon=True, name="signals").start()
+    os.register_at_fork(before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, CAUGHT),
+                        after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, CAUGHT),
+                        after_in_child=leave_signals)
+
+
+def watch_signals(arrived: int) -> None:
+    """Says that the first signal has arrived, on rank 0. Ends the process when a second one does.
+    arrived: the pipe that has their numbers."""
+    first = None
+    while True:
+        number, = os.read(arrived, 1)
+        if number not in CAUGHT:  # others with a handler in Python
+            continue
+        if first is None:
+            first = time.monotonic()
+            if RANK == 0:
+                with contextlib.suppress(OSError):  # the terminal is gone
+                    os.write(2, STOPPING)
+        elif time.monotonic() - first >= AGAIN:
+            os._exit(128 + number)
+
+
+def leave_signals() -> None:
+    """In a process that a reward forks: a signal to it ends it, and is not one to the run."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, CAUGHT)
 
 
 def interruptible(work: Callable):
@@ -97,7 +135,7 @@ def interruptible(work: Callable):
 
 def check_signals() -> None:
     """Raises Stop on all ranks if one of them has got a signal. All must call it."""
-    if number := max(gather([_signals[0][0] if _signals else 0])):
+    if number := max(gather(_signals[:1] or [0])):
         raise Stop(number)
 
 
@@ -276,7 +314,10 @@ def open_run(options: dict, given: set[str]):
             if RANK == 0:
                 print(f"{run} is finished, with all of its {options['steps']} steps: nothing is left to do")
             sys.exit()
-        yield run, options, read(latest(run))
+        state = read(latest(run))
+        if RANK == 0:
+            print(f"{run} goes on from step {state.step} of {options['steps']}", flush=True)
+        yield run, options, state
     else:
         name = options["name"] or f"{Path(options['task']).stem}-{options['agg']}-{time.strftime('%m%d-%H%M%S')}"
         with make_run(name, "config.json" if options["resume"] else None) as run:
@@ -414,12 +455,27 @@ class Log:
             self.say(f"step {step}: a loss or gradient is not finite; updates left out: {metrics['bad_updates']}")
 
 
+def open_tracker(run: Path, config: dict, resumed: bool):
+    """Of a run with --track, on rank 0, before the model is loaded; else None. Raises InputError on all ranks."""
+    opened = []
+
+    def begin() -> None:
+        from local.track import Tracker
+
+        opened.append(Tracker(config["track"], run.name, config, resumed))
+
+    if config["track"]:
+        on_rank_0(begin)
+    return opened[0] if opened else None
+
+
 class RunLog(Log):
     """Into runs/NAME/ and onto the terminal, from rank 0. All ranks must call it. steps, begun: of the progress bar.
-    write_policy: writes the policy into a directory; each evaluation's is then kept, in runs/NAME/policies/step-N."""
+    write_policy: writes the policy into a directory; each evaluation's is then kept, in runs/NAME/policies/step-N.
+    tracker: what `open_tracker` returned."""
 
-    def __init__(self, run: Path, steps: int = 0, begun: int = 0, write_policy: Callable | None = None):
-        self.write_policy, self.tracker = write_policy, None
+    def __init__(self, run: Path, steps: int = 0, begun: int = 0, write_policy: Callable | None = None, tracker=None):
+        self.write_policy, self.tracker = write_policy, tracker
         self.run, self.bar = run, tqdm(total=steps, initial=begun, disable=RANK > 0 or not steps, unit="step",
                                        dynamic_ncols=True)
 
@@ -482,21 +538,9 @@ class RunLog(Log):
         """Cuts the logs back to what they were at a checkpoint, and writes config.json. Raises InputError."""
         try:
             on_rank_0(lambda: self._truncate(state.lengths))
-            about = {**config, "world_size": WORLD, "versions": versions()}
-            on_rank_0(lambda: write_json(self.run / "config.json", about))
+            on_rank_0(lambda: write_json(self.run / "config.json", config))
         except OSError as error:
             raise InputError(f"{self.run}: {error}") from error
-        if config.get("track"):
-            on_rank_0(lambda: self._track(about))
-
-    def _track(self, about: dict) -> None:
-        from local.track import Tracker
-
-        try:
-            self.tracker = Tracker(about["track"], self.run.name, about)
-        except Exception as error:  # whatever the package raises, such as for a key that is missing
-            raise InputError(f"--track {about['track']}: {type(error).__name__}: {' '.join(str(error).split())}; log "
-                             "in there first, or leave it out") from error
 
     def lengths(self) -> dict[str, int]:
         """Bytes of the run's logs."""

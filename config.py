@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 import rewards
-from ranks import RANK, InputError
+from ranks import RANK, InputError, check_launch
 
 
 class JudgeOptions(BaseModel):
@@ -118,6 +118,15 @@ def parse_beta(text: str) -> tuple[float, float]:
     return start, end
 
 
+# What pydantic says to programmers, as one says it to a user. The last two are of options with a pattern.
+PLAIN = {
+    "int_parsing": "should be a whole number", "int_parsing_size": "has too many digits",
+    "float_parsing": "should be a number", "bool_parsing": "should be true or false",
+    "string_unicode": "is no valid text",
+    "name": "should be letters, digits, '_', '.' and '-', at most 100, and not begin with '.' or '-'",
+    "save_every": "should be auto, or a number of steps, such as 20"}
+
+
 def option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -139,6 +148,7 @@ def parse(kind: type[Shared], description: str, argv: list[str] | None = None) -
         parser.add_argument(option(name), metavar="", default=argparse.SUPPRESS, **flag,
                             help=(field.description + default).replace("%", "%%"))  # argparse formats it with %
     given = vars(parser.parse_args(argv))
+    check_launch()
     for name, value in given.items():
         if not value.strip():
             raise InputError(f"{option(name)} is empty: give it a value, or leave it out")
@@ -149,7 +159,10 @@ def parse(kind: type[Shared], description: str, argv: list[str] | None = None) -
         config = kind(**{**(presets if given.get("model", "smollm2") == "smollm2" else {}), **given})
     except ValidationError as error:
         wrong = error.errors()[0]
-        raise InputError(f"{option(wrong['loc'][0])} {wrong['input']}: {wrong['msg'].removeprefix('Input ')}") from None
+        name, kind_of_error = wrong["loc"][0], wrong["type"]
+        known_as = name if kind_of_error == "string_pattern_mismatch" else kind_of_error
+        message = PLAIN.get(known_as, wrong["msg"].removeprefix("Input "))
+        raise InputError(f"{option(name)} {wrong['input'][:60]}: {message}") from None
     config._given = {*given}
     if given.get("resume", "auto") != "auto":
         return config  # the run's own options count

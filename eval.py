@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=8 eval.py --task healthbench --model Qwen/Qwen2.5-7B \\
         --judge-url https://api.openai.com/v1 --judge-model gpt-4.1-2025-04-14
     python eval.py --task bfcl --model runs/NAME --policies   # of train.py --keep-policies
-    python eval.py compare runs/A/results.json runs/B/results.json
+    python eval.py compare runs/A runs/B                      # two evaluations
 
 Writes runs/NAME/results.json (every metric's mean and bootstrap standard error, the settings) and samples.jsonl (one
 line an item, with its scores), and prints the table. --policies writes both into runs/NAME/step-N/ for each policy, and
@@ -319,11 +319,28 @@ def print_policies(tables: dict[Path, dict[str, dict[str, float]]]) -> None:
     print(f"BEST: by {names[0]}, chosen on the items that measure it, so it is biased upwards")
 
 
-def print_comparison(paths: list[str]) -> None:
-    if len(paths) != 2:
-        raise InputError("usage: python eval.py compare A/results.json B/results.json")
-    print(f"{'':>45}   first  second    B - A  [   95% interval ]       p  Holm's p      n")
-    for row in compare(*map(Path, paths)):
+def find_results(name: str) -> Path:
+    """The results.json of an evaluation, which is named by its directory or by this file. Raises InputError."""
+    path = Path(name)
+    file = path / "results.json" if path.is_dir() else path
+    if file.is_file():
+        return file
+    if policies := by_step(path):
+        raise InputError(f"{name} holds evaluations of several policies: name one, such as {policies[-1]}")
+    if (path / "metrics.jsonl").is_file():
+        raise InputError(f"{name} is a run of train.py, which compare cannot read: evaluate it first, with "
+                         f"python eval.py --model {name} --task ..., and name the directory that this prints")
+    raise InputError(f"{name}: no results of eval.py are there; name its directory, such as runs/NAME")
+
+
+def print_comparison(names: list[str]) -> None:
+    if len(names) != 2:
+        raise InputError("usage: python eval.py compare runs/A runs/B, each a directory that eval.py wrote")
+    rows = compare(*[find_results(name) for name in names])
+    for letter, name in zip("AB", names, strict=True):
+        print(f"{letter}: {name}")
+    print(f"{'':>45}       A       B    B - A  [   95% interval ]       p  Holm's p      n")
+    for row in rows:
         corrected = f"{row['p_holm']:.4f}" if "p_holm" in row else ""
         print(f"{row['metric']:>45}  {row['first']:6.3f}  {row['second']:6.3f}  {row['difference']:+7.3f}  "
               f"[{row['low']:+7.3f}, {row['high']:+7.3f}]  {row['p']:6.4f}  {corrected:>8}  {row['n']:5}")

@@ -11,12 +11,27 @@ from collections.abc import Callable
 from typing import NoReturn
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # else vLLM may lack memory that is in pieces
-RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-LOCAL_RANK, LOCAL_WORLD = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+# What torchrun sets for each process. Clusters set some of it, too.
+NUMBERS = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
+ABSENT = [name for name in NUMBERS if not os.environ.get(name, "").isdecimal()]
+ABSENT += [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+LAUNCHED = not ABSENT  # by torchrun
+RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = [int(os.environ[name]) for name in NUMBERS] if LAUNCHED else (0, 1, 0, 1)
 
 
 class InputError(ValueError):
     """Something the user gave is wrong. The message is one sentence that says what, and what to do."""
+
+
+def check_launch() -> None:
+    """Raises InputError if this is to be one process of several, but torchrun did not start it: each would do the whole
+    run by itself."""
+    given = [name for name in NUMBERS if name in os.environ]
+    if given and not LAUNCHED:
+        values = ", ".join(f"{name}={os.environ[name]}" for name in given)
+        raise InputError(f"the environment has {values}, but no usable {', '.join(ABSENT)}: start with torchrun, which "
+                         f"sets all of them, or unset {' '.join(given)}")
 
 
 def join():
@@ -53,6 +68,7 @@ def run_program(main: Callable, *args) -> NoReturn:
     Python's own way to end is left out: gloo's threads may abort the process there (pytorch#190489), and with vLLM's
     CPU build Python 3.13 crashes (segmentation fault) after all work is done.
     """
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter must not end a run
     code = 0
     try:
         main(*args)

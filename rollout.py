@@ -19,7 +19,7 @@ from torch import Tensor
 
 from checkpoint import check_signals, interruptible
 from model import Prompt
-from ranks import RANK, WORLD, InputError, gather
+from ranks import LAUNCHED, RANK, WORLD, InputError, gather
 from rewards import Channel, Task
 
 
@@ -138,7 +138,7 @@ class VLLMEngine:
                        "max_num_batched_tokens": 8192}
         else:
             options = cpu.vllm_options(max_len, at_a_time)
-        if "RANK" in os.environ:  # under torchrun: this rank's device, not device 0 for all
+        if LAUNCHED:  # by torchrun: this rank's device, not device 0 for all
             options["distributed_executor_backend"] = "external_launcher"
         if not fixed:
             # The first push fills the weights, a tied head too, which a reload would leave stale on a CPU.

@@ -306,10 +306,13 @@ def main(config: TrainConfig) -> None:
             raise InputError(f"--task {config.task}: there are no prompts to train on")
         digest = checkpoint.check_data(run, train + held_out)
         task.try_out(train[0])  # a faulty reward is found now, and not after the model is loaded
+        about = {**config.model_dump(), "data_sha256": digest, "device": str(device), "world_size": WORLD,
+                 "versions": checkpoint.versions()}
+        tracker = checkpoint.open_tracker(run, about, resumed=checkpoint.latest(run) is not None)
         learner, sampler, train, held_out, write_policy = setup(config, device, task, train, held_out)
-        log = checkpoint.RunLog(run, config.steps, state.step, write_policy if config.keep_policies else None)
+        log = checkpoint.RunLog(run, config.steps, state.step, write_policy if config.keep_policies else None, tracker)
         checkpoints = checkpoint.Checkpoints(log, learner.policy, learner.optimizer, config.save_every, state)
-        log.begin(state, {**config.model_dump(), "data_sha256": digest, "device": str(device)})
+        log.begin(state, about)
         catch_signals()
         with checkpoints.saving_what_can_be(write_policy):
             fit(config, learner, sampler, train, log, functools.partial(evaluate, sampler, held_out, log), checkpoints)

@@ -2,7 +2,7 @@
 
     python bench/plot.py runs/NAME [runs/OTHER ...] [--out FILE.png]
 
-A run of train.py: every channel, the joint rate, gradient norm, advantage std. One of eval.py --policies: every metric
+A run of train.py: every channel, the joint rate, gradient norm. One of eval.py --policies: every metric
 of the benchmark. Lines: the sampled batches of training. Points with bars: held-out prompts, mean and standard error.
 The best and the final policy are those of the joint rate, or of the benchmark's first metric. The best of several is
 chosen on the prompts that measure it: it is biased upwards, the more so the more there are.
@@ -20,8 +20,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-TITLES = {"joint": "joint (all satisfied)", "grad_norm": "gradient norm", "advantage_std": "advantage std"}
-OF_TRAINING = "joint", "grad_norm", "advantage_std"  # panels beside the channels
+TITLES = {"joint": "joint (all satisfied)", "grad_norm": "gradient norm"}
+OF_TRAINING = "joint", "grad_norm"  # panels beside the channels
 MARKS = {"best": "*", "final": "s"}  # matplotlib's markers
 
 
@@ -61,6 +61,8 @@ def read(run: Path) -> Run:
     """Of a run's metrics.jsonl, or of its step-N if it is one of eval.py --policies."""
     if folders := [*run.glob("step-*")]:
         return read_policies(folders)
+    if not (run / "metrics.jsonl").is_file():
+        sys.exit(f"error: {run}: no run is there; name the directory of a run of train.py, or of eval.py --policies")
     try:
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     except (OSError, ValueError) as error:
@@ -113,18 +115,22 @@ def plot(data: dict[str, Run], out: Path) -> None:
     figure.supxlabel("step (star: the best held-out evaluation, square: the final one)", fontsize=9)
     if len(data) > 1:
         axes[0, 0].legend(fontsize=7)
-    figure.savefig(out, dpi=120)
+    try:
+        figure.savefig(out, dpi=120)
+    except OSError as error:
+        sys.exit(f"error: {out} cannot be written ({error.strerror}): name another file with --out")
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # as in train.py
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="directories of runs")
     parser.add_argument("--out", type=Path, help="the PNG (default: plot.png in the first run)")
     args = parser.parse_args()
-    out = args.out or args.runs[0] / "plot.png"
-    if out.suffix != ".png" or not out.parent.is_dir():
-        sys.exit(f"error: --out {out}: name a .png file in a directory that exists")
+    if args.out and (args.out.suffix != ".png" or not args.out.parent.is_dir()):
+        sys.exit(f"error: --out {args.out}: name a .png file in a directory that exists")
     data = {str(run): read(run) for run in args.runs}
+    out = args.out or args.runs[0] / "plot.png"
     plot(data, out)
     print_table(data)
     print(out)

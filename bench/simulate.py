@@ -43,8 +43,9 @@ def options() -> argparse.Namespace:
 
 if __name__ == "__main__":  # before torch is imported: --help must not wait for it
     ARGS = options()
+    # As torchrun sets them for ranks.py.
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(ARGS.gpus),
-                   "WORLD_SIZE": str(ARGS.gpus * ARGS.nodes)}  # which ranks.py reads
+                   "WORLD_SIZE": str(ARGS.gpus * ARGS.nodes), "MASTER_ADDR": "", "MASTER_PORT": ""}
 
 import torch
 import torch.distributed as dist

@@ -2,6 +2,11 @@
 
 import importlib
 import json
+from collections.abc import Callable
+
+from tqdm import tqdm
+
+from ranks import InputError
 
 ROWS = 64  # of samples a step: all of them are in samples.jsonl
 
@@ -20,24 +25,53 @@ def flat(record: dict, prefix: str = "") -> dict[str, float]:
     return out
 
 
-class Tracker:
-    """Of one run, on rank 0. A run that is resumed goes on under its name; steps it repeats are sent again."""
+def one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
-    def __init__(self, package: str, name: str, config: dict):
-        self.package = importlib.import_module(package)
-        same = {"id": name} if package == "wandb" else {}  # to wandb a name says nothing
-        self.package.init(project="rvpo", name=name, config=config, resume="allow", **same)
+
+class Tracker:
+    """Of one run, on rank 0. A run that is resumed goes on under its name; steps it repeats are sent again.
+
+    What the package raises is said once, and then nothing more is sent: it must not end the run.
+    """
+
+    def __init__(self, name: str, run: str, config: dict, resumed: bool):
+        """Raises InputError if a new run cannot be tracked."""
+        self.name, self.failed = name, False
+        same = {"id": run} if name == "wandb" else {}  # to wandb a name says nothing
+        try:
+            self.package = importlib.import_module(name)
+            self.package.init(project="rvpo", name=run, config=config, resume="allow", **same)
+        except Exception as error:
+            if not resumed:
+                raise InputError(f"--track {name}: {one_line(error)}; log in there first, or leave it out") from error
+            self._give_up(error)
 
     def metrics(self, record: dict) -> None:
         """A line of metrics.jsonl."""
-        self.package.log(flat({name: value for name, value in record.items() if name != "step"}), step=record["step"])
+        values = flat({name: value for name, value in record.items() if name != "step"})
+        self._try(lambda: self.package.log(values, step=record["step"]))
 
     def samples(self, records: list[dict]) -> None:
         """The lines of samples.jsonl of one step, the first ROWS of them as a table."""
         columns = ["prompt", "response", "advantage", *dict.fromkeys(name for r in records for name in r["rewards"])]
         rows = [{**record["rewards"], **record, "prompt": json.dumps(record["prompt"])} for record in records[:ROWS]]
-        table = self.package.Table(columns=columns, data=[[row.get(name) for name in columns] for row in rows])
-        self.package.log({"samples": table}, step=records[0]["step"])
+        data = [[row.get(name) for name in columns] for row in rows]
+        self._try(lambda: self.package.log({"samples": self.package.Table(columns=columns, data=data)},
+                                           step=records[0]["step"]))
 
     def finish(self) -> None:
-        self.package.finish()
+        self._try(lambda: self.package.finish())
+
+    def _try(self, send: Callable) -> None:
+        if self.failed:
+            return
+        try:
+            send()
+        except Exception as error:  # noqa: BLE001 - whatever the package raises
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self.failed = True
+        tqdm.write(f"warning: --track {self.name} failed: {one_line(error)}; the run goes on without it, everything is "
+                   "in metrics.jsonl and samples.jsonl")

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from typing import TextIO
+from urllib.parse import urlsplit, urlunsplit
 
 import aiohttp
 import httpx2
@@ -20,7 +21,7 @@ import openai
 from pydantic import TypeAdapter, ValidationError
 
 from config import JudgeOptions
-from ranks import WORLD, InputError, gather
+from ranks import RANK, WORLD, InputError, gather, on_rank_0
 from tasks.verdicts import PROMPT, Completion, judge_prompt, parse_verdicts, response_format
 
 COUNTS = ("requests", "retries", "cached", "failed", "verdicts", "yes", "prompt_tokens", "completion_tokens",
@@ -29,6 +30,10 @@ COUNTS = ("requests", "retries", "cached", "failed", "verdicts", "yes", "prompt_
 # A hundred verdicts and an explanation take a thousand tokens, brief thoughts as many; a context of 8,192 has room for
 # 6,000 tokens of conversation beside it. Without a limit, an answer that repeats itself would fill the context.
 MAX_TOKENS = 2048
+MAX_WITH_THOUGHTS = 8192  # where the limit is called max_completion_tokens: of models that think, and have the room
+
+# openai does not retry if it is told to wait for more than two minutes. Here --judge-timeout decides, at most 1e5.
+openai._base_client.MAX_RETRY_AFTER_DELAY = 1e5
 
 LINE = TypeAdapter(tuple[str, dict[str, bool]])  # of a cache file: a question's hash, its verdicts
 
@@ -53,13 +58,34 @@ def open_cache(path: str) -> tuple[TextIO, dict[str, dict[str, bool]]]:
     return file, known
 
 
+def completions(url: str) -> str:
+    """--judge-url, with or without /chat/completions, as the address of the requests. A query stays one."""
+    parts = urlsplit(url)
+    base = parts.path.rstrip("/").removesuffix("/chat/completions")
+    return urlunsplit(parts._replace(path=base + "/chat/completions"))
+
+
+def without_refused(parameters: dict, error: BaseException | None) -> dict:
+    """The parameters that are left if the endpoint's error names some: OpenAI's models that think have a temperature
+    of their own, and call the limit by another name."""
+    accepted = dict(parameters)
+    if isinstance(error, (openai.BadRequestError, openai.UnprocessableEntityError)):
+        said = error.response.text
+        if "temperature" in said:
+            accepted.pop("temperature", None)
+        # Not if the limit is too large for a context.
+        if "max_tokens" in said and "support" in said and accepted.pop("max_tokens", None):
+            accepted["max_completion_tokens"] = MAX_WITH_THOUGHTS
+    return accepted
+
+
 class Judge:
     """A client in a thread, so that judging goes on while the caller samples. explain: have a reason written before the
     verdict. The key, if one is needed, is in the environment variable JUDGE_API_KEY. Raises InputError for a URL or a
     cache file that cannot be used."""
 
     def __init__(self, options: JudgeOptions, explain: bool = False):
-        self.url = options.judge_url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
+        self.parameters = {"temperature": 0, "max_tokens": MAX_TOKENS}  # of every question
         self.model, self.each, self.explain = options.judge_model, options.judge_mode == "each", explain
         self.timeout, self.concurrency = options.judge_timeout, max(1, options.judge_concurrency // WORLD)
         self.key = os.environ.get("JUDGE_API_KEY", "")
@@ -72,25 +98,43 @@ class Judge:
         self.run = functools.partial(asyncio.run_coroutine_threadsafe, loop=self.loop)
         http = openai.DefaultAioHttpClient()  # aiohttp takes half the time of httpx
         http.send = functools.partial(self._send, http.send)  # so that each request, retries too, passes there
-        try:  # the deadline in `_ask` ends requests and retries alike
+        try:
+            self.url = completions(options.judge_url)
+            # The deadline in `_ask` ends requests and retries alike.
             self.client = openai.AsyncOpenAI(base_url=self.url, api_key=self.key or "none", max_retries=10**6,
                                              timeout=None, http_client=http)
-        except httpx2.InvalidURL as error:
-            raise InputError(f"--judge-url {self.url} is no URL: {error}") from error
+        except (httpx2.InvalidURL, ValueError) as error:
+            raise InputError(f"--judge-url {options.judge_url} is no URL: {error}") from error
         threading.Thread(target=self.loop.run_forever, daemon=True, name="judge").start()
         atexit.register(lambda: self.run(self.client.close()).result(5))
 
     def check(self) -> None:
-        """One question, asked once. Raises InputError unless it is answered in the form that is needed."""
-        chat, items = [{"role": "user", "content": "Say hello."}], {"criterion_1": "It is a greeting."}
-        try:
-            asked = self._post(judge_prompt(chat, "Hello!", items, self.explain), tuple(items), {}, max_retries=0)
-            self.run(asyncio.wait_for(asked, self.timeout)).result()
-        except (OSError, ValueError) as error:  # OSError: TimeoutError, too
-            reason = str(error) or f"no answer within --judge-timeout {self.timeout:g} s"
-            raise InputError(f"the judge at {self.url}, model {self.model}, cannot be used: {reason}; see --judge-url, "
-                             "--judge-model and the environment variable JUDGE_API_KEY") from error
+        """One question, asked by rank 0. All ranks must call it. Raises InputError unless it is answered in the form
+        that is needed. A parameter that the endpoint refuses is left out of it, and of all later questions."""
+        first = self.parameters
+        on_rank_0(self._find_parameters)
+        self.parameters = gather([self.parameters])[0]
         self.counts = dict.fromkeys(COUNTS, 0)  # it is no question of the run
+        if RANK == 0 and self.parameters != first:
+            refused = " and ".join(name for name in first if name not in self.parameters)
+            used = " and ".join(f"{name} {value}" for name, value in self.parameters.items())
+            print(f"the judge {self.model} refuses {refused}: all of its questions go with {used}", flush=True)
+
+    def _find_parameters(self) -> None:
+        """Asks until no parameter is refused."""
+        chat, items = [{"role": "user", "content": "Say hello."}], {"criterion_1": "It is a greeting."}
+        prompt = judge_prompt(chat, "Hello!", items, self.explain)
+        while True:
+            try:
+                asked = self._post(prompt, tuple(items), {}, max_retries=0)
+                return self.run(asyncio.wait_for(asked, self.timeout)).result()
+            except (OSError, ValueError) as error:  # OSError: TimeoutError, too
+                accepted = without_refused(self.parameters, error.__cause__)
+                if accepted == self.parameters:
+                    reason = str(error) or f"no answer within --judge-timeout {self.timeout:g} s"
+                    raise InputError(f"the judge at {self.url}, model {self.model}, cannot be used: {reason}; see "
+                                     "--judge-url, --judge-model and the environment variable JUDGE_API_KEY") from error
+                self.parameters = accepted
 
     def start(self, messages: list[dict], responses: list[str], items: list[str]) -> Callable[[], np.ndarray]:
         """Begins to judge G responses to a chat by K items. Returns a function that waits for and returns (G, K): 1.0
@@ -166,8 +210,7 @@ class Judge:
     async def _post(self, prompt: str, names: tuple[str, ...], verdicts: dict[str, bool], **options) -> None:
         """Adds the verdicts of one answer to those given. Raises ConnectionError if there is no answer, ValueError if
         it is of no use or if verdicts are missing still."""
-        body = {"model": self.model, "temperature": 0, "max_tokens": MAX_TOKENS,
-                "messages": [{"role": "user", "content": prompt}],
+        body = {"model": self.model, **self.parameters, "messages": [{"role": "user", "content": prompt}],
                 "response_format": response_format(names, self.explain)}
         try:  # chat.completions.create converts what it sends and gets, and takes twice the time
             reply = await self.client.post(self.url, body=body, cast_to=httpx2.Response, options=options)
@@ -182,7 +225,8 @@ class Judge:
             self.counts[name] += tokens if isinstance(tokens, int) else 0
         message = completion.message or ""  # null: there was nothing but thoughts
         if completion.finish == "length":  # its end may be a quotation of the response
-            raise ValueError(f"cut off after {MAX_TOKENS} tokens: {message[:80]!r}")
+            limit = self.parameters.get("max_tokens", MAX_WITH_THOUGHTS)
+            raise ValueError(f"cut off after {limit} tokens: {message[:80]!r}")
         verdicts.update(parse_verdicts(message, names))
         if len(verdicts) < len(names):
             raise ValueError(f"no verdict in its answer, or one neither true nor false: {message[:80]!r}")
@@ -199,6 +243,8 @@ class Judge:
             raise httpx2.TransportError(self.said) from error  # openai would not retry all of them
         if response.status_code != 200:
             self.said = " ".join(f"HTTP {response.status_code}: {self._text(response)}".split())[:200]
+            if wait := response.headers.get("retry-after"):
+                self.said += f" (Retry-After: {wait})"
         return response
 
     def _text(self, response: httpx2.Response) -> str:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from config import JudgeOptions
-from ranks import InputError, on_rank_0
+from ranks import InputError
 from rewards import Channel, Example, Task
 from tasks import rows
 from tasks.judge import Judge
@@ -78,7 +78,7 @@ class Judged(Task):
         if not wanted.judge_model:
             raise InputError("--judge-model: name the judge's model as its endpoint calls it")
         self.judge, self.max_missing = Judge(wanted, explain), wanted.judge_max_missing
-        on_rank_0(self.judge.check)
+        self.judge.check()
 
     def try_out(self, example: Example) -> None:
         """Nothing: the judge has been asked a question."""

@@ -8,6 +8,7 @@ answer is asked for as constrained JSON; and it counts only if the judge's whole
 import contextlib
 import functools
 import json
+import re
 
 import jiter
 from pydantic import AliasPath, BaseModel, ConfigDict, Field, ValidationError, create_model
@@ -70,9 +71,9 @@ def parse_verdicts(message: str, names: tuple[str, ...]) -> dict[str, bool]:
     judge lost count. An explanation is welcome, asked for or not."""
     reply, wrong = None, set()
     for text in (message, message.rpartition("</think>")[2]):  # an explanation may quote the tag
-        text = text.strip()
+        text = text.strip().removeprefix("\ufeff")  # a byte order mark
         if text.startswith("```") and text.endswith("```"):
-            text = text.strip("`").removeprefix("json")
+            text = re.sub(r"^json", "", text.strip("`"), flags=re.IGNORECASE)
         with contextlib.suppress(ValueError):
             reply = jiter.from_json(text.encode(), catch_duplicate_keys=True)  # json and pydantic would take the last
             break

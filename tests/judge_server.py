@@ -34,7 +34,7 @@ class Server:
 
     async def _handle(self, request: web.Request) -> web.Response:
         body = await request.json()
-        self.requests.append({"body": body, "key": request.headers.get("Authorization")})
+        self.requests.append({"body": body, "key": request.headers.get("Authorization"), "query": request.query_string})
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         try:

@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import json
 import math
+import os
 import random
 import shutil
 import subprocess
@@ -370,6 +371,25 @@ def test_compare_refuses(tmp_path):
             evaluation.compare(good, path)
 
 
+def test_compare_says_what_it_cannot_read(tmp_path, monkeypatch, capsys):
+    """Before it prints anything."""
+    monkeypatch.chdir(tmp_path)
+    result(tmp_path, "good", [{"s": 1.0}])
+    for folder in ("kept/step-2", "kept/step-10", "trained", "empty"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "trained/metrics.jsonl").touch()
+    for other, message in [("kept", "kept holds evaluations of several policies: name one, such as kept/step-10"),
+                           ("trained", "trained is a run of train.py, which compare cannot read: evaluate it first, with python eval.py --model trained --task ..., "
+                                       "and name the directory that this prints"),
+                           ("empty", "empty: no results of eval.py are there; name its directory, such as runs/NAME"), ("nothing", "nothing: no results of eval.py are there")]:
+        with pytest.raises(InputError) as error:
+            evaluation.print_comparison(["good", other])
+        assert str(error.value).startswith(message)
+    with pytest.raises(InputError, match="usage: python eval.py compare runs/A runs/B, each a directory"):
+        evaluation.print_comparison(["good"])
+    assert capsys.readouterr().out == ""
+
+
 # Any task
 
 def test_scores_of_one_id_are_averaged_without_those_that_are_missing():
@@ -413,8 +433,9 @@ def test_trained_tasks_and_the_command(evaluate, tiny, tmp_path):
                          capture_output=True, text=True)
     assert out.returncode == 0, out.stderr[-2000:]
     assert (tmp_path / "runs/b/samples.jsonl").read_text() == (tmp_path / "runs/c/samples.jsonl").read_text()  # greedy: the same on two ranks
-    out = subprocess.run([sys.executable, ROOT / "eval.py", "compare", "runs/b/results.json", "runs/c/results.json"], cwd=tmp_path, capture_output=True, text=True)
+    out = subprocess.run([sys.executable, ROOT / "eval.py", "compare", "runs/b", "runs/c/results.json"], cwd=tmp_path, capture_output=True, text=True)
     assert out.returncode == 0 and out.stdout.count("1.0000") >= 3
+    assert out.stdout.startswith("A: runs/b\nB: runs/c/results.json\n") and out.stdout.splitlines()[2].split()[:5] == ["A", "B", "B", "-", "A"]
 
 
 # Every policy that a run has kept
@@ -576,6 +597,21 @@ def test_a_wrong_option_does_not_wait_for_torch():
         out = subprocess.run([sys.executable, "-X", "importtime", ROOT / "eval.py", *args], capture_output=True, text=True)
         assert message in out.stderr and "Traceback" not in out.stderr and out.returncode == (args != ["--help"])
         assert not {"torch", "transformers"} & {line.rpartition("|")[2].strip() for line in out.stderr.splitlines()}
+
+
+@pytest.mark.parametrize("script", ["train.py", "eval.py"])
+@pytest.mark.parametrize(("given", "message"), [
+    ({"WORLD_SIZE": "4"}, "error: the environment has WORLD_SIZE=4, but no usable RANK, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT: start with torchrun, "
+                          "which sets all of them, or unset WORLD_SIZE\n"),
+    ({"RANK": ""}, "error: the environment has RANK=, but no usable RANK, WORLD_SIZE, "),
+    ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "h", "MASTER_PORT": "1"},  # as some launchers do
+     "error: the environment has RANK=0, WORLD_SIZE=2, LOCAL_RANK=0, but no usable LOCAL_WORLD_SIZE: start with torchrun"),
+    ({"MASTER_ADDR": "h", "MASTER_PORT": "1"}, "error: --task x: "),  # by themselves they say nothing of several processes
+])
+def test_part_of_what_torchrun_sets(script, given, message):
+    """As in a pod: each process would do the whole run by itself."""
+    out = subprocess.run([sys.executable, ROOT / script, "--task", "x", "--engine", "hf"], capture_output=True, text=True, env={**os.environ, **given})
+    assert out.returncode == 1 and out.stderr.startswith(message) and out.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(("args", "message"), [

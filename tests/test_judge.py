@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import openai
 import psutil
 import pytest
 import torch
@@ -92,7 +93,7 @@ def test_what_is_no_verdict(message):
     ('{"explanation": "It says </think>.", "criterion_1": true}', {"criterion_1": 1.0}),
     ('<think>It says {"criterion_1": false}</think>\n{"criterion_1": true, "criterion_2": true}', {"criterion_1": 1.0, "criterion_2": 1.0}),
     ('{"criterion_1": "true", "criterion_2": true}', {"criterion_2": 1.0}), ('{"criterion_1": 1, "criterion_2": null}', {}),
-    ('{"criterion_2": false}', {"criterion_2": 0.0}), ("{}", {}),
+    ('{"criterion_2": false}', {"criterion_2": 0.0}), ("{}", {}), ('\ufeff{"criterion_1": true}', {"criterion_1": 1.0}), ('\n```JSON\n{"criterion_1": true}\n```', {"criterion_1": 1.0}),
 ])
 def test_verdicts(message, verdicts):
     assert parse_verdicts(message, ("criterion_1", "criterion_2")) == verdicts
@@ -198,6 +199,7 @@ def test_a_passing_fault_is_retried(fault):
     ((401, "bad key"), "HTTP 401: bad key", 1), ((404, "no model"), "HTTP 404", 1), ((400, "too long"), "HTTP 400", 1),
     ((500, "oops"), "no verdict within 0.5 s; its last reply: HTTP 500: oops", None), (5, "no verdict within 0.5 s; its last reply: none", 1),
     ((429, "slow", {"Retry-After": "60"}), "HTTP 429: slow", 1),
+    ((429, "slow", {"Retry-After": "300"}), "no verdict within 0.5 s; its last reply: HTTP 429: slow (Retry-After: 300)", 1),
 ])
 def test_a_lasting_fault_is_a_missing_verdict(fault, reason, requests):
     server = Server(lambda body, n: fault)
@@ -205,6 +207,19 @@ def test_a_lasting_fault_is_a_missing_verdict(fault, reason, requests):
     assert np.isnan(ask(client, ["meets 1"], n=1)).all()
     assert time.monotonic() - start < 2 and reason in client.error
     assert client.take_counts()["failed"] == 1 and (requests is None or len(server.requests) == requests)
+
+
+def test_a_long_retry_after_is_waited_for(monkeypatch):
+    """openai gives up above two minutes. A burst of 20 questions is then 20 missing verdicts."""
+    waited = []
+
+    async def sleep(seconds):
+        waited.append(seconds)
+
+    monkeypatch.setattr(openai._base_client.anyio, "sleep", sleep)
+    client = make(Server(lambda body, n: (429, "quota", {"Retry-After": "600"}) if n <= 20 else graded(body)))
+    assert ask(client, [f"meets 1, {i}" for i in range(20)], n=1).tolist() == [[1]] * 20
+    assert waited == [600] * 20 and client.take_counts()["retries"] == 20
 
 
 def test_one_bad_verdict_of_several_is_missing_alone():
@@ -271,7 +286,7 @@ def test_a_judge_that_comes_back_is_asked_again():
 
 
 @pytest.mark.parametrize(("answer", "reason"), [((401, "bad key"), "HTTP 401: bad key"), ((404, "no such model"), "HTTP 404"), ("Sure!", "Sure!"),
-                                                ((400, "no\n\nresponse_format"), "HTTP 400: no response_format"),
+                                                ((400, "no\n\nresponse_format"), "HTTP 400: no response_format"), ((400, "max_tokens is too large: 2048"), "HTTP 400: max_tokens is too large: 2048"),
                                                 ((503, "loading"), "HTTP 503: loading"), ((200, '{"choices": [{"message": {}, "finish_reason": "length"}]}'), "no chat completion"),
                                                 ((200, '{"choices": [{"message": {"content": null}, "finish_reason": "length"}]}'), "cut off after 2048 tokens"),
                                                 (5, "no answer within --judge-timeout 0.5 s"), ("{}", "no verdict in its answer")])
@@ -308,6 +323,50 @@ def test_a_broken_connection_is_retried_and_a_useless_endpoint_named(reply):
 def test_a_url_that_is_none(url):
     with pytest.raises(InputError, match="--judge-url"):
         Judge(settings(url)).check()
+
+
+@pytest.mark.parametrize(("path", "query"), [("", ""), ("/", ""), ("/chat/completions/", ""), ("/chat/completions?api-version=2024-10-21", "api-version=2024-10-21"),
+                                             ("?api-version=2024-10-21", "api-version=2024-10-21"), ("/?a=b/c&d", "a=b/c&d")])
+def test_the_address_of_requests(path, query):
+    server = Server(lambda body, n: graded(body))
+    Judge(settings(server.url + path)).check()
+    assert [request["query"] for request in server.requests] == [query]
+
+
+def refuses(*parameters: str):
+    """As OpenAI's models that think: one refusal at a time."""
+    says = {"max_tokens": "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.",
+            "temperature": "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) value is supported."}
+
+    def answer(body, n):
+        refused = [name for name in parameters if name in body]
+        return (400, json.dumps({"error": {"message": says[refused[0]], "code": "unsupported"}})) if refused else vowels(body, n)
+
+    return answer
+
+
+@pytest.mark.parametrize(("parameters", "said", "sent"), [
+    ((), "", {"temperature": 0, "max_tokens": 2048}), (("temperature",), "the judge m refuses temperature: all of its questions go with max_tokens 2048\n", {"max_tokens": 2048}),
+    (("max_tokens",), "the judge m refuses max_tokens: all of its questions go with temperature 0 and max_completion_tokens 8192\n", {"temperature": 0, "max_completion_tokens": 8192}),
+    (("max_tokens", "temperature"), "the judge m refuses temperature and max_tokens: all of its questions go with max_completion_tokens 8192\n", {"max_completion_tokens": 8192})])
+def test_parameters_that_a_judge_refuses(capsys, parameters, said, sent):
+    server = Server(refuses(*parameters))
+    client = make(server)
+    client.check()
+    ask(client, n=2)
+    bodies = [request["body"] for request in server.requests[len(parameters):]]
+    assert capsys.readouterr().out == said and len(bodies) == 5
+    assert all({name: body[name] for name in body if name in ("temperature", "max_tokens", "max_completion_tokens")} == sent for body in bodies)
+    assert client.take_counts()["requests"] == 4
+
+
+def test_ranks_ask_with_the_same_parameters(tmp_path):
+    """Rank 0 finds them out, one question for each."""
+    server = Server(refuses("max_tokens", "temperature"))
+    result = train(tmp_path, server.url, "--name", "a", "--steps", 1, "--max-tokens", 8, ranks=2)
+    assert result.returncode == 0 and result.stdout.count("the judge m refuses temperature and max_tokens: ") == 1, result.stderr[-3000:]
+    refused = [n for n, request in enumerate(server.requests) if {"max_tokens", "temperature"} & {*request["body"]}]
+    assert refused == [0, 1] and len(server.requests) > 20
 
 
 def test_a_run_that_ends_with_questions_under_way_says_nothing(tmp_path):

@@ -1,15 +1,16 @@
 """What is logged of a step."""
 
+import json
 import math
 import sys
 import types
 
 import pytest
 import torch
+from test_train import TINY, command, launch
 
-from checkpoint import Log, RunLog, State, channel_stats
+from checkpoint import Log, RunLog, channel_stats, open_tracker
 from model import Prompt
-from ranks import InputError
 from rewards import Channel, Example
 from rollout import Group, Response
 
@@ -93,8 +94,7 @@ def test_tracking(tmp_path, monkeypatch):
         Table=lambda columns, data: (columns, data), init=lambda **options: calls.append(options),
         log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("finished"))
     monkeypatch.setitem(sys.modules, "trackio", trackio)
-    log = RunLog(tmp_path)
-    log.begin(State(), {"track": "trackio", "lr": 0.1})
+    log = RunLog(tmp_path, tracker=open_tracker(tmp_path, {"track": "trackio", "lr": 0.1}, resumed=False))
     group = make([[1.0, NAN], [0.0, 1.0]], "a", "b")
     log.groups(1, [group])
     log.metrics({"step": 1, "joint": 0.5, "bad_updates": [], "seconds": {"sample": 2.0}})
@@ -106,6 +106,68 @@ def test_tracking(tmp_path, monkeypatch):
     assert columns == ["prompt", "response", "advantage", "a", "b"] and rows[0][1:4] == ["r", 0.0, 1.0] and math.isnan(rows[0][4])
     assert metrics == (1, {"joint": 0.5, "seconds/sample": 2.0}) and evaluation == (1, {"eval/joint": 0.5})
 
-    monkeypatch.setattr(trackio, "init", lambda **options: 1 / 0)
-    with pytest.raises(InputError, match="--track trackio: ZeroDivisionError: division by zero; log in"):
-        RunLog(tmp_path).begin(State(), {"track": "trackio"})
+
+FAILED = "warning: --track wandb failed: RuntimeError: the backend is gone; the run goes on without it, everything is in metrics.jsonl and samples.jsonl\n"
+
+
+@pytest.fixture
+def failing(monkeypatch, tmp_path):
+    """A package wandb of which the function that the environment names fails, whenever it is called."""
+    (tmp_path / "wandb.py").write_text("import os, sys\n\ndef Table(columns, data): pass\n" + "".join(f"""
+def {name}(*args, **options):
+    print("wandb.{name}", file=sys.stderr)
+    if os.environ["FAILS"] == "{name}":
+        raise RuntimeError("the backend\\nis gone")
+""" for name in ("init", "log", "finish")))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return lambda name: monkeypatch.setenv("FAILS", name)
+
+
+@pytest.mark.parametrize(("name", "ranks", "calls"), [("log", 2, 1), ("finish", 1, 7)])
+def test_a_tracker_that_fails_does_not_end_the_run(failing, tmp_path, name, ranks, calls):
+    """All that it would have got is in the files. It is not asked again."""
+    failing(name)
+    out = launch(*TINY, "--max-tokens", 8, "--track", "wandb", "--name", "a", cwd=tmp_path, ranks=ranks)
+    assert (out.returncode, out.stdout.count(FAILED), out.stdout.count("warning: --track")) == (0, 1, 1), out.stderr[-3000:]
+    assert out.stderr.count("wandb.log") + out.stderr.count("wandb.finish") == calls
+    assert [json.loads(line)["step"] for line in (tmp_path / "runs/a/metrics.jsonl").read_text().splitlines()] == [0, 1, 2, 2]
+    assert (tmp_path / "runs/a/checkpoint").is_dir() and not (tmp_path / "runs/a/state").exists()
+
+
+def test_a_tracker_that_cannot_begin(failing, tmp_path):
+    """A new run is refused before the model is loaded. One that is resumed, maybe by night, goes on without it."""
+    (tmp_path / "breaks.py").write_text("""
+from pathlib import Path
+from rewards import Channel, Task
+from tasks import tools
+
+def lengths(prompts, responses, references):
+    if Path("runs/a/state/step-1").exists() and not Path("mended").exists():
+        raise ValueError("broken")
+    return [len(r) for r in responses]
+
+def task(options):
+    return Task(tools.prompts, [Channel("length", lengths)])
+""")
+    args = [*TINY, "--task", "breaks.py", "--max-tokens", 8, "--save-every", 1, "--track", "wandb", "--name", "a"]
+    failing("init")
+    out = launch(*args, cwd=tmp_path)
+    assert out.returncode == 1 and not (tmp_path / "runs/a").exists()
+    assert out.stderr.endswith("error: --track wandb: RuntimeError: the backend is gone; log in there first, or leave it out\n")
+    failing("")
+    assert "to go on from step 1: " in launch(*args, cwd=tmp_path).stderr
+    (tmp_path / "mended").touch()
+    failing("init")
+    out = command("--resume", "runs/a", cwd=tmp_path)
+    assert out.count(FAILED) == 1 and "runs/a goes on from step 1 of 2\n" in out
+
+
+def test_a_terminal_without_the_letters_of_a_name(monkeypatch, tmp_path):
+    """The run goes on, and so does eval.py; what a letter stands for is printed."""
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    (tmp_path / "german.py").write_text("from rewards import Channel, Task\nfrom tasks import tools\n\ndef task(options):\n"
+                                        "    return Task(tools.prompts, [Channel('Länge', lambda prompts, responses, references: [len(r) / 100 for r in responses])])\n")
+    args = ["--task", "german.py", "--max-tokens", 8]
+    assert "L\\xe4nge 0." in command(*TINY, *args, "--name", "a", cwd=tmp_path)
+    assert "L\\xe4nge  0." in command(*args, "--engine", "hf", "--model", "runs/a", "--limit", 2, "--name", "b", cwd=tmp_path, script="eval.py")
+    assert "L\\xe4nge" in command("compare", "runs/b", "runs/b", cwd=tmp_path, script="eval.py")

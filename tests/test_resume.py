@@ -45,6 +45,7 @@ def handlers():
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
     checkpoint._signals.clear()
+    signal.set_wakeup_fd(-1)
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -101,7 +102,8 @@ def test_a_signal_saves_and_the_resumed_run_is_the_same(monkeypatch, tmp_path, c
     assert not (tmp_path / "runs/a/checkpoint").exists()
     checkpoint._signals.clear()
     run(monkeypatch, tmp_path, "--resume", "runs/a", "--save-every", 3, "--eval-every", 2, name=None)
-    assert "changed: --save-every 3, the run has 0\n" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "changed: --save-every 3, the run has 0\n" in out and "runs/a goes on from step 2 of 4\n" in out
     same(tmp_path / "runs/alone", tmp_path / "runs/a")
     assert not (tmp_path / "runs/a/state").exists()
     with pytest.raises(SystemExit) as ended:
@@ -135,20 +137,40 @@ def test_a_signal_during_the_update(monkeypatch, tmp_path):
 
 
 def test_a_second_signal_ends_it_at_once(tmp_path):
-    """While a save hangs; but not one within two seconds, by which a launcher repeats the first."""
+    """While a save hangs in a library, where Python runs no handler; but not one within two seconds, by which a launcher
+    repeats the first. What happens is said at once."""
     (tmp_path / "hanging.py").write_text(GRADED.replace("def task(options):", """def task(options):
-    import checkpoint, time
-    checkpoint.save = lambda *args: (print("saving", flush=True), time.sleep(60))"""))
+    import checkpoint, hashlib
+    checkpoint.save = lambda *args: (print("saving", flush=True), hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1))"""))
     process = subprocess.Popen([sys.executable, ROOT / "train.py", *TINY, "--task", "hanging.py", "--name", "a", "--steps", "99", "--save-every", "1"], cwd=tmp_path,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True)
+                               env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert any("saving" in line for line in process.stdout)
     process.terminate()
     process.terminate()
+    assert any("stopping, and saving the state; a second signal (Ctrl-C again) ends the run at once, without saving" in line for line in process.stderr)
     time.sleep(checkpoint.AGAIN + 0.5)
     assert process.poll() is None
     process.terminate()
     assert process.wait(2) == 143
     assert not list((tmp_path / "runs/a").glob("state/*"))
+
+
+def test_a_process_that_a_reward_forks_can_be_ended_and_the_run_goes_on(tmp_path):
+    """Such as one that runs code for too long. Fifty times, some of them before the process has begun."""
+    (tmp_path / "forks.py").write_text(f"import multiprocessing, sys, time\nsys.path.insert(0, {str(ROOT)!r})\n" + """
+import checkpoint
+checkpoint.catch_signals()
+for _ in range(50):
+    process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    process.start()
+    process.terminate()
+    process.join(10)
+    assert process.exitcode == -15
+time.sleep(checkpoint.AGAIN)
+checkpoint.check_signals()
+""")
+    result = subprocess.run([sys.executable, tmp_path / "forks.py"], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0 and "stopping" not in result.stderr, result.stderr
 
 
 def launch(*args, cwd: Path, ranks: int = 2, **options) -> subprocess.Popen:
@@ -182,6 +204,19 @@ def test_ranks_are_stopped_by_a_signal_to_one_and_resumed_as_one_or_four(tmp_pat
         losses[total] = [line["loss"] for line in steps]
     assert "changed: ranks 4, the run had 2\n" in log.read_text()
     assert max(abs(a - b) for a, b in zip(losses[1], losses[4], strict=True)) < 1e-5
+
+
+def test_ctrl_c_reaches_every_rank_and_the_launcher_which_repeats_it(tmp_path):
+    """As from a terminal. The state is saved all the same, and one rank says so."""
+    process = launch("--resume", "auto", "--steps", 99, "--save-every", "0", cwd=tmp_path)
+    log = tmp_path / "a.log"
+    until(lambda: (tmp_path / "runs/a/samples.jsonl").exists(), process, log)
+    for pid in (*((tmp_path / f"pid-{rank}").read_text() for rank in (0, 1)), process.pid):
+        os.kill(int(pid), signal.SIGINT)
+    assert process.wait(60) == 1
+    said = log.read_text()
+    assert said.count("stopping, and saving the state;") == said.count("stopped by SIGINT; to go on from step ") == 1
+    assert checkpoint.latest(tmp_path / "runs/a") and "]: Traceback" not in said
 
 
 def test_torchrun_starts_again_when_a_rank_dies(tmp_path):
@@ -318,7 +353,7 @@ def test_a_damaged_checkpoint(monkeypatch, stopped, damage, message):
 @pytest.mark.parametrize(("args", "message"), [
     (["--resume", "runs/b"], "--resume runs/b: no checkpoint is there; name the directory of a run, such as runs/NAME"),
     (["--resume", "auto"], "--resume auto needs --name, to find the run again"),
-    (["--save-every", "often"], "--save-every often: String should match"),
+    (["--save-every", "often"], "--save-every often: should be auto, or a number of steps, such as 20"),
     (["--task", "rubric", "--data", "x", "--judge-model", "m", "--judge-url", "http://me:secret@host/v1"],
      "--judge-url holds a password, which would be written to runs/: a judge's key goes into the environment variable JUDGE_API_KEY"),
     (["--resume", "auto", "--name", "mine"], "runs/mine holds something else than a run: choose another --name"),

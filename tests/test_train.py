@@ -230,10 +230,14 @@ def test_plot_of_two_runs(monkeypatch, tmp_path, graded):
     assert [row.split() for row in rows] == [["runs/a", "joint", "0.000", "(0.000)", "0.700", "(0.000)", "4", "0.500", "(0.250)"],
                                              ["runs/b", "joint", "0.000", "(0.000)", "0.000", "(0.000)", "0", "0.000", "(0.000)"]]
     height, width, _ = plt.imread(tmp_path / "both.png").shape
-    assert height > 200 and width > 1000  # vowels, short, joint, gradient norm, advantage std side by side
+    assert height > 200 and 1000 < width < 1400  # vowels, short, joint, gradient norm side by side
+    (tmp_path / "runs/b/plot.png").mkdir()
     (tmp_path / "runs/a/metrics.jsonl").write_text("")
-    result = subprocess.run([sys.executable, ROOT / "bench/plot.py", "runs/a"], cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 1 and result.stderr == "error: runs/a/metrics.jsonl holds no training step yet\n"
+    for name, message in [("a", "runs/a/metrics.jsonl holds no training step yet"),
+                          ("b", "runs/b/plot.png cannot be written (Is a directory): name another file with --out"),
+                          ("nothere", "runs/nothere: no run is there; name the directory of a run of train.py, or of eval.py --policies")]:
+        result = subprocess.run([sys.executable, ROOT / "bench/plot.py", f"runs/{name}"], cwd=tmp_path, capture_output=True, text=True)
+        assert result.returncode == 1 and result.stderr == f"error: {message}\n"
 
 
 def test_kept_policies_are_those_of_their_steps(monkeypatch, tmp_path, graded):
@@ -361,9 +365,9 @@ def nothing_is_loaded(monkeypatch):
     (["--task", "x"], "--task x: choose one of tools, reply"), (["--agg", "x"], "--agg x: should be 'rvpo', 'gdpo'"),
     (["--engine", "x"], "--engine x: should be 'vllm' or 'hf'"), (["--beta", "x"], "beta 'x' is neither"),
     (["--group", 1], "--group 1: should be greater than or equal to 2"), (["--prompts", 0], "--prompts 0: should be greater than or equal to 1"),
-    (["--temperature", 0], "--temperature 0: should be"), (["--lr", "nan"], "--lr nan"), (["--max-tokens", "many"], "--max-tokens many: should be a valid integer"),
+    (["--temperature", 0], "--temperature 0: should be"), (["--lr", "nan"], "--lr nan"), (["--max-tokens", "many"], "--max-tokens many: should be a whole number"),
     (["--kl", -1], "--kl -1: should be"), (["--updates", 3], "--updates 3: at most --prompts"),
-    (["--name", "there"], "runs/there exists"), (["--name", "a/b"], "--name a/b: String should match"), (["--weights", "tool"], "--weights tool: must be NAME=NUMBER"),
+    (["--name", "there"], "runs/there exists"), (["--name", "a/b"], "--name a/b: should be letters, digits, '_', '.' and '-', at most 100, and not begin with '.' or '-'"), (["--weights", "tool"], "--weights tool: must be NAME=NUMBER"),
     (["--weights", "tool=1,x=2"], "--weights x=2: must be NAME=NUMBER, the number at least 0 and the name one of format, tool"), (["--weights", "tool=-1"], "--weights tool=-1"),
     (["--weights", ",".join(f"{name}=0" for name in "format tool arg_names arg_values no_invented clean brief".split())], "all channels have weight 0"),
     (["--task", "broken.py"], "--task broken.py cannot be imported: NameError: name 'x' is not defined"), (["--task", "empty.py"], "must return a rewards.Task"),
@@ -371,7 +375,7 @@ def nothing_is_loaded(monkeypatch):
     (["--task", "rlla", "--data", "bad.json"], "row 1 has no prompt"), (["--model", "./x"], "--model ./x: no such file"),
     (["--model", "nothing"], "--model nothing: no such file"), (["--model", "./empty"], "needs a config.json and weights"),
     (["--max-tokens", 4000], "has room for 96"), (["--max-tokens", 5000], "no room for a prompt"), (["--gpu-memory", 2], "less than or equal to 1"),
-    (["--step", 3], "unrecognized arguments: --step"), (["--steps", "1e3"], "should be a valid integer"), (["--agg", "explicit", "--beta", "inf"], "finite beta"),
+    (["--step", 3], "unrecognized arguments: --step"), (["--steps", "1e3"], "--steps 1e3: should be a whole number"), (["--lr", "x"], "--lr x: should be a number"), (["--keep-policies", "x"], "--keep-policies x: should be true or false"), (["--agg", "explicit", "--beta", "inf"], "finite beta"),
     (["--model", "./json"], "./json cannot be loaded"), (["--model", "./cut"], "./cut cannot be loaded"),
     (["--model", "./wordless"], "is its tokenizer.json missing?"), (["--task", "rlla", "--data", "odd.json"], "chat template"),
     (["--task", "rlla", "--data", "good.json", "--eval-data", "none.json"], "no rows to evaluate on"), (["--seed", -1], "--seed -1"), (["--steps", 0], "--steps 0: should be"),
