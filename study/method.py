@@ -11,8 +11,7 @@ if __name__ == "__main__":  # before matplotlib is imported: --help must not wai
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # a script sees its own folder only
+sys.path.insert(0, str(Path(__file__).parent.parent))  # a script sees its own folder only
 
 import math
 
@@ -23,6 +22,7 @@ import torch
 
 import rvpo
 
+ROOT = Path(__file__).parent.parent
 PANELS = {
     "mean (GDPO)": 0.0,
     "beta 0.5": 0.5,
