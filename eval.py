@@ -40,7 +40,6 @@ try:  # before torch is imported: a wrong option must not wait for it
 except InputError as error:
     sys.exit(f"error: {error}")
 
-import hashlib
 import json
 import math
 import time
@@ -246,9 +245,9 @@ def evaluate(config: EvalConfig, run: Path, device: torch.device) -> dict[Path, 
 
 def settings(config: EvalConfig, decoding: rollout.Decoding, prompts: list[model.Prompt]) -> dict:
     """What decides the results, for results.json."""
-    items = json.dumps([prompt.example for prompt in prompts])
-    found = {"items": hashlib.sha256(items.encode()).hexdigest(), "model": config.model, "engine": config.engine,
-             "temperature": decoding.temperature, "max_tokens": decoding.max_tokens, "seed": config.seed}
+    found = {"items": rewards.digest([prompt.example for prompt in prompts]), "model": config.model,
+             "engine": config.engine, "temperature": decoding.temperature, "max_tokens": decoding.max_tokens,
+             "seed": config.seed}
     return found | ({"judge_model": config.judge_model, "judge_mode": config.judge_mode} if config.judge_model else {})
 
 
