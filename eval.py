@@ -203,7 +203,7 @@ def kept_policies(config: EvalConfig) -> list[Path]:
                          "such as --model runs/NAME")
     for path in paths:
         with model.readable(str(path)):
-            model.resolve(str(path))
+            model.refuse_quantized(model.resolve(str(path)))
     return paths
 
 

@@ -1,7 +1,9 @@
 """Finding a model, and all that is to be known of it before its weights are loaded."""
 
 import contextlib
+import json
 import math
+import re
 import tempfile
 import traceback
 from pathlib import Path
@@ -19,6 +21,10 @@ from rewards import Example
 transformers_logging.disable_progress_bar()
 
 TRAINABLE = "llama", "mistral", "phi3", "qwen2", "qwen3"  # model types whose log-probs tests compare with transformers'
+
+POINTER = b"version https://git-lfs"
+NARROW = re.compile(r"[FIU][1-8](_\w+)?")  # safetensors' names of dtypes of less than 16 bits: F8_E4M3, I8
+HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 
 
 class Prompt(NamedTuple):
@@ -42,8 +48,8 @@ def readable(name: str):
 
 
 def resolve(name: str) -> Path:
-    """--model -> a directory that transformers and vLLM load: smollm2 (see local/smollm2.py), a directory (a run's,
-    too) or a hub id. Weights are not loaded. Raises InputError."""
+    """--model -> a directory that transformers and vLLM load: smollm2 (see local/smollm2.py), a
+    directory (a run's, too) or a hub id. Weights are not loaded. Raises InputError."""
     if name == "smollm2":
         from local.smollm2 import smollm2
 
@@ -53,12 +59,75 @@ def resolve(name: str) -> Path:
         path = _download(name)
     if (path / "checkpoint").is_dir():  # a run of train.py
         path /= "checkpoint"
-    if not (path / "config.json").is_file() or not [*path.glob("*.safetensors")]:  # no pickles
-        raise InputError(f"--model {name}: {path} needs a config.json and weights (*.safetensors); name the directory "
-                         "of a checkpoint, such as runs/NAME/checkpoint")
-    for file in path.glob("*.safetensors"):
-        safe_open(file, "pt")  # reads the header: a truncated file is found now
+    for file in path.iterdir():
+        if file.is_file() and file.open("rb").read(len(POINTER)) == POINTER:
+            raise InputError(f"--model {name}: {file} is only git-lfs's pointer to the file: run "
+                             "`git lfs pull` there")
+    config = path / "config.json"
+    if config.is_file() and "data_sha256" in json.loads(config.read_text()):
+        raise InputError(f"--model {name}: this run of train.py is not finished and has no checkpoint/ "
+                         f"yet: go on with `python train.py --resume {path}`, or name a policy that "
+                         f"it has kept, {path}/policies/step-N")
+    if (path / "adapter_config.json").is_file():
+        or_remove = ", or remove adapter_config.json and adapter_model.safetensors" * config.is_file()
+        raise InputError(f"--model {name}: {path} has an adapter (adapter_config.json), which is not "
+                         "applied here: merge it into its model (peft's merge_and_unload) and name the "
+                         f"result{or_remove}")
+    if not config.is_file() or not weight_files(path):
+        raise InputError(f"--model {name}: {path} needs a config.json and weights (model.safetensors, or "
+                         "model.safetensors.index.json and its files); name the directory of a "
+                         "checkpoint, such as runs/NAME/checkpoint")
+    weights(path)  # a truncated file is found now
     return path
+
+
+def weight_files(path: Path) -> list[Path]:
+    """Those that hold a checkpoint's weights, as transformers chooses them: model.safetensors, else
+    what model.safetensors.index.json names. [] if there is neither: pickles are not read. Raises
+    InputError if vLLM, which reads a directory by itself, would choose others."""
+    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    named = set()
+    if index.is_file():
+        named = {path / file for file in json.loads(index.read_text())["weight_map"].values()}
+    chosen = {single} if single.is_file() else named
+    if missing := [file.name for file in chosen if not file.is_file()]:
+        raise InputError(f"{path} lacks {min(missing)}, which model.safetensors.index.json names")
+    of_vllm = named or {*path.glob("*.safetensors")}
+    if chosen and (others := of_vllm - chosen):
+        raise InputError(f"{path} has two sets of weights, transformers would load {single.name} and vLLM "
+                         f"{min(others).name}: remove the files that are not the model's")
+    return sorted(chosen)
+
+
+def weights(path: Path) -> dict:
+    """{name of a tensor: its open file} of a checkpoint. Only the headers are read."""
+    return {name: file for file in (safe_open(file, "pt") for file in weight_files(path))
+            for name in file.keys()}  # noqa: SIM118 (no mapping)
+
+
+def refuse_quantized(path: Path) -> None:
+    """Raises InputError if the weights are codes: without their scales they mean nothing."""
+    why = "its config.json has a quantization_config"
+    if not json.loads((path / "config.json").read_text()).get("quantization_config"):
+        dtypes = {name: file.get_slice(name).get_dtype() for name, file in weights(path).items()}
+        narrow = [name for name, dtype in dtypes.items() if NARROW.fullmatch(dtype)]
+        if not narrow:
+            return
+        why = f"{narrow[0]} is {dtypes[narrow[0]]}"
+    raise InputError(f"{path} is quantized ({why}) and cannot be trained: name the model that it was "
+                     "made from, such as Qwen/Qwen3-8B for Qwen/Qwen3-8B-FP8")
+
+
+def has_own_head(path: Path) -> bool:
+    """The file has an output head that differs from the embeddings, but config.json says that they are
+    one (tie_word_embeddings). transformers and vLLM go by the file."""
+    files = weights(path)
+    if not {HEAD, EMBEDDINGS} <= files.keys() or not AutoConfig.from_pretrained(path).tie_word_embeddings:
+        return False
+    head, embeddings = files[HEAD].get_slice(HEAD), files[EMBEDDINGS].get_slice(EMBEDDINGS)
+    return head.get_shape() != embeddings.get_shape() or not all(
+        torch.equal(head[row:row + 4096].float(), embeddings[row:row + 4096].float())
+        for row in range(0, head.get_shape()[0], 4096))
 
 
 def _download(name: str) -> Path:
@@ -68,7 +137,9 @@ def _download(name: str) -> Path:
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise InputError(f"--model {name}: no such file or directory, and no hub id (those look like Qwen/Qwen2.5-7B)")
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]))
+        return Path(snapshot_download(
+            name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"],
+            ignore_patterns=["*consolidated*.safetensors"]))  # Mistral's second copy of all weights
     except (OSError, ValueError, httpx.HTTPError) as error:
         raise InputError(f"--model {name}: no such directory, and the hub did not deliver it "
                          f"({type(error).__name__}: {str(error).splitlines()[0]})") from error
@@ -105,6 +176,8 @@ def describe(name: str, max_tokens: int, trained: bool = False):
     word (softcapping, ALiBi, ...). Raises InputError."""
     with readable(name):
         path = resolve(name)
+        if trained:
+            refuse_quantized(path)
         tokenizer = load_tokenizer(path)
         stops, config = stop_tokens(path, tokenizer), AutoConfig.from_pretrained(path)
         room = min(config.max_position_embeddings, getattr(config, "sliding_window", None) or math.inf) - max_tokens

@@ -138,7 +138,10 @@ class VLLMEngine:
             options = cpu.vllm_options(max_len, at_a_time)
         if "RANK" in os.environ:  # under torchrun: this rank's device, not device 0 for all
             options["distributed_executor_backend"] = "external_launcher"
-        if not fixed:
+        if fixed:
+            # Else it would prefer Mistral's consolidated.safetensors to the files that others take.
+            options |= {"load_format": "safetensors", "use_tqdm_on_load": False}
+        else:
             # The first push fills the weights, a tied head too, which a reload would leave stale on a CPU.
             options |= {"load_format": "dummy",
                         "hf_overrides": {"tie_word_embeddings": False, "head_dtype": "float32"}}  # as in LogProbs
