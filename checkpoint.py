@@ -7,6 +7,7 @@ follows from (seed, step), so no generator's state is kept.
 """
 
 import contextlib
+import hashlib
 import importlib.util
 import json
 import math
@@ -254,6 +255,19 @@ def check_data(run: Path, examples: list) -> str:
     if latest(run) and json.loads(file.read_text())["data_sha256"] != sha256:
         raise InputError(f"--resume {run}: its data are not what they were when it began (SHA-256 in config.json): "
                          "bring them back, or begin a new run")
+    return sha256
+
+
+def check_tokens(run: Path, prompts: list) -> str:
+    """SHA-256 of the prompts' tokens. Raises InputError as check_data does; runs of before this have none."""
+    tokens, file = json.dumps([prompt.ids for prompt in prompts]), run / "config.json"
+    sha256 = hashlib.sha256(tokens.encode()).hexdigest()
+    if len({*gather([sha256])}) > 1:
+        raise InputError("the ranks have different tokens of the same prompts: nodes must have the same model "
+                         "directory, tokenizer and chat template included")
+    if latest(run) and json.loads(file.read_text()).get("tokens_sha256", sha256) != sha256:
+        raise InputError(f"--resume {run}: the prompts' tokens are not what they were when it began (SHA-256 in "
+                         "config.json): bring the model's tokenizer and chat template back, or begin a new run")
     return sha256
 
 

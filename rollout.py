@@ -28,7 +28,7 @@ class Response(NamedTuple):
     logp: list[float]  # of each token when it was sampled, at the sampling temperature
     mask: list[int]  # 1 = sampled, 0 = put there by an environment (not trained on)
     finish: str  # "stop", or "length" if the response was cut off
-    text: str  # without the stop token; other special tokens stay visible to the rewards
+    text: str  # without the stop token; other special tokens stay visible to the rewards. Behind Prompt.opened
 
 
 @dataclass
@@ -84,6 +84,8 @@ class Sampler:
 
         def work() -> None:
             for i, responses in self.engine.generate([prompt.ids for prompt in mine], group, seeds):
+                if opened := mine[i].opened:
+                    responses = [response._replace(text=opened + response.text) for response in responses]
                 out[i] = responses, self.task.start(mine[i].example, [response.text for response in responses])
 
         interruptible(work)

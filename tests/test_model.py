@@ -127,6 +127,18 @@ def test_an_adapter_is_not_left_out(copied, alone):
     assert ("or remove adapter_config.json" in said) is not alone
 
 
+def test_tokens_that_end_a_response(copied):
+    """An id without an embedding is never sampled, and without any end token each response runs to --max-tokens."""
+    (copied / "generation_config.json").write_text('{"eos_token_id": [2, 1029]}')
+    assert "what ends a response has the token '', id 1029, but the model has only 1024 embeddings" in refused(copied, trained=False)
+    (copied / "generation_config.json").unlink()
+    configure(copied, eos_token_id=None)
+    tokenizer = model.load_tokenizer(copied)
+    tokenizer.eos_token, tokenizer.chat_template = None, "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    tokenizer.save_pretrained(copied)
+    assert "nothing would end a response: set eos_token in tokenizer_config.json, or eos_token_id in generation_config.json" in refused(copied, trained=False)
+
+
 def test_a_head_of_its_own_is_trained_and_saved(own_head, tmp_path):
     """As transformers has it: config.json says that the embeddings are the head, the weights say otherwise."""
     ids = torch.arange(5, 40)[None]

@@ -19,6 +19,7 @@ from judge_server import graded as verdicts
 from test_train import TINY
 
 import checkpoint
+import model
 import policy as policies
 import rollout
 import rvpo
@@ -107,6 +108,33 @@ def test_a_signal_saves_and_the_resumed_run_is_the_same(monkeypatch, tmp_path, c
     with pytest.raises(SystemExit) as ended:
         run(monkeypatch, tmp_path, "--resume", "runs/a", name=None)
     assert not ended.value.code and capsys.readouterr().out == "runs/a is finished, with all of its 4 steps: nothing is left to do\n"
+
+
+def test_a_run_that_is_resumed_on_another_day_has_its_own_prompts(monkeypatch, tmp_path, dated):
+    """Whose template holds the date. Another template is refused, but by runs of before tokens were compared."""
+    days = iter(["2024-02-28", "2024-02-28", "2024-02-29", "2024-02-29", "2024-02-29"])
+    monkeypatch.setattr(model, "today", lambda date: date or next(days))
+    at_step(monkeypatch, -1, None)
+    shutil.copytree(dated, tmp_path / "dated")
+    run(monkeypatch, tmp_path, "--model", "dated", name="alone")
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(SystemExit):
+            run(patch, tmp_path, "--model", "dated")
+    checkpoint._signals.clear()
+    template, file = tmp_path / "dated/chat_template.jinja", tmp_path / "runs/a/config.json"
+    before, config = template.read_text(), json.loads(file.read_text())
+    template.write_text(before + " ")
+    assert refused(monkeypatch, "--resume", "runs/a") == (
+        "--resume runs/a: the prompts' tokens are not what they were when it began (SHA-256 in config.json): bring the model's tokenizer and chat template back, or begin a new run")
+    file.write_text(json.dumps({key: value for key, value in config.items() if key != "tokens_sha256"}))
+    with monkeypatch.context() as patch:
+        patch.setattr(policies, "load", lambda *args, **options: 1 / 0)
+        assert "ZeroDivisionError" in refused(patch, "--resume", "runs/a")
+    template.write_text(before)
+    file.write_text(json.dumps(config))
+    run(monkeypatch, tmp_path, "--resume", "runs/a", name=None)
+    same(tmp_path / "runs/alone", tmp_path / "runs/a")
 
 
 def test_a_signal_during_the_update(monkeypatch, tmp_path):
