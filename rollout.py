@@ -5,6 +5,7 @@ another distribution, and bias the update.
 """
 
 import hashlib
+import math
 import os
 import random
 import warnings
@@ -47,6 +48,10 @@ class Group:
                      self.advantages[chosen])
 
 
+NO_PROBABILITIES = ("the model gives NaN for the next token: its weights are damaged, or training has diverged: "
+                    "begin again with a lower --lr")
+
+
 class Decoding(NamedTuple):  # how an engine samples a response, and reads it
     tokenizer: object
     stops: list[int]  # the tokens that end a response
@@ -73,9 +78,9 @@ class Sampler:
         self.engine, self.task, self.seed = engine, task, seed
 
     def sample(self, prompts: list[Prompt], group: int, step: int | str) -> list[tuple[list[Response], Callable]]:
-        """`group` responses to each prompt of this rank's share, and a function that returns their rewards (G, K).
-        A judge begins with a prompt as soon as it is finished, and is at work while others are being sampled.
-        Raises checkpoint.Stop on all ranks."""
+        """`group` responses to each prompt of this rank's share, and a function that returns their rewards (G, K), or
+        an InputError, which `score` raises on all ranks. A judge begins with a prompt as soon as it is finished, and is
+        at work while others are being sampled. Raises checkpoint.Stop on all ranks."""
         for generator in (random.seed, np.random.seed, torch.manual_seed):  # a reward may draw at random: the same
             generator(request_seed(self.seed, f"rewards {step}", RANK))  # in a run that was resumed at this step
         mine = prompts[RANK::WORLD]
@@ -83,10 +88,15 @@ class Sampler:
         out = [None] * len(mine)
 
         def work() -> None:
-            for i, responses in self.engine.generate([prompt.ids for prompt in mine], group, seeds):
-                if opened := mine[i].opened:
-                    responses = [response._replace(text=opened + response.text) for response in responses]
-                out[i] = responses, self.task.start(mine[i].example, [response.text for response in responses])
+            try:
+                for i, responses in self.engine.generate([prompt.ids for prompt in mine], group, seeds):
+                    if math.isnan(sum(logp for response in responses for logp in response.logp)):
+                        raise InputError(NO_PROBABILITIES)
+                    if opened := mine[i].opened:
+                        responses = [response._replace(text=opened + response.text) for response in responses]
+                    out[i] = responses, self.task.start(mine[i].example, [response.text for response in responses])
+            except InputError as error:
+                out[:] = [([], error)] * len(mine)
 
         interruptible(work)
         check_signals()
@@ -94,10 +104,10 @@ class Sampler:
 
     def score(self, prompts: list[Prompt], sampled: list[tuple[list[Response], Callable]]) -> list[Group]:
         """A group a prompt, of the whole batch, the same on every rank. sampled: what `sample` returned of it here.
-        Raises InputError on all ranks if a reward fails on one, and checkpoint.Stop."""
-        def outcome(rewards: Callable) -> np.ndarray | InputError:
+        Raises InputError on all ranks if an engine or a reward fails on one, and checkpoint.Stop."""
+        def outcome(rewards: Callable | InputError) -> np.ndarray | InputError:
             try:
-                return rewards()
+                return rewards if isinstance(rewards, InputError) else rewards()
             except InputError as error:
                 return error
 

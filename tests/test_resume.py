@@ -26,8 +26,9 @@ import rvpo
 import train
 from checkpoint import State
 from config import TrainConfig, parse
+from local import hf
 from ranks import InputError
-from rewards import Channel
+from rewards import Channel, Example, Task
 
 # A task of one's own: what is imported with it may be changed by it.
 GRADED = """
@@ -429,6 +430,50 @@ def test_a_directory_that_can_only_be_read(monkeypatch, tmp_path, small):
 
 
 # Numbers that go wrong
+
+NO_PROBABILITIES = ("the model gives NaN for the next token: its weights are damaged, or training has diverged: begin again with a lower --lr")
+
+
+def test_a_policy_that_has_diverged_ends_the_run(monkeypatch, tmp_path):
+    """transformers' sampling once ended in a traceback, and the state was lost."""
+    real = train.update
+
+    def diverge(learner, *args):
+        metrics = real(learner, *args)
+        learner.policy.lm.model.norm.weight.data[3] = float("nan")
+        return metrics
+
+    monkeypatch.setattr(train, "update", diverge)
+    with pytest.raises(InputError) as error:
+        run(monkeypatch, tmp_path, "--save-every", 0)
+    assert str(error.value) == f"{NO_PROBABILITIES}; the policy as it was then is in runs/a/checkpoint; to go on from step 1: python train.py --resume runs/a"
+    assert (tmp_path / "runs/a/state/step-1").is_dir()
+
+
+class Odd:
+    """An engine like vLLM, which samples something from NaN."""
+
+    def generate(self, prompts, group, seeds):
+        yield 0, [rollout.Response([5, 0], [-1.0, float("nan")], [1, 1], "length", "x")] * group
+
+
+def test_responses_without_probabilities_are_not_graded(monkeypatch):
+    """Raised by `score`, which all ranks reach: another one would wait for the one that fails."""
+    task = Task(None, [Channel("c", lambda *_: pytest.fail("it was graded"))])
+    sampler = rollout.Sampler(Odd(), task, 0)
+    sampled = sampler.sample([model.Prompt([1], Example([]))], 2, 0)
+    with pytest.raises(InputError, match=NO_PROBABILITIES):
+        sampler.score([model.Prompt([1], Example([]))], sampled)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_transformers_does_not_sample_from_nan(tiny, temperature):
+    tokenizer = model.load_tokenizer(tiny)
+    engine = hf.HFEngine(hf.load(tiny, torch.device("cpu")), rollout.Decoding(tokenizer, [2], temperature, 4))
+    engine.model.model.norm.weight.data[3] = float("nan")
+    with pytest.raises(InputError, match=NO_PROBABILITIES):
+        next(engine.generate([[5, 6, 7]], 1, [0]))
+
 
 def test_a_loss_that_is_not_finite(tmp_path):
     """On one rank only, in the second update of steps 2, 4, 5, 6: all leave it out, three such steps in a row end the run."""
