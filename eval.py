@@ -164,6 +164,7 @@ def compare(first: Path, second: Path) -> list[dict]:
 def load_engine(config: EvalConfig, path: Path, decoding: rollout.Decoding, max_len: int, device: torch.device):
     """Of the checkpoint as it is; with --policies, the first's, into which `push` puts the weights of each. max_len:
     prompt and response. Raises InputError."""
+    model.announce(config.model)
     with model.readable(config.model):
         if config.engine == "vllm":
             return rollout.VLLMEngine(path, decoding, max_len, config.gpu_memory, fixed=not config.policies)

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from ranks import InputError, gather
+from ranks import RANK, InputError, gather
 from rewards import Example
 
 transformers_logging.disable_progress_bar()
@@ -48,6 +48,12 @@ def readable(name: str):
             traceback.print_exc(file=file)
         raise InputError(f"--model {name} cannot be loaded ({type(error).__name__}: {reason}); all of it is in "
                          f"{file.name}") from error
+
+
+def announce(name: str) -> None:
+    """Before what takes minutes of silence."""
+    if RANK == 0:
+        print(f"loading {name}", file=sys.stderr, flush=True)
 
 
 def resolve(name: str) -> Path:

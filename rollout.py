@@ -5,6 +5,7 @@ another distribution, and bias the update.
 """
 
 import hashlib
+import logging
 import math
 import os
 import random
@@ -132,6 +133,7 @@ class VLLMEngine:
         # Read when vLLM is imported. setdefault: whoever sets one by hand means it.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine in this process, not in a child
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())  # it logs before it reads that
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else all threads share one core
         warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")  # about its own imports
         from vllm import LLM

@@ -204,7 +204,12 @@ def set_advantages(groups: list[Group], agg: str, beta: float) -> None:
 
 def prompt_at(position: int, n: int, seed: int) -> int:
     """Index of the prompt at a position of the endless stream of shuffled epochs of n prompts."""
-    return int(np.random.default_rng([seed, position // n]).permutation(n)[position % n])
+    return int(shuffled(n, seed, position // n)[position % n])
+
+
+@functools.lru_cache(maxsize=2)  # a step may reach into the next epoch
+def shuffled(n: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(n)
 
 
 def evaluate(sampler: Sampler, held_out: list[Prompt], log, step: int) -> None:
@@ -276,6 +281,7 @@ def setup(config: TrainConfig, device: torch.device, task: Task, known: model.Pr
     path, tokenizer = known.path, known.tokenizer
     decoding = Decoding(tokenizer, known.stops, config.temperature, config.max_tokens)
     mesh, half = policies.make_mesh(device), policies.compute_dtype(device)
+    model.announce(config.model)
     with model.readable(config.model):
         policy = policies.load(path, device, mesh)
         reference = policies.load(path, device, mesh, half, trained=False) if config.kl else None
