@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 import rvpo
 from ranks import RANK, WORLD, InputError, gather, on_rank_0
-from rewards import satisfied
+from rewards import digest, satisfied
 
 if TYPE_CHECKING:
     from rollout import Group
@@ -286,14 +286,27 @@ def read_config(run: Path, given: dict) -> dict:
 
 def check_data(run: Path, examples: list) -> str:
     """SHA-256 of all that is in the examples. Raises InputError if other ranks have another, or the run had one."""
-    digest, file = hashlib.sha256(json.dumps(examples).encode()).hexdigest(), run / "config.json"
-    if len({*gather([digest])}) > 1:
+    sha256, file = digest(examples), run / "config.json"
+    if len({*gather([sha256])}) > 1:
         raise InputError("the ranks have different prompts: a task must make the same ones on all (seed what it draws, "
                          "sort what comes from a set), and nodes must read the same files")
-    if latest(run) and json.loads(file.read_text())["data_sha256"] != digest:
+    if latest(run) and json.loads(file.read_text())["data_sha256"] != sha256:
         raise InputError(f"--resume {run}: its data are not what they were when it began (SHA-256 in config.json): "
                          "bring them back, or begin a new run")
-    return digest
+    return sha256
+
+
+def check_tokens(run: Path, prompts: list) -> str:
+    """SHA-256 of the prompts' tokens. Raises InputError as check_data does; runs of before this have none."""
+    tokens, file = json.dumps([prompt.ids for prompt in prompts]), run / "config.json"
+    sha256 = hashlib.sha256(tokens.encode()).hexdigest()
+    if len({*gather([sha256])}) > 1:
+        raise InputError("the ranks have different tokens of the same prompts: nodes must have the same model "
+                         "directory, tokenizer and chat template included")
+    if latest(run) and json.loads(file.read_text()).get("tokens_sha256", sha256) != sha256:
+        raise InputError(f"--resume {run}: the prompts' tokens are not what they were when it began (SHA-256 in "
+                         "config.json): bring the model's tokenizer and chat template back, or begin a new run")
+    return sha256
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 Nothing here takes long to import, so that --help and a wrong option are answered at once."""
 
 import argparse
+import datetime
 import importlib.util
 import math
 import re
@@ -46,11 +47,19 @@ class Shared(JudgeOptions):  # what both programs have
     engine: Literal["auto", "vllm", "hf"] = Field("auto", description="vllm; hf: transformers' generate, slower; auto: "
                                                                       "vllm where it is installed")
     gpu_memory: float = Field(0.4, ge=0.01, le=1, description="share of a GPU's memory that vLLM may take")
+    date: str | None = Field(None, description="YYYY-MM-DD, for a chat template that asks for it, such as Llama's; "
+                                               "default: today")
+    enable_thinking: bool | None = Field(None, description="true or false, for a chat template that knows it, such as "
+                                                           "Qwen3's; default: its own choice")
     seed: int = Field(0, ge=0, description="of all that is drawn at random")
     name: str | None = Field(None, pattern=r"^\w[\w.-]{0,99}$", description="results go to runs/NAME")
 
     def check(self) -> None:
         """Raises InputError for what no option shows by itself."""
+        try:
+            datetime.date.fromisoformat(self.date or "2000-01-01")
+        except ValueError:
+            raise InputError(f"--date {self.date}: must be YYYY-MM-DD") from None
         installed = importlib.util.find_spec("vllm") is not None
         if self.engine == "vllm" and not installed:
             raise InputError("--engine vllm: vLLM is not installed; pip install -r requirements.txt, or --engine hf")

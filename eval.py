@@ -40,7 +40,6 @@ try:  # before torch is imported: a wrong option must not wait for it
 except InputError as error:
     sys.exit(f"error: {error}")
 
-import hashlib
 import json
 import math
 import time
@@ -57,6 +56,7 @@ from checkpoint import RunLog, by_step, make_run, versions, write_json
 
 RESAMPLES, PAIRED_RESAMPLES = 1_000, 10_000
 UNCOMPARED = {"model", "engine"}  # two evaluations may differ in these
+OF_SOME_MODELS = {"date", "enable_thinking"}  # one may lack these: its model's chat template does not know them
 
 
 def metrics(samples: list[dict], averages: dict[str, dict[str, float]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -136,7 +136,7 @@ def compare(first: Path, second: Path) -> list[dict]:
         raise InputError("the two evaluations cannot be compared: they are of different items")
     for key in sorted((a.keys() | b.keys()) - UNCOMPARED):
         x, y = a.get(key), b.get(key)
-        if x != y:
+        if x != y and not (key in OF_SOME_MODELS and None in (x, y)):
             raise InputError(f"the two evaluations cannot be compared: {key} is {x} in {first}, and {y} in {second}")
     groups, rows = np.array([sample["group"] for sample in a_samples]), []
     of_b = metrics(b_samples, b["averages"])
@@ -164,6 +164,7 @@ def compare(first: Path, second: Path) -> list[dict]:
 def load_engine(config: EvalConfig, path: Path, decoding: rollout.Decoding, max_len: int, device: torch.device):
     """Of the checkpoint as it is; with --policies, the first's, into which `push` puts the weights of each. max_len:
     prompt and response. Raises InputError."""
+    model.announce(config.model)
     with model.readable(config.model):
         if config.engine == "vllm":
             return rollout.VLLMEngine(path, decoding, max_len, config.gpu_memory, fixed=not config.policies)
@@ -204,7 +205,7 @@ def kept_policies(config: EvalConfig) -> list[Path]:
                          "such as --model runs/NAME")
     for path in paths:
         with model.readable(str(path)):
-            model.resolve(str(path))
+            model.refuse_quantized(model.resolve(str(path)))
     return paths
 
 
@@ -219,15 +220,15 @@ def evaluate(config: EvalConfig, run: Path, device: torch.device) -> dict[Path, 
     task.try_out(examples[0])  # a faulty reward is found now, and not after all is sampled
     temperature = task.temperature if config.temperature is None else config.temperature
     max_tokens = config.max_tokens or task.max_tokens
-    path, tokenizer, stops, _, room = model.describe(str(paths[0]) if paths else config.model, max_tokens)
-    prompts = model.encode(tokenizer, examples, room)
+    known = model.describe(str(paths[0]) if paths else config.model, max_tokens)
+    prompts = model.encode(known.tokenizer, examples, known.room, known.embeddings, config.date, config.enable_thinking)
     max_len = max(len(prompt.ids) for prompt in prompts) + max_tokens
-    decoding = rollout.Decoding(tokenizer, stops, temperature, max_tokens)
+    decoding = rollout.Decoding(known.tokenizer, known.stops, temperature, max_tokens)
     tables = {run / kept.name: table for kept in paths if (table := measured(
         run / kept.name, settings(config.model_copy(update={"model": str(kept)}), decoding, prompts)))}
     if paths and len(tables) == len(paths):
         return tables
-    engine = load_engine(config, path, decoding, max_len, device)
+    engine = load_engine(config, known.path, decoding, max_len, device)
     sampler = rollout.Sampler(engine, task, config.seed)
     if not paths:
         return {run: measure(config, sampler, prompts, run)}
@@ -245,10 +246,14 @@ def evaluate(config: EvalConfig, run: Path, device: torch.device) -> dict[Path, 
 
 
 def settings(config: EvalConfig, decoding: rollout.Decoding, prompts: list[model.Prompt]) -> dict:
-    """What decides the results, for results.json."""
-    items = json.dumps([prompt.example for prompt in prompts])
-    found = {"items": hashlib.sha256(items.encode()).hexdigest(), "model": config.model, "engine": config.engine,
+    """What decides the results, for results.json. date, enable_thinking: only of models that they matter to."""
+    examples, tokenizer = [prompt.example for prompt in prompts], decoding.tokenizer
+    found = {"items": rewards.digest(examples), "model": config.model, "engine": config.engine,
              "temperature": decoding.temperature, "max_tokens": decoding.max_tokens, "seed": config.seed}
+    if model.dated(tokenizer, examples, config.date, config.enable_thinking):
+        found["date"] = config.date
+    if model.may_think(tokenizer):
+        found["enable_thinking"] = "default" if config.enable_thinking is None else config.enable_thinking
     return found | ({"judge_model": config.judge_model, "judge_mode": config.judge_mode} if config.judge_model else {})
 
 
@@ -293,6 +298,7 @@ def measure(config: EvalConfig, sampler: rollout.Sampler, prompts: list[model.Pr
 
 def main(config: EvalConfig) -> None:
     device = join()
+    config = config.model_copy(update={"date": model.today(config.date)})
     name = config.name or f"eval-{Path(config.task).stem}-{time.strftime('%m%d-%H%M%S')}"
     with make_run(name, "step-*" if config.policies else None) as run:
         tables = evaluate(config, run, device)

@@ -1,7 +1,11 @@
 """Finding a model, and all that is to be known of it before its weights are loaded."""
 
 import contextlib
+import datetime
+import json
 import math
+import re
+import sys
 import tempfile
 import traceback
 from pathlib import Path
@@ -13,17 +17,22 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from ranks import InputError
+from ranks import RANK, InputError, gather
 from rewards import Example
 
 transformers_logging.disable_progress_bar()
 
 TRAINABLE = "llama", "mistral", "phi3", "qwen2", "qwen3"  # model types whose log-probs tests compare with transformers'
 
+POINTER = b"version https://git-lfs"
+NARROW = re.compile(r"[FIU][1-8](_\w+)?")  # safetensors' names of dtypes of less than 16 bits: F8_E4M3, I8
+HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
+
 
 class Prompt(NamedTuple):
     ids: list[int]  # tokens
     example: Example  # what they were made of
+    opened: str = ""  # the beginning of a thought, in the prompt: rewards see it as the response's beginning
 
 
 @contextlib.contextmanager
@@ -41,9 +50,15 @@ def readable(name: str):
                          f"{file.name}") from error
 
 
+def announce(name: str) -> None:
+    """Before what takes minutes of silence."""
+    if RANK == 0:
+        print(f"loading {name}", file=sys.stderr, flush=True)
+
+
 def resolve(name: str) -> Path:
-    """--model -> a directory that transformers and vLLM load: smollm2 (see local/smollm2.py), a directory (a run's,
-    too) or a hub id. Weights are not loaded. Raises InputError."""
+    """--model -> a directory that transformers and vLLM load: smollm2 (see local/smollm2.py), a
+    directory (a run's, too) or a hub id. Weights are not loaded. Raises InputError."""
     if name == "smollm2":
         from local.smollm2 import smollm2
 
@@ -53,12 +68,75 @@ def resolve(name: str) -> Path:
         path = _download(name)
     if (path / "checkpoint").is_dir():  # a run of train.py
         path /= "checkpoint"
-    if not (path / "config.json").is_file() or not [*path.glob("*.safetensors")]:  # no pickles
-        raise InputError(f"--model {name}: {path} needs a config.json and weights (*.safetensors); name the directory "
-                         "of a checkpoint, such as runs/NAME/checkpoint")
-    for file in path.glob("*.safetensors"):
-        safe_open(file, "pt")  # reads the header: a truncated file is found now
+    for file in path.iterdir():
+        if file.is_file() and file.open("rb").read(len(POINTER)) == POINTER:
+            raise InputError(f"--model {name}: {file} is only git-lfs's pointer to the file: run "
+                             "`git lfs pull` there")
+    config = path / "config.json"
+    if config.is_file() and "data_sha256" in json.loads(config.read_text()):
+        raise InputError(f"--model {name}: this run of train.py is not finished and has no checkpoint/ "
+                         f"yet: go on with `python train.py --resume {path}`, or name a policy that "
+                         f"it has kept, {path}/policies/step-N")
+    if (path / "adapter_config.json").is_file():
+        or_remove = ", or remove adapter_config.json and adapter_model.safetensors" * config.is_file()
+        raise InputError(f"--model {name}: {path} has an adapter (adapter_config.json), which is not "
+                         "applied here: merge it into its model (peft's merge_and_unload) and name the "
+                         f"result{or_remove}")
+    if not config.is_file() or not weight_files(path):
+        raise InputError(f"--model {name}: {path} needs a config.json and weights (model.safetensors, or "
+                         "model.safetensors.index.json and its files); name the directory of a "
+                         "checkpoint, such as runs/NAME/checkpoint")
+    weights(path)  # a truncated file is found now
     return path
+
+
+def weight_files(path: Path) -> list[Path]:
+    """Those that hold a checkpoint's weights, as transformers chooses them: model.safetensors, else
+    what model.safetensors.index.json names. [] if there is neither: pickles are not read. Raises
+    InputError if vLLM, which reads a directory by itself, would choose others."""
+    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    named = set()
+    if index.is_file():
+        named = {path / file for file in json.loads(index.read_text())["weight_map"].values()}
+    chosen = {single} if single.is_file() else named
+    if missing := [file.name for file in chosen if not file.is_file()]:
+        raise InputError(f"{path} lacks {min(missing)}, which model.safetensors.index.json names")
+    of_vllm = named or {*path.glob("*.safetensors")}
+    if chosen and (others := of_vllm - chosen):
+        raise InputError(f"{path} has two sets of weights, transformers would load {single.name} and vLLM "
+                         f"{min(others).name}: remove the files that are not the model's")
+    return sorted(chosen)
+
+
+def weights(path: Path) -> dict:
+    """{name of a tensor: its open file} of a checkpoint. Only the headers are read."""
+    return {name: file for file in (safe_open(file, "pt") for file in weight_files(path))
+            for name in file.keys()}  # noqa: SIM118 (no mapping)
+
+
+def refuse_quantized(path: Path) -> None:
+    """Raises InputError if the weights are codes: without their scales they mean nothing."""
+    why = "its config.json has a quantization_config"
+    if not json.loads((path / "config.json").read_text()).get("quantization_config"):
+        dtypes = {name: file.get_slice(name).get_dtype() for name, file in weights(path).items()}
+        narrow = [name for name, dtype in dtypes.items() if NARROW.fullmatch(dtype)]
+        if not narrow:
+            return
+        why = f"{narrow[0]} is {dtypes[narrow[0]]}"
+    raise InputError(f"{path} is quantized ({why}) and cannot be trained: name the model that it was "
+                     "made from, such as Qwen/Qwen3-8B for Qwen/Qwen3-8B-FP8")
+
+
+def has_own_head(path: Path) -> bool:
+    """The file has an output head that differs from the embeddings, but config.json says that they are
+    one (tie_word_embeddings). transformers and vLLM go by the file."""
+    files = weights(path)
+    if not {HEAD, EMBEDDINGS} <= files.keys() or not AutoConfig.from_pretrained(path).tie_word_embeddings:
+        return False
+    head, embeddings = files[HEAD].get_slice(HEAD), files[EMBEDDINGS].get_slice(EMBEDDINGS)
+    return head.get_shape() != embeddings.get_shape() or not all(
+        torch.equal(head[row:row + 4096].float(), embeddings[row:row + 4096].float())
+        for row in range(0, head.get_shape()[0], 4096))
 
 
 def _download(name: str) -> Path:
@@ -68,7 +146,9 @@ def _download(name: str) -> Path:
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise InputError(f"--model {name}: no such file or directory, and no hub id (those look like Qwen/Qwen2.5-7B)")
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]))
+        return Path(snapshot_download(
+            name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"],
+            ignore_patterns=["*consolidated*.safetensors"]))  # Mistral's second copy of all weights
     except (OSError, ValueError, httpx.HTTPError) as error:
         raise InputError(f"--model {name}: no such directory, and the hub did not deliver it "
                          f"({type(error).__name__}: {str(error).splitlines()[0]})") from error
@@ -99,37 +179,155 @@ def stop_tokens(path: Path, tokenizer) -> list[int]:
     return sorted({tokenizer.eos_token_id, *configured, *ends_turn} - {None})
 
 
-def describe(name: str, max_tokens: int, trained: bool = False):
-    """What can be known of --model without its weights: (path, tokenizer, stop tokens, dtype, the longest prompt that
-    leaves room for max_tokens). trained: refuse what policy.py's attention and output head would get wrong without a
-    word (softcapping, ALiBi, ...). Raises InputError."""
+class Pretrained(NamedTuple):  # what is known of a model without its weights
+    path: Path
+    tokenizer: object
+    stops: list[int]  # the tokens that end a response
+    dtype: torch.dtype
+    room: int  # tokens of the longest prompt that leaves room for a response
+    embeddings: int  # token ids are below
+
+
+def describe(name: str, max_tokens: int, trained: bool = False) -> Pretrained:
+    """What can be known of --model without its weights. trained: refuse what policy.py's attention and
+    output head would get wrong without a word (softcapping, ALiBi, ...). Raises InputError."""
     with readable(name):
         path = resolve(name)
+        if trained:
+            refuse_quantized(path)
         tokenizer = load_tokenizer(path)
         stops, config = stop_tokens(path, tokenizer), AutoConfig.from_pretrained(path)
-        room = min(config.max_position_embeddings, getattr(config, "sliding_window", None) or math.inf) - max_tokens
+        window = getattr(config, "sliding_window", None) or math.inf
+        room = min(config.max_position_embeddings, window) - max_tokens
     if room < 1:
         raise InputError(f"--max-tokens {max_tokens}: the model's context has no room for a prompt beside them")
+    if not stops:
+        raise InputError(f"--model {name}: nothing would end a response: set eos_token in "
+                         "tokenizer_config.json, or eos_token_id in generation_config.json")
+    check_ids(stops, tokenizer, config.vocab_size, f"--model {name}: what ends a response")
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
     if trained and rope in ("longrope", "dynamic"):  # they depend on the longest sequence of a micro-batch
         raise InputError(f"--model {name}: training with {rope} position embeddings is not supported")
     if trained and config.model_type not in TRAINABLE:
         raise InputError(f"--model {name}: training {config.model_type} models is not supported; "
                          f"{', '.join(TRAINABLE)} are")
-    return path, tokenizer, stops, config.dtype or torch.float32, room
+    return Pretrained(path, tokenizer, stops, config.dtype or torch.float32, room, config.vocab_size)
 
 
-def encode(tokenizer, examples: list[Example], limit: int) -> list[Prompt]:
-    """Through the chat template. Raises InputError for a prompt of more than `limit` tokens."""
-    prompts = []
-    for i, example in enumerate(examples):
-        where = f"prompt {i} ('...{example.messages[-1]['content'][-40:]!a}')"
+def check_ids(ids: list[int], tokenizer, embeddings: int, what: str) -> None:
+    """Raises InputError for a token id that the model has no embedding for. A tokenizer may have such
+    ids, for they cannot be sampled."""
+    if max(ids) >= embeddings:
+        raise InputError(f"{what} has the token {tokenizer.decode([max(ids)])!r}, id {max(ids)}, but the model "
+                         f"has only {embeddings} embeddings: take the tokenizer that belongs to it, or "
+                         "resize them (transformers' resize_token_embeddings)")
+
+
+# Chats
+
+def today(date: str | None) -> str:
+    """--date, or today: rank 0's, for midnight may lie between two ranks."""
+    return gather([date or datetime.date.today().isoformat()])[0]
+
+
+def template_options(tokenizer, date: str | None, thinking: bool | None) -> dict:
+    """Of the chat template. date: what it takes for today, None for the clock's. thinking: None for the
+    template's own choice. Raises InputError."""
+    options = {}
+    if date:
+        options["strftime_now"] = datetime.date.fromisoformat(date).strftime  # transformers' own asks the clock
+    if thinking is not None:
+        if not may_think(tokenizer):
+            raise InputError("--enable-thinking: the model's chat template does not know it; leave it out")
+        options["enable_thinking"] = thinking
+    return options
+
+
+def may_think(tokenizer) -> bool:
+    return "enable_thinking" in str(tokenizer.chat_template)
+
+
+def render(tokenizer, messages: list[dict], tools: tuple, options: dict) -> str:
+    """A chat as a prompt's text. If the last message is the assistant's, the response continues it."""
+    continued = messages[-1].get("role") == "assistant"
+    return tokenizer.apply_chat_template(
+        [with_objects(message) for message in messages], tools=[*tools] or None, tokenize=False,
+        add_generation_prompt=not continued, continue_final_message=continued, **options)
+
+
+def with_objects(message: dict) -> dict:
+    """Its tool calls' arguments as objects, as vLLM's server has them: templates write them as JSON, and
+    would quote a text of JSON, which is OpenAI's format, once more."""
+    if not message.get("tool_calls"):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        function = call.get("function", call)
+        with contextlib.suppress(ValueError, TypeError, LookupError):  # no JSON, or no text: as it is
+            function = {**function, "arguments": json.loads(function["arguments"])}
+        calls.append({**call, "function": function} if "function" in call else function)
+    return {**message, "tool_calls": calls}
+
+
+def open_thought(last: dict, text: str) -> str:
+    """What the response's thought has before the response: of the last message, if it is continued, or
+    what the template opens at the end of the prompt's text."""
+    if last.get("role") == "assistant":
+        _, tag, thought = last["content"].rpartition("<think>")
+        return "" if "</think>" in thought else (tag and tag + thought)
+    end = re.search(r"<think>\s*$", text)
+    return end[0] if end else ""
+
+
+def dated(tokenizer, examples: list[Example], date: str, thinking: bool | None) -> bool:
+    """Whether the prompts depend on the date."""
+    if "strftime_now" not in str(tokenizer.chat_template):
+        return False
+    now, then = (template_options(tokenizer, day, thinking) for day in (date, "1999-12-31"))
+    return any(render(tokenizer, example.messages, example.tools, now)
+               != render(tokenizer, example.messages, example.tools, then) for example in examples)
+
+
+def left_out(tokenizer, example: Example, text: str, options: dict) -> str | None:
+    """The part of a chat that the template leaves out without a word. text: the whole chat, rendered."""
+    def same(messages: list[dict], tools: tuple) -> bool:
         try:
-            ids = tokenizer.apply_chat_template(example.messages, add_generation_prompt=True, return_dict=False)
+            return render(tokenizer, messages, tools, options) == text
+        except (jinja2.TemplateError, TypeError, ValueError):  # it misses the part
+            return False
+
+    messages, tools = example.messages, example.tools
+    if tools and same(messages, ()):
+        return "the tools"
+    for i, message in enumerate(messages):
+        before, after = messages[:i], messages[i + 1:]
+        called = {key: value for key, value in message.items() if key != "tool_calls"}
+        if message.get("tool_calls") and same([*before, called, *after], tools):
+            return f"the tool_calls of message {i}"
+        common = message.get("role") in ("system", "user", "assistant")
+        if not common and message.get("content") and same([*before, {**message, "content": ""}, *after], tools):
+            return f"the content of message {i} (role {message.get('role')})"
+    return None
+
+
+def encode(tokenizer, examples: list[Example], limit: int, embeddings: int = sys.maxsize,
+           date: str | None = None, thinking: bool | None = None) -> list[Prompt]:
+    """Through the chat template. Raises InputError for a chat that it cannot hold, and for a prompt of
+    more than `limit` tokens, or with one that has no embedding."""
+    options, prompts = template_options(tokenizer, date, thinking), []
+    for i, example in enumerate(examples):
+        where = f"prompt {i} ('...{(example.messages[-1].get('content') or '')[-40:]!a}')"
+        try:
+            text = render(tokenizer, example.messages, example.tools, options)
+            ids = tokenizer(text, add_special_tokens=False).input_ids
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise InputError(f"{where} does not go through the model's chat template: {error}") from error
+        if part := left_out(tokenizer, example, text, options):
+            raise InputError(f"{where}: the model's chat template leaves out {part}: choose a model whose "
+                             "template has a place for them, or write them into a message's text")
         if not 0 < len(ids) <= limit:
             raise InputError(f"{where} has {len(ids)} tokens, and beside --max-tokens the model's context has room "
                              f"for {limit}: leave it out of the data, or lower --max-tokens")
-        prompts.append(Prompt(ids, example))
+        check_ids(ids, tokenizer, embeddings, where)
+        prompts.append(Prompt(ids, example, open_thought(example.messages[-1], text)))
     return prompts

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -22,6 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
+from model import has_own_head, refuse_quantized, weights
 from ranks import LOCAL_WORLD, WORLD, InputError
 
 LOGITS = 512, 2048  # tokens whose logits exist at a time, on a CPU and on a GPU: 1.2 GB with 152,000 words
@@ -185,10 +185,13 @@ def load(path: Path, device: torch.device, mesh: DeviceMesh | None = None, dtype
          trained: bool = True) -> Policy:
     """The checkpoint's weights in `dtype`; each rank reads its own shard, and never holds more. On GPUs a layer is
     gathered and computed in bfloat16, gradients are reduced in float32. Without dropout: the log-probs must be those of
-    the policy that sampled. Raises InputError for missing weights."""
+    the policy that sampled. Raises InputError for missing or quantized weights."""
+    refuse_quantized(path)
+    config = AutoConfig.from_pretrained(path)
+    if has_own_head(path):
+        config.tie_word_embeddings = False  # as transformers does it; saved checkpoints say so
     with init_empty_weights(include_buffers=False):
-        lm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=dtype,
-                                              attn_implementation="prompt_once")
+        lm = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="prompt_once")
     lm.tie_weights()
     for module in lm.modules():
         if isinstance(module, nn.Dropout):
@@ -205,8 +208,7 @@ def load(path: Path, device: torch.device, mesh: DeviceMesh | None = None, dtype
     for name, buffer in buffers.items():  # computed, not loaded, such as the rotary frequencies
         lm.get_buffer(name).copy_(buffer)
     lm.tie_weights()  # to_empty has parted them
-    files = {name: file for file in (safe_open(file, "pt") for file in path.glob("*.safetensors"))
-             for name in file.keys()}  # noqa: SIM118 (no mapping)
+    files = weights(path)
     for name, parameter in lm.named_parameters():
         if name not in files:
             raise InputError(f"{path} lacks weights that its config.json asks for, {name} for one")

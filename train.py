@@ -37,7 +37,7 @@ import rvpo
 from checkpoint import catch_signals, check_signals
 from config import parse_beta
 from model import Prompt
-from rewards import Example, Task, load_task, to_unit
+from rewards import Task, load_task, to_unit
 from rollout import Decoding, Group, Response, Sampler, VLLMEngine
 
 GRAD_CLIP = 1.0  # the gradient norm is clipped to this, as in ToolRL
@@ -204,7 +204,12 @@ def set_advantages(groups: list[Group], agg: str, beta: float) -> None:
 
 def prompt_at(position: int, n: int, seed: int) -> int:
     """Index of the prompt at a position of the endless stream of shuffled epochs of n prompts."""
-    return int(np.random.default_rng([seed, position // n]).permutation(n)[position % n])
+    return int(shuffled(n, seed, position // n)[position % n])
+
+
+@functools.lru_cache(maxsize=2)  # a step may reach into the next epoch
+def shuffled(n: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(n)
 
 
 def evaluate(sampler: Sampler, held_out: list[Prompt], log, step: int) -> None:
@@ -270,14 +275,13 @@ def fit(config: TrainConfig, learner: Learner, sampler: Sampler, prompts: list[P
 
 # The program
 
-def setup(config: TrainConfig, device: torch.device, task: Task, train: list[Example], held_out: list[Example]):
-    """Model and engine. Returns (learner, sampler, training prompts, held-out prompts, what writes the policy into a
-    directory). Raises InputError, as early as it can."""
-    path, tokenizer, stops, dtype, room = model.describe(config.model, config.max_tokens, trained=True)
-    train, held_out = model.encode(tokenizer, train, room), model.encode(tokenizer, held_out, room)
-    longest = max(len(prompt.ids) for prompt in train + held_out) + config.max_tokens
-    decoding = Decoding(tokenizer, stops, config.temperature, config.max_tokens)
+def setup(config: TrainConfig, device: torch.device, task: Task, known: model.Pretrained, longest: int):
+    """Model and engine. longest: tokens of a prompt with its response. Returns (learner, sampler, what writes the
+    policy into a directory). Raises InputError."""
+    path, tokenizer = known.path, known.tokenizer
+    decoding = Decoding(tokenizer, known.stops, config.temperature, config.max_tokens)
     mesh, half = policies.make_mesh(device), policies.compute_dtype(device)
+    model.announce(config.model)
     with model.readable(config.model):
         policy = policies.load(path, device, mesh)
         reference = policies.load(path, device, mesh, half, trained=False) if config.kl else None
@@ -292,13 +296,14 @@ def setup(config: TrainConfig, device: torch.device, task: Task, train: list[Exa
 
             engine = hf.HFEngine(hf.load(path, device, half), decoding)
     learner = Learner(policy, reference, optimizer, device)
-    write_policy = functools.partial(checkpoint.save_policy, policy, tokenizer, dtype)
-    return learner, Sampler(engine, task, config.seed), train, held_out, write_policy
+    write_policy = functools.partial(checkpoint.save_policy, policy, tokenizer, known.dtype)
+    return learner, Sampler(engine, task, config.seed), write_policy
 
 
 def main(config: TrainConfig) -> None:
     device = join()
-    with checkpoint.open_run(config.model_dump(), config._given) as (run, options, state):
+    today = {"date": model.today(config.date)}  # the run's own: resumed on another day it has the same prompts
+    with checkpoint.open_run(config.model_dump() | today, config._given) as (run, options, state):
         config = TrainConfig(**options)
         task = load_task(config.task_options())
         train, held_out = task.prompts(config.steps * config.prompts, config.eval_prompts)
@@ -306,10 +311,15 @@ def main(config: TrainConfig) -> None:
             raise InputError(f"--task {config.task}: there are no prompts to train on")
         digest = checkpoint.check_data(run, train + held_out)
         task.try_out(train[0])  # a faulty reward is found now, and not after the model is loaded
-        about = {**config.model_dump(), "data_sha256": digest, "device": str(device), "world_size": WORLD,
-                 "versions": checkpoint.versions()}
+        known = model.describe(config.model, config.max_tokens, trained=True)
+        train, held_out = (model.encode(known.tokenizer, examples, known.room, known.embeddings, config.date,
+                                        config.enable_thinking) for examples in (train, held_out))
+        tokens = checkpoint.check_tokens(run, train + held_out)
+        longest = max(len(prompt.ids) for prompt in train + held_out) + config.max_tokens
+        about = {**config.model_dump(), "data_sha256": digest, "tokens_sha256": tokens, "device": str(device),
+                 "world_size": WORLD, "versions": checkpoint.versions()}
         tracker = checkpoint.open_tracker(run, about, resumed=checkpoint.latest(run) is not None)
-        learner, sampler, train, held_out, write_policy = setup(config, device, task, train, held_out)
+        learner, sampler, write_policy = setup(config, device, task, known, longest)
         log = checkpoint.RunLog(run, config.steps, state.step, write_policy if config.keep_policies else None, tracker)
         checkpoints = checkpoint.Checkpoints(log, learner.policy, learner.optimizer, config.save_every, state)
         log.begin(state, about)

@@ -117,7 +117,7 @@ def ours(args: argparse.Namespace) -> None:
         def say(self, line: str) -> None:
             pass
 
-    path, tokenizer, stops, _, _ = model.describe(str(models.resolve(args.model)), args.response_tokens)
+    path, tokenizer, stops, *_ = model.describe(str(models.resolve(args.model)), args.response_tokens)
     texts = make_prompts(tokenizer, args.prompts, args.prompt_tokens)
     prompts = [model.Prompt(tokenizer(text).input_ids, Example([{"role": "user", "content": text}])) for text in texts]
     config = TrainConfig(prompts=args.prompts, group=args.group, steps=args.steps + 1, lr=1e-6,

@@ -1,5 +1,6 @@
 """Sampling with transformers' generate, for machines without vLLM (--engine hf). Slower; the same interface."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from ranks import InputError
-from rollout import Decoding, Response, make_response
+from rollout import NO_PROBABILITIES, Decoding, Response, make_response
 
 
 def load(path: Path, device: torch.device, dtype: torch.dtype = torch.float32):
@@ -16,6 +17,13 @@ def load(path: Path, device: torch.device, dtype: torch.dtype = torch.float32):
     if info["missing_keys"]:  # transformers fills them with random numbers
         raise InputError(f"{path} lacks weights that its config.json asks for, {min(info['missing_keys'])} for one")
     return model.to(device).eval()
+
+
+def finite(_, logits: torch.Tensor) -> torch.Tensor:
+    """Before they are sampled from, which would fail with less to say. Infinity becomes NaN."""
+    if not (logits < math.inf).all():
+        raise InputError(NO_PROBABILITIES)
+    return logits
 
 
 class HFEngine:
@@ -39,7 +47,7 @@ class HFEngine:
                 torch.manual_seed(seed)
                 # generate fills up what a config leaves open from the checkpoint's own: Qwen2.5's has top_k = 20
                 checkpoints, self.model.generation_config = self.model.generation_config, self.config
-                result = self.model.generate(ids, attention_mask=torch.ones_like(ids))
+                result = self.model.generate(ids, attention_mask=torch.ones_like(ids), logits_processor=[finite])
                 self.model.generation_config = checkpoints
             sampled = result.sequences[:, len(prompt):]
             # scores: T tensors (G, V), already at the temperature

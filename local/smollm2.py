@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import io
 import os
 import tempfile
 from pathlib import Path
@@ -35,8 +36,9 @@ def smollm2() -> Path:
 
     def convert(out: Path) -> None:
         AutoTokenizer.from_pretrained(**source).save_pretrained(out)
-        weights = AutoModelForCausalLM.from_pretrained(**source, quantization_config=GgufConfig(dequantize=True),
-                                                       dtype=torch.float32)
+        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar of two seconds
+            weights = AutoModelForCausalLM.from_pretrained(
+                **source, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32)
         weights.save_pretrained(out)
 
     return cached(f"{file.stem}-{stat.st_size}-{int(stat.st_mtime)}", convert)

@@ -1,6 +1,7 @@
 import importlib
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -63,6 +64,32 @@ def tiny() -> Path:
     from local import models
 
     return models.tiny()
+
+
+@pytest.fixture(scope="session")
+def own_head(tiny, tmp_path_factory) -> Path:
+    """tiny with an output head of its own, while its config.json still says that the embeddings are the head."""
+    from safetensors.torch import load_file, save_file
+
+    path = tmp_path_factory.mktemp("own") / "head"
+    shutil.copytree(tiny, path)
+    weights = load_file(path / "model.safetensors")
+    weights["lm_head.weight"] = torch.randn(1024, 128, generator=torch.Generator().manual_seed(1)) * 0.3
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    return path
+
+
+@pytest.fixture(scope="session")
+def dated(tiny, tmp_path_factory) -> Path:
+    """tiny, whose chat template begins with the date, as Llama's does."""
+    import model
+
+    path = tmp_path_factory.mktemp("dated") / "model"
+    shutil.copytree(tiny, path)
+    tokenizer = model.load_tokenizer(path)
+    tokenizer.chat_template = "Today is {{ strftime_now('%d %b %Y') }}\n" + tokenizer.chat_template
+    tokenizer.save_pretrained(path)
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ import train
 from config import TrainConfig
 from local import hf
 from ranks import InputError
-from rewards import Example, Task
+from rewards import Task
 
 
 def head_and_logp(n: int):
@@ -81,7 +81,7 @@ def test_moments_are_made_before_the_engine(monkeypatch, tiny):
     monkeypatch.setattr(hf, "load", lambda *args: optimizers.append({p: dict(s) for p, s in optimizers[0].state.items()}))
     monkeypatch.setattr(hf, "HFEngine", lambda *args: None)
     config = TrainConfig(model=str(tiny), engine="hf", max_tokens=8)
-    learner, *_ = train.setup(config, torch.device("cpu"), Task.__new__(Task), [Example([{"role": "user", "content": "hi"}])], [])
+    learner, *_ = train.setup(config, torch.device("cpu"), Task.__new__(Task), model.describe(str(tiny), 8, trained=True), 20)
     made = optimizers[1]
     assert [*made] == [*learner.policy.parameters()] and all({"step", "exp_avg", "exp_avg_sq"} <= made[p].keys() for p in made)
 

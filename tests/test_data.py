@@ -202,3 +202,10 @@ def test_public_rubrics_come_from_the_hubs_parquet_files(tmp_path, monkeypatch):
     for n_train in (0, 1):
         with pytest.raises(InputError, match="--task rubric needs --data"):
             load("rubric", None, None, n_train, 5)
+
+
+def test_the_digest_of_examples_without_tools_is_that_of_earlier_runs():
+    """Else no older run could be resumed, and no older evaluation compared. Tools count."""
+    example = rewards.Example([{"role": "user", "content": "q"}], "r")
+    before = hashlib.sha256(b'[[[{"role": "user", "content": "q"}], "r", [], "", ""]]').hexdigest()
+    assert rewards.digest([example]) == before != rewards.digest([example._replace(tools=({"name": "f"},))])

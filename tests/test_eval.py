@@ -565,7 +565,8 @@ def test_best_and_final_policies_are_marked(tmp_path, capsys):
 
 @pytest.mark.parametrize(("broken", "message"), [
     (None, "--policies: runs/there/policies has no step-N: name a run of train.py --keep-policies"), ("step-x", "has no step-N"),
-    ("step-3", "step-3 needs a config.json and weights"), ("step-3/model.safetensors", "step-3 cannot be loaded")])
+    ("step-3", "step-3 needs a config.json and weights"), ("step-3/model.safetensors", "step-3 cannot be loaded"),
+    ("step-3/config.json", "step-3 is quantized (its config.json has a quantization_config) and cannot be trained")])
 def test_a_run_without_whole_policies(evaluate, monkeypatch, tiny, tmp_path, broken, message):
     monkeypatch.setattr(hf, "load", lambda *args: pytest.fail("the model was loaded"))
     (tmp_path / "runs/there").mkdir(parents=True)
@@ -574,18 +575,18 @@ def test_a_run_without_whole_policies(evaluate, monkeypatch, tiny, tmp_path, bro
     if broken and "/" in broken:
         shutil.copytree(tiny, tmp_path / "runs/there/policies/step-0")
         shutil.copytree(tiny, tmp_path / "runs/there/policies/step-3", dirs_exist_ok=True)
-        (tmp_path / "runs/there/policies" / broken).write_bytes(b"cut")
+        (tmp_path / "runs/there/policies" / broken).write_text('{"quantization_config": {"quant_method": "fp8"}}')
     with pytest.raises(InputError) as error:
         evaluate("--task", "tools", "--model", "runs/there", "--policies")
     assert message in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "runs/a").exists()
 
 
 @needs_vllm
-def test_vllm_and_transformers_answer_alike(evaluate, tiny, tmp_path):
-    """Greedy, from the checkpoint as it is."""
+def test_vllm_and_transformers_answer_alike(evaluate, own_head, tmp_path):
+    """Greedy, from the checkpoint as it is, which has a head of its own, though its config.json denies it."""
     args = ["--task", "tools", "--limit", "4", "--max-tokens", "12"]
-    _, samples = evaluate(*args)
-    out = subprocess.run([sys.executable, ROOT / "eval.py", "--model", tiny, "--engine", "vllm", *args, "--name", "vllm"], cwd=tmp_path, capture_output=True,
+    _, samples = evaluate(*args, "--model", own_head)
+    out = subprocess.run([sys.executable, ROOT / "eval.py", "--model", own_head, "--engine", "vllm", *args, "--name", "vllm"], cwd=tmp_path, capture_output=True,
                          text=True)
     assert out.returncode == 0, out.stderr[-3000:]
     of_vllm = [json.loads(line)["responses"] for line in (tmp_path / "runs/vllm/samples.jsonl").read_text().splitlines()]

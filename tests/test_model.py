@@ -1,14 +1,17 @@
 """Finding a model, and models that cannot be used."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import ROOT
-from transformers import AutoConfig
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
+import checkpoint
 import model
 import policy as policies
 from policy import pack
@@ -44,6 +47,127 @@ def test_models_that_cannot_be_used(tmp_path):
     (tmp_path / "empty" / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
     with pytest.raises(InputError, match="needs a config.json and weights"):
         model.resolve(str(tmp_path / "empty"))
+
+
+# Which files hold the weights, and what they hold
+
+@pytest.fixture
+def copied(tiny, tmp_path):
+    """A copy of tiny, to be changed."""
+    shutil.copytree(tiny, tmp_path / "copied")
+    return tmp_path / "copied"
+
+
+def configure(path, **changes) -> None:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def refused(path, trained: bool = True) -> str:
+    with pytest.raises(InputError) as error:
+        model.describe(str(path), 8, trained)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float8_e4m3fn, torch.int8])
+def test_quantized_weights_are_not_trained(copied, dtype):
+    """By the configuration alone, or by the weights alone. Their codes were once trained as if they were weights."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    if dtype:
+        weights = load_file(copied / "model.safetensors")
+        save_file({**weights, name: weights[name].to(dtype)}, copied / "model.safetensors")
+    else:
+        configure(copied, quantization_config={"quant_method": "fp8"})
+    why = {None: "its config.json has a quantization_config", torch.float8_e4m3fn: f"{name} is F8_E4M3", torch.int8: f"{name} is I8"}[dtype]
+    said = f"{copied} is quantized ({why}) and cannot be trained: name the model that it was made from, such as Qwen/Qwen3-8B for Qwen/Qwen3-8B-FP8"
+    assert refused(copied) == said
+    with pytest.raises(InputError, match="is quantized"):
+        policies.load(copied, torch.device("cpu"))
+    assert model.describe(str(copied), 8)[0] == copied  # vLLM evaluates it
+
+
+def test_weights_in_several_files_are_those_of_the_index(tiny, copied):
+    """As transformers has it; what lies beside them, such as Mistral's second copy, is not read."""
+    lm = AutoModelForCausalLM.from_pretrained(copied)
+    (copied / "model.safetensors").unlink()
+    lm.save_pretrained(copied, max_shard_size="2MB")
+    (copied / "consolidated.safetensors").write_bytes(b"x")
+    assert len(model.weight_files(copied)) > 1 and model.resolve(str(copied)) == copied
+    ours, theirs = (dict(policies.load(path, torch.device("cpu")).named_parameters()) for path in (copied, tiny))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    lost = model.weight_files(copied)[1]
+    lost.unlink()
+    assert refused(copied) == f"{copied} lacks {lost.name}, which model.safetensors.index.json names"
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_two_sets_of_weights(copied, indexed):
+    """Which one was trained once depended on the order in which the file system lists them."""
+    shutil.copy(copied / "model.safetensors", copied / "model-00001-of-00001.safetensors")
+    if indexed:
+        (copied / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "model-00001-of-00001.safetensors"}}))
+    assert refused(copied, trained=False) == refused(copied) == (
+        f"{copied} has two sets of weights, transformers would load model.safetensors and vLLM model-00001-of-00001.safetensors: remove the files that are not the model's")
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json"])
+def test_a_pointer_of_git_lfs(copied, file):
+    (copied / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 5\n")
+    assert f"{copied / file} is only git-lfs's pointer to the file: run `git lfs pull` there" in refused(copied)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_an_adapter_is_not_left_out(copied, alone):
+    (copied / "adapter_config.json").write_text("{}")
+    if alone:
+        (copied / "config.json").unlink()
+    said = refused(copied, trained=False)
+    assert f"{copied} has an adapter (adapter_config.json), which is not applied here: merge it into its model" in said
+    assert ("or remove adapter_config.json" in said) is not alone
+
+
+def test_tokens_that_end_a_response(copied):
+    """An id without an embedding is never sampled, and without any end token each response runs to --max-tokens."""
+    (copied / "generation_config.json").write_text('{"eos_token_id": [2, 1029]}')
+    assert "what ends a response has the token '', id 1029, but the model has only 1024 embeddings" in refused(copied, trained=False)
+    (copied / "generation_config.json").unlink()
+    configure(copied, eos_token_id=None)
+    tokenizer = model.load_tokenizer(copied)
+    tokenizer.eos_token, tokenizer.chat_template = None, "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    tokenizer.save_pretrained(copied)
+    assert "nothing would end a response: set eos_token in tokenizer_config.json, or eos_token_id in generation_config.json" in refused(copied, trained=False)
+
+
+def test_a_head_of_its_own_is_trained_and_saved(own_head, tmp_path):
+    """As transformers has it: config.json says that the embeddings are the head, the weights say otherwise."""
+    ids = torch.arange(5, 40)[None]
+
+    def logp(path):
+        with torch.no_grad():
+            logits = AutoModelForCausalLM.from_pretrained(path)(ids).logits
+        return logits.log_softmax(-1)[0, 9:-1].gather(-1, ids[0, 10:, None])[:, 0]
+
+    policy = policies.load(own_head, torch.device("cpu"))
+    row = pack([(ids[0, :10].tolist(), [ids[0, 10:].tolist()])], torch.device("cpu"))
+    torch.testing.assert_close(policy(row, 1.0).detach(), logp(own_head), atol=1e-4, rtol=0)
+    checkpoint.save_policy(policy, model.load_tokenizer(own_head), torch.float32, tmp_path / "saved")
+    assert torch.equal(logp(tmp_path / "saved"), logp(own_head))
+    assert not AutoConfig.from_pretrained(tmp_path / "saved").tie_word_embeddings
+
+
+def test_a_head_that_is_the_embeddings_is_tied(copied):
+    weights = load_file(copied / "model.safetensors")
+    save_file({**weights, "lm_head.weight": weights["model.embed_tokens.weight"].clone()}, copied / "model.safetensors")
+    lm = policies.load(copied, torch.device("cpu")).lm
+    assert lm.lm_head.weight is lm.model.embed_tokens.weight
+
+
+def test_a_run_that_is_not_finished(tmp_path):
+    (tmp_path / "config.json").write_text('{"data_sha256": "x"}')
+    assert refused(tmp_path) == (
+        f"--model {tmp_path}: this run of train.py is not finished and has no checkpoint/ yet: go on with `python train.py --resume {tmp_path}`, "
+        f"or name a policy that it has kept, {tmp_path}/policies/step-N")
 
 
 def test_the_hub_out_of_reach_is_one_sentence():

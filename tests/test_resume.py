@@ -19,14 +19,16 @@ from judge_server import graded as verdicts
 from test_train import TINY
 
 import checkpoint
+import model
 import policy as policies
 import rollout
 import rvpo
 import train
 from checkpoint import State
 from config import TrainConfig, parse
+from local import hf
 from ranks import InputError
-from rewards import Channel
+from rewards import Channel, Example, Task
 
 # A task of one's own: what is imported with it may be changed by it.
 GRADED = """
@@ -109,6 +111,33 @@ def test_a_signal_saves_and_the_resumed_run_is_the_same(monkeypatch, tmp_path, c
     with pytest.raises(SystemExit) as ended:
         run(monkeypatch, tmp_path, "--resume", "runs/a", name=None)
     assert not ended.value.code and capsys.readouterr().out == "runs/a is finished, with all of its 4 steps: nothing is left to do\n"
+
+
+def test_a_run_that_is_resumed_on_another_day_has_its_own_prompts(monkeypatch, tmp_path, dated):
+    """Whose template holds the date. Another template is refused, but by runs of before tokens were compared."""
+    days = iter(["2024-02-28", "2024-02-28", "2024-02-29", "2024-02-29", "2024-02-29"])
+    monkeypatch.setattr(model, "today", lambda date: date or next(days))
+    at_step(monkeypatch, -1, None)
+    shutil.copytree(dated, tmp_path / "dated")
+    run(monkeypatch, tmp_path, "--model", "dated", name="alone")
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(SystemExit):
+            run(patch, tmp_path, "--model", "dated")
+    checkpoint._signals.clear()
+    template, file = tmp_path / "dated/chat_template.jinja", tmp_path / "runs/a/config.json"
+    before, config = template.read_text(), json.loads(file.read_text())
+    template.write_text(before + " ")
+    assert refused(monkeypatch, "--resume", "runs/a") == (
+        "--resume runs/a: the prompts' tokens are not what they were when it began (SHA-256 in config.json): bring the model's tokenizer and chat template back, or begin a new run")
+    file.write_text(json.dumps({key: value for key, value in config.items() if key != "tokens_sha256"}))
+    with monkeypatch.context() as patch:
+        patch.setattr(policies, "load", lambda *args, **options: 1 / 0)
+        assert "ZeroDivisionError" in refused(patch, "--resume", "runs/a")
+    template.write_text(before)
+    file.write_text(json.dumps(config))
+    run(monkeypatch, tmp_path, "--resume", "runs/a", name=None)
+    same(tmp_path / "runs/alone", tmp_path / "runs/a")
 
 
 def test_a_signal_during_the_update(monkeypatch, tmp_path):
@@ -436,6 +465,50 @@ def test_a_directory_that_can_only_be_read(monkeypatch, tmp_path, small):
 
 
 # Numbers that go wrong
+
+NO_PROBABILITIES = ("the model gives NaN for the next token: its weights are damaged, or training has diverged: begin again with a lower --lr")
+
+
+def test_a_policy_that_has_diverged_ends_the_run(monkeypatch, tmp_path):
+    """transformers' sampling once ended in a traceback, and the state was lost."""
+    real = train.update
+
+    def diverge(learner, *args):
+        metrics = real(learner, *args)
+        learner.policy.lm.model.norm.weight.data[3] = float("nan")
+        return metrics
+
+    monkeypatch.setattr(train, "update", diverge)
+    with pytest.raises(InputError) as error:
+        run(monkeypatch, tmp_path, "--save-every", 0)
+    assert str(error.value) == f"{NO_PROBABILITIES}; the policy as it was then is in runs/a/checkpoint; to go on from step 1: python train.py --resume runs/a"
+    assert (tmp_path / "runs/a/state/step-1").is_dir()
+
+
+class Odd:
+    """An engine like vLLM, which samples something from NaN."""
+
+    def generate(self, prompts, group, seeds):
+        yield 0, [rollout.Response([5, 0], [-1.0, float("nan")], [1, 1], "length", "x")] * group
+
+
+def test_responses_without_probabilities_are_not_graded(monkeypatch):
+    """Raised by `score`, which all ranks reach: another one would wait for the one that fails."""
+    task = Task(None, [Channel("c", lambda *_: pytest.fail("it was graded"))])
+    sampler = rollout.Sampler(Odd(), task, 0)
+    sampled = sampler.sample([model.Prompt([1], Example([]))], 2, 0)
+    with pytest.raises(InputError, match=NO_PROBABILITIES):
+        sampler.score([model.Prompt([1], Example([]))], sampled)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_transformers_does_not_sample_from_nan(tiny, temperature):
+    tokenizer = model.load_tokenizer(tiny)
+    engine = hf.HFEngine(hf.load(tiny, torch.device("cpu")), rollout.Decoding(tokenizer, [2], temperature, 4))
+    engine.model.model.norm.weight.data[3] = float("nan")
+    with pytest.raises(InputError, match=NO_PROBABILITIES):
+        next(engine.generate([[5, 6, 7]], 1, [0]))
+
 
 def test_a_loss_that_is_not_finite(tmp_path):
     """On one rank only, in the second update of steps 2, 4, 5, 6: all leave it out, three such steps in a row end the run."""

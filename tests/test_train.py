@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 import updates
@@ -350,6 +351,27 @@ def test_vllm_on_two_ranks_and_its_checkpoint(tmp_path):
     policy = hf.load(checkpoint, torch.device("cpu"))
     expected = policy.generate(torch.tensor([list(range(40, 200))]), do_sample=False, max_new_tokens=8)[0, 160:]
     assert got == expected.tolist()
+
+
+def test_an_epoch_is_shuffled_once(monkeypatch):
+    """And not for each of its prompts, which took seconds a step where there are a million. The numbers are those of earlier runs."""
+    expected = [int(np.random.default_rng([7, position // 5]).permutation(5)[position % 5]) for position in range(15)]
+    real, made = np.random.default_rng, []
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: made.append(seed) or real(seed))
+    train.shuffled.cache_clear()
+    assert [train.prompt_at(position, 5, 7) for position in range(15)] == expected and made == [[7, 0], [7, 1], [7, 2]]
+
+
+@pytest.mark.parametrize(("name", "engine"), [(str(models.tiny()), "vllm"), ("smollm2", "hf")])
+def test_nothing_but_what_is_ours_is_printed(tmp_path, name, engine):
+    """Which model is loaded, before the silence; no bars, hints and warnings of other packages."""
+    if engine == "vllm":
+        importlib.util.find_spec("vllm") or pytest.skip("vLLM is not installed")
+    cache = {"XDG_CACHE_HOME": str(tmp_path)} if name == "smollm2" else {}  # it is converted again
+    words = ["--model", name, "--engine", engine, "--task", "tools", "--limit", "1", "--max-tokens", "1"]
+    result = subprocess.run([sys.executable, ROOT / "eval.py", *words], cwd=tmp_path, capture_output=True, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", **cache})
+    assert result.returncode == 0 and result.stderr == f"loading {name}\n"
 
 
 # Bad input: one sentence, before the model is loaded
