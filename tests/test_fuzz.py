@@ -17,7 +17,7 @@ from ranks import InputError
 from tasks import rlla, rows, rubrics, tools
 from tasks.verdicts import judge_prompt, parse_verdicts
 
-RESPONSES, LONG = 100_000, 250  # one in LONG has about a megabyte
+RESPONSES, LONG = 40_000, 250  # one in LONG has about a megabyte
 SECONDS = 0.25  # a busy, slow machine needed 0.053 for a megabyte
 TAGS = "<think>", "</think>", "<tool_call>", "</tool_call>", "<response>", "</response>", "\n", "<think> </think>\n<tool_call>\n", "\n</tool_call>", "```json"
 SCALARS = ("NaN", "Infinity", "-Infinity", "1e999", "-1e-999", "9" * 400, "9" * 5000, "-0", "0.1", "true", "null", '""', '"\\ud800"', '"\ud800"', '"Paris"',
