@@ -211,8 +211,13 @@ def evaluate(sampler: Sampler, held_out: list[Prompt], log, step: int) -> None:
     """One sample for each held-out prompt, with the same request seeds each time."""
     groups, task = sampler.score(held_out, sampler.sample(held_out, 1, "eval")), sampler.task
     report = task.report([group.rewards.numpy() for group in groups]) if groups else {}
-    log.evaluation(step, [task.result(group.prompt.example, group.responses[0].text, group.rewards[0].numpy())[0]
-                          for group in groups], report)
+    scores, full = [], {}
+    for group in groups:
+        response, rewards = group.responses[0].text, group.rewards[0].numpy()
+        by_name, _ = task.result(group.prompt.example, response, rewards)
+        scores.append(by_name)
+        full |= {channel.name: channel.full for channel in group.channels}
+    log.evaluation(step, scores, report, full)
     if groups:
         task.check(report)
 
