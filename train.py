@@ -37,7 +37,7 @@ import rvpo
 from checkpoint import catch_signals, check_signals
 from config import parse_beta
 from model import Prompt
-from rewards import Example, Task, load_task, to_unit
+from rewards import Example, Task, load_prompts, load_task, to_unit
 from rollout import Decoding, Group, Response, Sampler, VLLMEngine
 
 GRAD_CLIP = 1.0  # the gradient norm is clipped to this, as in ToolRL
@@ -306,7 +306,8 @@ def main(config: TrainConfig) -> None:
     with checkpoint.open_run(config.model_dump(), config._given) as (run, options, state):
         config = TrainConfig(**options)
         task = load_task(config.task_options())
-        train, held_out = task.prompts(config.steps * config.prompts, config.eval_prompts)
+        wanted = config.steps * config.prompts
+        train, held_out = load_prompts(task, config.task, wanted, config.eval_prompts)
         if not train:
             raise InputError(f"--task {config.task}: there are no prompts to train on")
         digest = checkpoint.check_data(run, train + held_out)
