@@ -48,7 +48,8 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # on
 
 BAD_STEPS = 5  # stop after as many steps in a row whose loss or gradient is not finite
 FIRST_SAVE = 600.0  # seconds until --save-every auto saves for the first time
-CONSTANT = 10  # after as many steps a reward that has always been the same is pointed out, and a judge that has
+UNHIT = 3  # after as many steps a reward that was always the same, and not full, is pointed out
+CONSTANT = 10  # after as many one that was always full, and a judge that has
 ONE_SIDED = 0.02  # said yes, or no, to all questions but this share
 LOGS = "metrics.jsonl", "samples.jsonl"
 
@@ -402,6 +403,15 @@ def credit(groups: "list[Group]") -> dict[str, float]:
     return out
 
 
+def shown(mean: float) -> str:
+    return "missing" if math.isnan(mean) else f"{mean:.2f}"
+
+
+def scored(name: str, scores: list[dict[str, float]]) -> list[float]:
+    """The scores of that name that are not missing."""
+    return [row[name] for row in scores if not math.isnan(row.get(name, math.nan))]
+
+
 class Log:
     """What the loop says of a step. Whoever runs the loop elsewhere replaces the three that write."""
 
@@ -427,16 +437,19 @@ class Log:
                                 "advantage": advantage})
         self.samples(records)
 
-    def evaluation(self, step: int, scores: list[dict[str, float]], report: dict) -> None:
-        """Mean and standard error over prompts of every channel and of the joint rate (all channels satisfied). scores:
-        of each prompt, by name, NaN if missing. report: the judge's."""
+    def evaluation(self, step: int, scores: list[dict[str, float]], report: dict,
+                   full: dict[str, float] | None = None) -> None:
+        """Mean and standard error over prompts of every channel and of the joint rate (all channels
+        satisfied), NaN if all are missing. scores: of each prompt, by name, NaN if missing. report:
+        the judge's. full: the value that satisfies a channel, by its name."""
         result = {}
         for name in sorted(dict.fromkeys(name for row in scores for name in row), key=lambda name: name == "joint"):
-            x = [row[name] for row in scores if not math.isnan(row.get(name, math.nan))]
-            if x:
-                result[name] = np.mean(x), np.std(x, ddof=1) / math.sqrt(len(x)) if len(x) > 1 else math.nan
+            x = scored(name, scores)
+            error = np.std(x, ddof=1) / math.sqrt(len(x)) if len(x) > 1 else math.nan
+            result[name] = (np.mean(x) if x else math.nan), error
         self.metrics({"step": step, "eval": result, **({"judge": report} if report else {})})
-        self.say(f"held out, {step} steps: " + " ".join(f"{name} {mean:.2f}" for name, (mean, _) in result.items()))
+        means = [f"{name} {shown(mean)}" for name, (mean, _) in result.items()]
+        self.say(f"held out, {step} steps: {' '.join(means)}")
 
     def step(self, step: int, groups: "list[Group]", metrics: dict) -> None:
         """A step's metrics, with what can be said of its groups. metrics: with beta, and the seconds of its phases."""
@@ -456,8 +469,9 @@ class Log:
         if judge := metrics.get("judge"):
             judge["share_of_step"] = judge["seconds"] / total
         self.metrics({"step": step, **metrics})
-        self.say(f"step {step}: joint {metrics['joint']:.2f} | "
-                 + " ".join(f"{name} {stats['mean']:.2f}" for name, stats in metrics["channels"].items())
+        self.say(f"step {step}: joint {shown(metrics['joint'])} | "
+                 + " ".join(f"{name} {shown(stats['mean'])}"
+                            for name, stats in metrics["channels"].items())
                  + "".join(f" | works against {name} ({x:.2f})" for name, x in credits.items() if x < 0)
                  + f" | grad {metrics['grad_norm']:.2f} entropy {metrics['entropy']:.2f}"
                  + f" length {np.mean(lengths):.0f} | "
@@ -491,6 +505,11 @@ class RunLog(Log):
         self.write_policy, self.tracker = write_policy, tracker
         self.run, self.bar = run, tqdm(total=steps, initial=begun, disable=RANK > 0 or not steps, unit="step",
                                        dynamic_ncols=True)
+        # What `watch` has seen: steps of this process, the judge's verdicts, each channel's least
+        # and largest value of each step. Then the channels that were pointed out.
+        self.steps = self.yes = self.verdicts = 0
+        self.extremes: dict[str, list[float]] = {}
+        self.pointed_out: set[str] = set()
 
     def say(self, line: str) -> None:
         if RANK == 0:
@@ -524,8 +543,14 @@ class RunLog(Log):
         except OSError as error:
             raise InputError(f"{self.run / name} cannot be written: {error}") from error
 
-    def evaluation(self, step: int, scores: list[dict[str, float]], report: dict) -> None:
-        super().evaluation(step, scores, report)
+    def evaluation(self, step: int, scores: list[dict[str, float]], report: dict,
+                   full: dict[str, float] | None = None) -> None:
+        super().evaluation(step, scores, report, full)
+        if step == 0 and full and len(scores) > 1:
+            values = {name: [row.get(name) for row in scores] for name in full}
+            # An item of a rubric is not in every prompt's: the rest say little of it.
+            values = {name: found for name, found in values.items() if None not in found}
+            self.point_out(values, full, f"on all of the {len(scores)} held-out prompts")
         if self.write_policy:
             self.write_policy(self.run / "policies" / f"step-{step}")
 
@@ -533,19 +558,50 @@ class RunLog(Log):
         super().step(step, groups, metrics)
         self.bar.set_postfix(joint=f"{metrics['joint']:.2f}", grad=f"{metrics['grad_norm']:.2f}", refresh=False)
         self.bar.update()
-        if step == CONSTANT and RANK == 0:
-            lines = [json.loads(line) for line in (self.run / "metrics.jsonl").read_text().splitlines()]
-            for name in metrics["channels"]:
-                seen = [line["channels"][name] for line in lines if name in line.get("channels", {})]
-                values = {stats[end] for stats in seen for end in ("min", "max")} - {None}
-                if len(values) == 1:
-                    self.say(f"warning: reward '{name}' was {values.pop():g} for every response of {CONSTANT} steps: "
-                             "it teaches nothing")
-            yes, verdicts = (sum(line["judge"].get(key, 0) for line in lines if "loss" in line and "judge" in line)
-                             for key in ("yes", "verdicts"))
-            if verdicts and not ONE_SIDED < yes / verdicts < 1 - ONE_SIDED:
-                self.say(f"warning: the judge said yes to {yes} of {verdicts} questions in {CONSTANT} steps: it may "
-                         "not be grading at all, see docs/rubrics.md")
+        if self.steps < CONSTANT:
+            self.watch(groups, metrics)
+
+    def watch(self, groups: "list[Group]", metrics: dict) -> None:
+        """Warns of rewards, and of a judge, from which nothing can be learned."""
+        self.steps += 1
+        for name, stats in metrics["channels"].items():
+            self.extremes.setdefault(name, []).extend([stats["min"], stats["max"]])
+        judge = metrics.get("judge", {})
+        self.yes += judge.get("yes", 0)
+        self.verdicts += judge.get("verdicts", 0)
+        if self.steps in (UNHIT, CONSTANT):
+            full = {channel.name: channel.full for group in groups for channel in group.channels}
+            in_all_steps = [name for name in full if len(self.extremes[name]) == 2 * self.steps]
+            values = {name: self.extremes[name] for name in in_all_steps}
+            when = f"for every response of {self.steps} steps"
+            self.point_out(values, full, when, even_full=self.steps == CONSTANT)
+        share = self.yes / max(1, self.verdicts)
+        one_sided = self.verdicts > 0 and not ONE_SIDED < share < 1 - ONE_SIDED
+        if self.steps == CONSTANT and one_sided:
+            self.say(f"warning: the judge said yes to {self.yes} of {self.verdicts} questions in "
+                     f"{CONSTANT} steps: it may not be grading at all, see docs/rubrics.md")
+
+    def point_out(self, values: dict[str, list[float]], full: dict[str, float], when: str,
+                  even_full: bool = False) -> None:
+        """Says, once, of each reward with only one value, or none, that it teaches nothing. values:
+        of each, NaN if missing. even_full: also of one that was always full."""
+        for name, found in values.items():
+            different = {value for value in found if not math.isnan(value)}
+            if name in self.pointed_out or len(different) > 1:
+                continue
+            value = max(different, default=math.nan)
+            if math.isnan(value):
+                advice = "; see why its function or its judge gives NaN"
+            elif value < full[name] - 1e-6:
+                advice = (" until a response does better; show one in the prompt, pay for a part of "
+                          "what it asks, or begin with an easier task")
+            elif even_full:
+                advice = ""
+            else:
+                continue
+            self.pointed_out.add(name)
+            was = "missing" if math.isnan(value) else f"{value:g}"
+            self.say(f"warning: reward '{name}' was {was} {when}: it teaches nothing{advice}")
 
     def begin(self, state: "State", config: dict) -> None:
         """Cuts the logs back to what they were at a checkpoint, and writes config.json. Raises InputError."""
@@ -761,6 +817,13 @@ class Checkpoints:
                           "no checkpoint is there yet")
 
 
+def cell(mean: float | None, error: float | None) -> str:
+    """Of the table that `finish` prints."""
+    if mean is None:
+        return f"{'missing':13}"
+    return f"{mean:.3f} ({math.nan if error is None else error:.3f})"
+
+
 def finish(log: RunLog, n_held_out: int) -> None:
     """Of a run whose policy is saved: deletes its state, and prints its first and last evaluation, on rank 0."""
     if RANK:
@@ -773,9 +836,7 @@ def finish(log: RunLog, n_held_out: int) -> None:
     first, *_, last = [line["eval"] for line in evaluations(run)]
     print(f"\n{n_held_out} held-out prompts    before           after     (standard error)")
     for name in [name for name in first if name in last]:
-        before, after = ("{:.3f} ({:.3f})".format(*(math.nan if x is None else x for x in line[name]))
-                         for line in (first, last))
-        print(f"{name:>20}  {before}  {after}")
+        print(f"{name:>20}  {cell(*first[name])}  {cell(*last[name])}")
     print(f"\n{run}: metrics.jsonl, samples.jsonl, checkpoint/")
 
 

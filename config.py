@@ -106,6 +106,9 @@ class TrainConfig(Shared):  # the options of train.py
             raise InputError(f"--updates {self.updates}: at most --prompts ({self.prompts}), for each needs some")
         if math.inf in parse_beta(self.beta) and self.agg == "explicit":
             raise InputError("--beta inf: the explicit penalty, mean - beta * variance, needs a finite beta")
+        if "beta" in self._given and self.agg in ("gdpo", "grpo", "hardmin"):
+            raise InputError(f"--beta {self.beta}: --agg {self.agg} has no beta; leave it out, or "
+                             "choose another --agg")
 
     def task_options(self) -> TaskOptions:
         return TaskOptions(self.task, self.data, self.eval_data, self.judge_options(), self.weights)
@@ -176,8 +179,14 @@ def parse(kind: type[Shared], description: str, argv: list[str] | None = None) -
     if given.get("resume", "auto") != "auto":
         return config  # the run's own options count
     config.check()
-    reads = getattr(rewards.task_module(config.task), "OPTIONS", None)  # a user's file need not say
+    reads = getattr(rewards.task_module(config.task), "OPTIONS", None) or ()
+    if isinstance(reads, str):
+        reads = [reads]
     for name in ("data", "eval_data", "subset", "repeats", *JudgeOptions.model_fields):
-        if name in given and reads is not None and name not in reads:
-            raise InputError(f"{option(name)} {given[name]}: the task {config.task} does not use it; leave it out")
+        if name in given and name not in reads:
+            advice = "leave it out"
+            if config.task not in rewards.tasks.FILES:
+                advice += f", or, if its file reads it, say so there: OPTIONS = ({name!r},)"
+            raise InputError(f"{option(name)} {given[name]}: the task {config.task} does not use "
+                             f"it; {advice}")
     return config

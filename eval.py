@@ -214,7 +214,7 @@ def evaluate(config: EvalConfig, run: Path, device: torch.device) -> dict[Path, 
     InputError."""
     paths = kept_policies(config) if config.policies else []
     task = rewards.load_task(config.task_options())
-    _, examples = task.prompts(0, config.limit)
+    _, examples = rewards.load_prompts(task, config.task, 0, config.limit)
     if not examples:
         raise InputError(f"{config.data or config.task}: no rows to evaluate on")
     task.try_out(examples[0])  # a faulty reward is found now, and not after all is sampled

@@ -5,15 +5,18 @@ NaN says that a reward is missing for a response; it is left out, never counted 
 parsed, never run.
 """
 
+import contextlib
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import json
 import math
 import re
 import sys
 import traceback
 from collections.abc import Callable
+from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +24,7 @@ import numpy as np
 
 import tasks
 from ranks import InputError
+from tasks import chats
 
 
 class Channel(NamedTuple):  # one reward
@@ -32,12 +36,13 @@ class Channel(NamedTuple):  # one reward
 
 
 class Example(NamedTuple):
-    """messages: the chat so far, [{role, content}]. reference: what rule-based rewards compare a response with.
-    criteria: what a judge decides, see tasks/rubrics.py. id: in an evaluation, examples with one id are one item, whose
-    scores are averaged. group: the category over which a benchmark averages items. tools: those that the chat offers,
-    JSON schemas for the model's chat template."""
+    """messages: the chat so far, [{role, content}], see tasks/chats.py. reference: a text with
+    which rule-based rewards compare a response. criteria: what a judge decides, see
+    tasks/rubrics.py. id: in an evaluation, examples with one id are one item, whose scores are
+    averaged. group: the category over which a benchmark averages items. tools: JSON objects, what
+    the chat template says that the policy may call."""
 
-    messages: list[dict[str, str]]
+    messages: list[dict]
     reference: str = ""
     criteria: tuple = ()
     id: str = ""
@@ -59,13 +64,12 @@ class Task:
 
     def __init__(self, prompts: Callable, channels: list[Channel]):
         """prompts: (n_train, n_test) -> (training examples, held-out examples); None: all. channels: every prompt's."""
+        check_channels(channels)
         names = ["joint", *(channel.name for channel in channels)]  # what evaluation calls all of them
         weights = [channel.weight for channel in channels]
         if len({*names}) < len(names) or not any(weights) or not all(0 <= weight < math.inf for weight in weights):
             raise InputError("a task needs channels, each with a name of its own other than 'joint' and a weight of at "
                              f"least 0, not all 0, got {names[1:]} with {weights}")
-        if wrong := [channel for channel in channels if not channel.bounds[0] < channel.bounds[1]]:
-            raise InputError(f"channel {wrong[0].name}: bounds must be worst, best, and worst less than best")
         self.prompts, self._channels = prompts, channels
 
     def weigh(self, text: str) -> None:
@@ -115,18 +119,125 @@ class Task:
         return {}
 
 
+def check_channels(channels: object) -> None:
+    """Raises InputError for what cannot be a task's channels, each by itself."""
+    if not isinstance(channels, (list, tuple)):
+        raise InputError("a task's channels must be a list of rewards.Channel, and not a "
+                         f"{type(channels).__name__}")
+    for i, channel in enumerate(channels):
+        where = f"channel {i} of the task"
+        if not isinstance(channel, Channel):
+            raise InputError(f"{where} is a {type(channel).__name__}: it must be a "
+                             "rewards.Channel, such as Channel('short', function)")
+        name = channel.name
+        if not isinstance(name, str) or not name.strip() or not name.isprintable():
+            raise InputError(f"{where} has the name {name!r}: it must be one line of text")
+        if channel.fn is not None and not callable(channel.fn):
+            raise InputError(f"channel {name}: fn must be a function, and not {channel.fn!r}")
+        if inspect.iscoroutinefunction(channel.fn):
+            raise InputError(f"channel {name}: fn must not be async: let it call asyncio.run")
+        if not isinstance(channel.weight, Real):
+            raise InputError(f"channel {name}: weight must be a number, and not {channel.weight!r}")
+        if not _is_finite(channel.full):
+            raise InputError(f"channel {name}: full must be a number, and not {channel.full!r}")
+        if not _are_bounds(channel.bounds):
+            raise InputError(f"channel {name}: bounds must be worst, best, two numbers of which "
+                             f"worst is less, and not {channel.bounds!r}")
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, Real) and abs(value) <= 1e100
+
+
+def _are_bounds(bounds: object) -> bool:
+    if not isinstance(bounds, (list, tuple)) or len(bounds) != 2:
+        return False
+    worst, best = bounds
+    return _is_finite(worst) and _is_finite(best) and worst < best
+
+
+def check_example(example: object, where: str) -> Example:
+    """The same, with messages and tools as chat templates take them. Raises InputError."""
+    if not isinstance(example, Example):
+        raise InputError(f"{where} is a {type(example).__name__}: it must be a rewards.Example, "
+                         'such as Example([{"role": "user", "content": "Hello"}], "reference")')
+    for field in ("reference", "id", "group"):
+        value = getattr(example, field)
+        if not isinstance(value, str):
+            raise InputError(f"{where}: its {field} is no text, but {value!r:.40} "
+                             f"({type(value).__name__}): make it one, with str or json.dumps")
+    for criterion in example.criteria:
+        if not isinstance(getattr(criterion, "text", None), str):
+            raise InputError(f"{where} has a criterion without a text, see tasks/rubrics.py: "
+                             f"{criterion!r:.40}")
+    messages = chats.chat(example.messages, where)
+    return example._replace(messages=messages, tools=chats.tools(example.tools, where))
+
+
+def load_prompts(task: Task, name: str, n_train: int,
+                 n_test: int | None) -> tuple[list[Example], list[Example]]:
+    """What the task trains on and holds out, checked. name: its --task. Raises InputError."""
+    call = f"--task {name}: prompts({n_train}, {n_test})"
+    with users_code(call):
+        made = task.prompts(n_train, n_test)
+    two = isinstance(made, (list, tuple)) and len(made) == 2
+    if not two or isinstance(made[0], Example):
+        raise InputError(f"{call} must return two lists, of training and of held-out examples")
+    checked = []
+    for part, examples in zip(("training", "held-out"), made, strict=True):
+        if not isinstance(examples, (list, tuple)):
+            raise InputError(f"{call}: the {part} examples must be a list of rewards.Example, and "
+                             f"not a {type(examples).__name__}")
+        where = f"--task {name}: {part} example"
+        checked.append([check_example(x, f"{where} {i}") for i, x in enumerate(examples)])
+    train, held_out = checked
+    return train, held_out
+
+
+@contextlib.contextmanager
+def users_code(what: str):
+    """What a user wrote runs in this. An exception becomes one InputError that says where it was
+    raised. The working directory stays, for paths such as runs/NAME count from it."""
+    try:
+        with contextlib.chdir("."):
+            yield
+    except InputError:
+        raise
+    except (Exception, SystemExit) as error:
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        place = f" ({Path(at.filename).name}, line {at.lineno})"
+        if at.filename == __file__:  # what the user wrote cannot be called
+            place = ""
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise InputError(f"{what} raised {reason}{place}") from error
+
+
+def answer(response: str) -> str:
+    """What follows a response's last </think>; nothing if the response ends in its thoughts."""
+    said = response.rpartition("</think>")[2]
+    return "" if "<think>" in said else said
+
+
+def asked(messages: list[dict]) -> str:
+    """The last message that is not the assistant's: a chat may end in how an answer begins."""
+    last = [message for message in messages if message["role"] != "assistant"][-1]
+    return last["content"] or ""
+
+
 def score(channels: list[Channel], example: Example, responses: list[str]) -> np.ndarray:
-    """(G, K) float64. A channel's fn: (prompts, responses, references), G texts each -> a list of G numbers, NaN for a
-    missing one. Raises InputError naming a reward that fails or returns something else."""
-    prompts, references = [example.messages[-1]["content"]] * len(responses), [example.reference] * len(responses)
+    """(G, K) float64. Raises InputError naming a reward that fails or returns something else.
+
+    A channel's fn: (prompts, responses, references), three lists of G texts -> a list of G numbers,
+    NaN for a missing one. prompts: what `asked` says. responses: whole, with their thoughts, which
+    `answer` leaves out.
+    """
     columns = []
     for name, fn, *_ in channels:
-        try:
-            values = fn(prompts, responses, references)
-        except Exception as error:
-            at = traceback.extract_tb(error.__traceback__)[-1]
-            raise InputError(f"reward '{name}' raised {type(error).__name__}: {' '.join(str(error).split())} "
-                             f"({Path(at.filename).name}, line {at.lineno})") from error
+        if fn is None:
+            raise InputError(f"reward '{name}' has no function: write Channel('{name}', function)")
+        with users_code(f"reward '{name}'"):
+            n = len(responses)  # lists of its own: it may change them
+            values = fn([asked(example.messages)] * n, list(responses), [example.reference] * n)
         if not isinstance(values, (list, tuple, np.ndarray)) or len(values) != len(responses):
             raise InputError(f"reward '{name}' returned {str(values)[:40]} for {len(responses)} responses: return a "
                              "list, one number a response")
@@ -134,8 +245,8 @@ def score(channels: list[Channel], example: Example, responses: list[str]) -> np
             # Beyond 1e100 squares overflow, and the channel would lose its signal without a word.
             number = isinstance(value, (int, float, np.integer, np.floating, np.bool_))
             if not number or abs(value if isinstance(value, int) else float(value)) > 1e100:
-                raise InputError(f"reward '{name}' returned {value!r} for response {i}: return a finite number, or NaN "
-                                 "if it is missing")
+                raise InputError(f"reward '{name}' returned {value!r:.40} for response {i}: "
+                                 "return a finite number, or NaN if it is missing")
         columns.append(np.asarray(values, dtype=np.float64))
     return np.stack(columns, axis=-1).reshape(len(responses), len(columns))
 
@@ -158,10 +269,15 @@ def task_module(name: str):
     if name in tasks.FILES:
         return importlib.import_module(f"tasks.{tasks.FILES[name]}")
     path = Path(name)
-    if path.suffix != ".py" or not path.is_file():
+    if path.suffix != ".py":
         raise InputError(f"--task {name}: choose one of {', '.join(tasks.FILES)}, or name a file such as mine.py")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look for theirs there
+    if not path.is_file():
+        raise InputError(f"--task {name}: there is no such file")
+    # A name that no other module has, for the file may be called json.py or rewards.py.
+    module_name = "rvpo_task_" + re.sub(r"\W", "_", path.stem)
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # dataclasses and pickle look for theirs there
     try:
         spec.loader.exec_module(module)
     except Exception as error:
@@ -171,7 +287,9 @@ def task_module(name: str):
 
 def load_task(options) -> Task:
     """The task that the options name. Raises InputError."""
-    task = getattr(task_module(options.task), "task", lambda options: None)(options)
+    make = getattr(task_module(options.task), "task", lambda options: None)
+    with users_code(f"--task {options.task}: task(options)"):
+        task = make(options)
     if not isinstance(task, Task):
         raise InputError(f"--task {options.task}: its function `task(options)` must return a rewards.Task")
     if options.weights:

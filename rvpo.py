@@ -12,6 +12,9 @@ Copy this file: it needs torch only. Shapes: P prompts, G rollouts of each, K re
 `rvpo_advantage` is steps 1 and 2. GDPO, the hard minimum and the explicit penalty differ in step 2 alone; GRPO and
 `softmin` aggregate the raw rewards first and z-score the result. NaN means "this reward is missing": it is left out
 everywhere and never counts as 0. Pad prompts that have fewer channels with NaN.
+
+A tensor with two dimensions is ONE group, (G, K): P groups are (P, G, K), or all of their rollouts
+would be z-scored together.
 """
 
 import math
@@ -24,6 +27,9 @@ EPS = 1e-4  # added to every standard deviation, as TRL does (verl's GDPO: 1e-6)
 
 def _check(rewards: Tensor) -> Tensor:
     """Refuse what has no advantage; return float64. A step has few rewards: precision costs nothing."""
+    if not isinstance(rewards, Tensor):
+        raise ValueError(f"rewards must be a torch.Tensor, and not a {type(rewards).__name__}: "
+                         "torch.tensor(rewards)")
     if rewards.dim() not in (2, 3) or rewards.shape[-2] < 2 or rewards.shape[-1] < 1:
         raise ValueError(f"rewards must be (G, K) or (P, G, K) with G >= 2 and K >= 1, got {tuple(rewards.shape)}")
     if rewards.isinf().any():
@@ -147,7 +153,12 @@ def whiten(scores: Tensor, signal: Tensor, eps: float = EPS) -> Tensor:
 
 def advantages(rewards: Tensor, agg: str, beta: float, weights: Tensor | None = None) -> Tensor:
     """Steps 1 to 3: raw rewards (P, G, K) of the whole batch -> advantages (P, G). agg: a key of AGGREGATIONS."""
+    if agg not in AGGREGATIONS:
+        raise ValueError(f"agg must be one of {', '.join(AGGREGATIONS)}, and not {agg!r}")
     r = _check(rewards)
+    if r.dim() != 3:
+        raise ValueError(f"rewards must be (P, G, K), the whole batch, and not {tuple(r.shape)}: "
+                         "of one group, rewards[None]")
     return _float_like(whiten(AGGREGATIONS[agg](r, beta, weights), has_signal(r, weights)), rewards)
 
 

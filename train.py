@@ -37,7 +37,7 @@ import rvpo
 from checkpoint import catch_signals, check_signals
 from config import parse_beta
 from model import Prompt
-from rewards import Task, load_task, to_unit
+from rewards import Task, load_prompts, load_task, to_unit
 from rollout import Decoding, Group, Response, Sampler, VLLMEngine
 
 GRAD_CLIP = 1.0  # the gradient norm is clipped to this, as in ToolRL
@@ -216,8 +216,13 @@ def evaluate(sampler: Sampler, held_out: list[Prompt], log, step: int) -> None:
     """One sample for each held-out prompt, with the same request seeds each time."""
     groups, task = sampler.score(held_out, sampler.sample(held_out, 1, "eval")), sampler.task
     report = task.report([group.rewards.numpy() for group in groups]) if groups else {}
-    log.evaluation(step, [task.result(group.prompt.example, group.responses[0].text, group.rewards[0].numpy())[0]
-                          for group in groups], report)
+    scores, full = [], {}
+    for group in groups:
+        response, rewards = group.responses[0].text, group.rewards[0].numpy()
+        by_name, _ = task.result(group.prompt.example, response, rewards)
+        scores.append(by_name)
+        full |= {channel.name: channel.full for channel in group.channels}
+    log.evaluation(step, scores, report, full)
     if groups:
         task.check(report)
 
@@ -306,7 +311,8 @@ def main(config: TrainConfig) -> None:
     with checkpoint.open_run(config.model_dump() | today, config._given) as (run, options, state):
         config = TrainConfig(**options)
         task = load_task(config.task_options())
-        train, held_out = task.prompts(config.steps * config.prompts, config.eval_prompts)
+        wanted = config.steps * config.prompts
+        train, held_out = load_prompts(task, config.task, wanted, config.eval_prompts)
         if not train:
             raise InputError(f"--task {config.task}: there are no prompts to train on")
         digest = checkpoint.check_data(run, train + held_out)

@@ -33,7 +33,7 @@ class Run(NamedTuple):
     def points(self, metric: str) -> list[tuple[int, float, float]]:
         """(step, mean, standard error) of each evaluation that has the metric; the error of one prompt is 0."""
         return [(line["step"], line["eval"][metric][0], line["eval"][metric][1] or 0.0) for line in self.evals
-                if metric in line["eval"]]
+                if line["eval"].get(metric, [None])[0] is not None]
 
     def marked(self) -> dict[str, tuple[int, float, float]]:
         """The points that are marked, {} without evaluations. The best is the earliest of equal ones."""

@@ -33,6 +33,7 @@ sys.path.insert(0, str(ROOT))  # a script sees its own folder only
 from local.machine import cores  # noqa: E402
 
 METHODS, SHOWN = ("rvpo", "gdpo"), ("short", "joint")
+BETA = {"rvpo": ["--beta", "2"], "gdpo": []}
 
 
 def lines(run: Path, name: str = "metrics.jsonl") -> list[dict]:
@@ -48,8 +49,8 @@ def train(runs: dict[str, Path], options: list[str]) -> None:
     processes = {}
     for method, run in runs.items():
         with run.with_suffix(".log").open("w") as log:
-            command = [sys.executable, str(ROOT / "train.py"), "--task", "reply", "--agg", method, "--beta", "2",
-                       "--name", run.name, *options]
+            command = [sys.executable, str(ROOT / "train.py"), "--task", "reply", "--agg", method,
+                       *BETA[method], "--name", run.name, *options]
             processes[method] = subprocess.Popen(command, stdout=log, stderr=log,
                                                  env={**os.environ, "OMP_NUM_THREADS": str(threads)})
     seen = dict.fromkeys(runs, 0)

@@ -37,8 +37,8 @@ from local.machine import cores, processor
 ROOT = Path(__file__).parent.parent
 RESULTS, RUNS = Path(__file__).with_suffix(".jsonl"), ROOT / "runs"
 STEPS, LONG, EVERY = 15, 45, 3
-METHODS = {"rvpo": "2", "rvpo 0.5:2": "0.5:2", "rvpo 10": "10", "gdpo": "0", "grpo": "0", "softmin": "1",
-           "hardmin": "0", "explicit": "1"}  # name: beta; the aggregation is the first word
+METHODS = {"rvpo": "2", "rvpo 0.5:2": "0.5:2", "rvpo 10": "10", "gdpo": "", "grpo": "", "softmin": "1",
+           "hardmin": "", "explicit": "1"}  # name: beta, if it has one; the aggregation is the first word
 MOST = "rvpo", "gdpo", "grpo", "softmin", "hardmin"  # five seeds, the others three
 GRID, TUNING = ("1e-5", "2e-5", "4e-5"), 100  # learning rates; the seed they were chosen on, on the task reply
 LOCK, TAKEN = Lock(), set()  # what a process of this study has begun
@@ -59,9 +59,11 @@ class Run(NamedTuple):
         return f"{self.task}_{method}_{self.lr}_{self.schedule}_{self.steps}_{self.seed}"
 
     def options(self) -> list[str]:
-        return ["--task", self.task, "--agg", self.method.split()[0], "--beta", METHODS[self.method], "--lr", self.lr,
-                "--lr-schedule", self.schedule, "--seed", str(self.seed), "--steps", str(self.steps),
-                "--eval-every", str(EVERY)]
+        beta = METHODS[self.method]
+        return ["--task", self.task, "--agg", self.method.split()[0],
+                *(["--beta", beta] if beta else []),
+                "--lr", self.lr, "--lr-schedule", self.schedule, "--seed", str(self.seed),
+                "--steps", str(self.steps), "--eval-every", str(EVERY)]
 
 
 def read() -> dict[str, dict]:

@@ -104,7 +104,8 @@ def read(category: str) -> list[Example]:
 
 
 def calls(response: str) -> list[dict]:
-    """[{name: parameters}] of the last tool_call block; lines that are no call are skipped, as in ToolRL's handler."""
+    """[{name: parameters}] of the last tool_call block; lines that are no call are skipped. As in
+    ToolRL's handler a block in the thoughts counts, if no other follows."""
     _, tag, rest = response.rpartition("<tool_call>")
     found = []
     for line in rest.partition("</tool_call>")[0].split("\n") if tag else []:

@@ -10,7 +10,7 @@ import re
 import numpy as np
 
 from ranks import InputError
-from rewards import Channel, Example, Task
+from rewards import Channel, Example, Task, answer
 from tasks import rows
 
 OPTIONS = "data", "repeats"
@@ -29,7 +29,8 @@ CHOICES = "Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorre
 
 
 def letter(response: str) -> str | None:
-    found = re.search(r"(?i)Answer[ \t]*:[ \t]*\$?([A-D])\$?", response)
+    """Thoughts do not count, as in simple-evals, whose samplers leave them out."""
+    found = re.search(r"(?i)Answer[ \t]*:[ \t]*\$?([A-D])\$?", answer(response))
     return found and found[1].upper()
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from config import JudgeOptions
 from ranks import InputError
 from rewards import Channel, Example, Task
-from tasks import rows
+from tasks import chats, rows
 from tasks.rubrics import Judged
 
 OPTIONS = "data", "subset", *JudgeOptions.model_fields
@@ -36,7 +36,8 @@ def score(points: list[float], met: np.ndarray) -> float:
 
 
 def from_row(row: dict, where: str) -> Example:
-    messages, rubrics, themes = rows.chat(row.get("prompt"), where), row.get("rubrics"), row.get("example_tags") or []
+    messages, tools = chats.chat(row.get("prompt"), where), chats.tools(row.get("tools"), where)
+    rubrics, themes = row.get("rubrics"), row.get("example_tags") or []
     if not isinstance(rubrics, list) or not all(
             isinstance(r, dict) and isinstance(r.get("criterion"), str) and type(r.get("points")) in (int, float)
             and abs(r["points"]) <= 1e6 for r in rubrics) or not any(r["points"] > 0 for r in rubrics):
@@ -47,7 +48,7 @@ def from_row(row: dict, where: str) -> Example:
             raise InputError(f"{where} has tags that are no list of texts: {str(tags)[:40]!r}")
     items = (Item(f"[{r['points']:g}] {r['criterion']}", r["points"], tuple(r.get("tags") or [])) for r in rubrics)
     return Example(messages, json.dumps([tag for tag in themes if tag.startswith("theme:")]), tuple(items),
-                   str(row.get("prompt_id") or where))
+                   str(row.get("prompt_id") or where), tools=tools)
 
 
 class HealthBench(Judged):
@@ -72,7 +73,7 @@ class HealthBench(Judged):
         return [Channel(item.text) for item in example.criteria]
 
     def start(self, example: Example, responses: list[str]) -> Callable[[], np.ndarray]:
-        return self.judge.start(example.messages, responses, [item.text for item in example.criteria])
+        return self.ask(example, responses, [item.text for item in example.criteria])
 
     def result(self, example: Example, response: str, rewards: np.ndarray) -> tuple[dict[str, float], dict]:
         """The score over all criteria, again under the name of each theme, and over the criteria of each axis."""

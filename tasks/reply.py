@@ -8,7 +8,7 @@ import functools
 import random
 import re
 
-from rewards import Channel, Example, Task
+from rewards import Channel, Example, Task, answer
 from tasks.tools import VALUES, examples
 
 OPTIONS = ()
@@ -60,9 +60,12 @@ def task(options) -> Task:
     limit, most = LIMITS[options.task], 1 if options.task == "reply-capped" else 3
 
     def channel(name: str) -> Channel:
+        def fn(prompts: list[str], responses: list[str], references: list[str]) -> list[float]:
+            read = map(answer, responses)  # a customer does not see the thoughts
+            return [values(*pair, limit, most)[name] for pair in zip(read, references, strict=True)]
+
         full = 1.0 if name in ("short", "name") else 1 / most - 1e-6  # one satisfies
-        return Channel(name, lambda _, *pairs: [values(*pair, limit, most)[name] for pair in zip(*pairs, strict=True)],
-                       full)
+        return Channel(name, fn, full)
 
     made = Task(prompts, [channel(name) for name in ("short", "name", "polite", "you", "we", "sentences")])
     made.temperature, made.max_tokens = 1.0, 64  # in an evaluation

@@ -6,7 +6,7 @@ from collections import Counter
 
 from ranks import InputError
 from rewards import Channel, Example, Task
-from tasks import rows
+from tasks import chats, rows
 from tasks.tools import tool_calls
 
 OPTIONS = "data", "eval_data"
@@ -15,7 +15,7 @@ PUBLIC = "https://raw.githubusercontent.com/qiancheng0/ToolRL/main/dataset/rlla_
 
 def from_row(row: dict, where: str) -> Example:
     """One row: prompt [{role, content}], reward_model {ground_truth}."""
-    messages, reward_model = rows.chat(row.get("prompt"), where), row.get("reward_model")
+    messages, reward_model = chats.chat(row.get("prompt"), where), row.get("reward_model")
     reference = reward_model.get("ground_truth") if isinstance(reward_model, dict) else None
     if not isinstance(reference, str) or not reference.strip():
         raise InputError(f'{where} has no reference answer: reward_model must have a text "ground_truth"')
@@ -28,7 +28,7 @@ def from_row(row: dict, where: str) -> Example:
             raise InputError(f"{where} has a reference answer that cannot be parsed: {error}") from error
         if not all(isinstance(call.get("parameters"), dict) for call in calls):
             raise InputError(f'{where} has a reference call without an object "parameters"')
-    return Example(messages, reference)
+    return Example(messages, reference, tools=chats.tools(row.get("tools"), where))
 
 
 # The two rewards are independent of each other.

@@ -1,9 +1,10 @@
-"""Rows of data files: reading them, checking their chats, and which of them train and which are held out."""
+"""Rows of data files: reading them, and which of them train and which are held out."""
 
 import csv
 import http.client
 import io
 import json
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,48 +30,77 @@ def _hub_split(path: str) -> list[str]:
 def read_rows(path: str) -> list[dict]:
     """The rows of a .parquet, .jsonl, .json (a list of objects) or .csv file. An URL, or a data set of the hub
     (hf://OWNER/NAME/SPLIT), is downloaded. Raises InputError."""
-    import httpx
-    import pyarrow.parquet
-
-    where = path
-    try:
-        if path.startswith("hf://"):
-            return pyarrow.parquet.read_table(_hub_split(path)).to_pylist()
-        if path.startswith(("http://", "https://")):
-            with urllib.request.urlopen(path, timeout=60) as reply:
-                content = reply.read()
-        else:
-            content = Path(path).read_bytes()
-        if content[:4] == b"PAR1":
-            return pyarrow.parquet.read_table(io.BytesIO(content)).to_pylist()
-        text, rows = content.decode("utf-8-sig"), []
-        if path.lower().endswith(".csv"):
-            rows = list(csv.DictReader(io.StringIO(text), strict=True))
-        elif text.lstrip().startswith("["):
-            rows = json.loads(text)
-        else:
-            for number, line in enumerate(text.split("\n"), start=1):
-                where = f"{path}, line {number}"
-                if line.strip():
-                    rows.append(json.loads(line))
-    except (OSError, ValueError, RecursionError, csv.Error, http.client.HTTPException, httpx.HTTPError,
-            pyarrow.ArrowException) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if "://" in where:
-            raise InputError(f"{where} could not be downloaded ({reason}): name a local copy with --data") from error
-        raise InputError(f"{where} cannot be read as parquet, JSON (a list), JSONL or CSV: {reason}") from error
+    rows = [row for content in _contents(path) for row in _parse(content, path)]
     for i, row in enumerate(rows):
         if not isinstance(row, dict):
             raise InputError(f"{path}: row {i} is no object")
     return rows
 
 
-def chat(messages: object, where: str) -> list[dict[str, str]]:
-    """A row's chat, checked. where: for the message of the InputError."""
-    listed = messages if isinstance(messages, list) and all(isinstance(message, dict) for message in messages) else []
-    if not listed or not all(isinstance(m.get(key), str) for m in listed for key in ("role", "content")):
-        raise InputError(f'{where} has no prompt: it must be a list of {{"role": ..., "content": ...}}')
-    return [{"role": m["role"], "content": m["content"]} for m in listed]
+def _contents(path: str) -> list[bytes]:
+    """What is in the file, or in each file of a split on the hub. Raises InputError."""
+    import httpx
+
+    try:
+        if path.startswith("hf://"):
+            return [Path(file).read_bytes() for file in _hub_split(path)]
+        if path.startswith(("http://", "https://")):
+            with urllib.request.urlopen(path, timeout=60) as reply:
+                return [reply.read()]
+        return [Path(path).read_bytes()]
+    except (OSError, ValueError, http.client.HTTPException, httpx.HTTPError) as error:
+        if "://" in path:
+            raise InputError(f"{path} could not be downloaded ({_reason(error)}): name a local "
+                             "copy with --data") from error
+        raise InputError(f"{path} cannot be read: {_reason(error)}") from error
+
+
+def _parse(content: bytes, path: str) -> list:
+    """Raises InputError."""
+    import pyarrow.parquet
+
+    where = path
+    try:
+        if content[:4] == b"PAR1":
+            return _without_none(pyarrow.parquet.read_table(io.BytesIO(content)).to_pylist())
+        text = content.decode("utf-8-sig")
+        if _is_csv(text, path):
+            return list(csv.DictReader(io.StringIO(text), strict=True))
+        if text.lstrip().startswith("["):
+            return json.loads(text)
+        rows = []
+        for number, line in enumerate(text.split("\n"), start=1):
+            where = f"{path}, line {number}"
+            if line.strip():
+                rows.append(json.loads(line))
+        return rows
+    except (OSError, ValueError, RecursionError, csv.Error, pyarrow.ArrowException) as error:
+        raise InputError(f"{where} cannot be read as parquet, JSON (a list), JSONL or CSV: "
+                         f"{_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Its first line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _is_csv(text: str, path: str) -> bool:
+    """By the name, an URL's query aside; by the first line where the name does not tell."""
+    name = urllib.parse.urlsplit(path).path if "://" in path else path
+    suffix = Path(name).suffix.lower()
+    if suffix in (".csv", ".json", ".jsonl", ".parquet"):
+        return suffix == ".csv"
+    first = text.lstrip().partition("\n")[0]
+    return "," in first and not first.startswith(("{", "["))
+
+
+def _without_none(value: object) -> object:
+    """Without the keys that an object has in a parquet file only because others have them."""
+    if isinstance(value, dict):
+        return {name: _without_none(x) for name, x in value.items() if x is not None}
+    if isinstance(value, list):
+        return [_without_none(x) for x in value]
+    return value
 
 
 def read(path: str, from_row: Callable[[dict, str], Example]) -> list[Example]:

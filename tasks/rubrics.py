@@ -11,8 +11,8 @@ import numpy as np
 
 from config import JudgeOptions
 from ranks import InputError
-from rewards import Channel, Example, Task
-from tasks import rows
+from rewards import Channel, Example, Task, answer
+from tasks import chats, rows
 from tasks.judge import Judge
 
 OPTIONS = "data", "eval_data", *JudgeOptions.model_fields
@@ -56,12 +56,17 @@ def criterion(item: object, where: str, by_title: bool) -> Criterion:
 
 def from_row(row: dict, where: str, by_title: bool) -> Example:
     """One row in RaR's schema: question (or prompt: a text or a chat), rubric [{description, weight, title}]."""
-    prompt = row.get("prompt", row.get("question"))
-    messages = rows.chat([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt, where)
+    prompt = row.get("prompt")
+    if prompt is None:  # two data sets in one table have both columns
+        prompt = row.get("question")
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    messages = chats.chat(prompt, where)
     items = row.get("rubric")
     if not isinstance(items, list) or not items:
         raise InputError(f'{where} has no rubric: it must be a list of {{"description": ..., "weight": ...}}')
-    return Example(messages, criteria=tuple(criterion(item, where, by_title) for item in items))
+    return Example(messages, criteria=tuple(criterion(item, where, by_title) for item in items),
+                   tools=chats.tools(row.get("tools"), where))
 
 
 class Judged(Task):
@@ -78,10 +83,21 @@ class Judged(Task):
         if not wanted.judge_model:
             raise InputError("--judge-model: name the judge's model as its endpoint calls it")
         self.judge, self.max_missing = Judge(wanted, explain), wanted.judge_max_missing
-        self.judge.check()
 
     def try_out(self, example: Example) -> None:
-        """Nothing: the judge has been asked a question."""
+        """Raises InputError if the judge does not answer a question."""
+        self.judge.check()
+
+    def ask(self, example: Example, responses: list[str],
+            items: list[str]) -> Callable[[], np.ndarray]:
+        """As Judge.start, of what the responses say without their thoughts. An assistant's turn at
+        the end of the chat is how each of them begins."""
+        messages, opening = example.messages, ""
+        last = messages[-1]
+        if last["role"] == "assistant" and not last.get("tool_calls"):
+            messages, opening = messages[:-1], last["content"]
+        answers = [answer(opening + response) for response in responses]
+        return self.judge.start(messages, answers, items)
 
     def report(self, rewards: list[np.ndarray]) -> dict:
         """missing: the share of verdicts that could not be had."""
@@ -119,7 +135,7 @@ class Rubrics(Judged):
     def start(self, example: Example, responses: list[str]) -> Callable[[], np.ndarray]:
         pitfall = np.array([c.category == "pitfall" for c in example.criteria])
         items = [PITFALL + c.text if c.category == "pitfall" else c.text for c in example.criteria]
-        verdicts = self.judge.start(example.messages, responses, items)
+        verdicts = self.ask(example, responses, items)
 
         def rewards() -> np.ndarray:
             met = verdicts()

@@ -40,11 +40,19 @@ def quote(text: str) -> str:
     return json.dumps(text, ensure_ascii=False).translate(ESCAPES)
 
 
+def quote_message(message: dict) -> str:
+    line = f"{quote(message['role'])}: {quote(message['content'] or '')}"
+    if message.get("tool_calls"):
+        calls = json.dumps(message["tool_calls"], ensure_ascii=False)
+        line += f" and the tool calls {quote(calls)}"
+    return line
+
+
 def judge_prompt(messages: list[dict], response: str, items: dict[str, str], explain: bool) -> str:
-    """messages: the chat, [{role, content}]. items: {name: text} of what is to be decided."""
+    """messages: the chat, see rewards.Example. items: {name: text} of what is to be decided."""
     answer = {"explanation": "one or two sentences"} if explain else {}
     return PROMPT.format(
-        conversation="\n".join(f"{quote(m['role'])}: {quote(m['content'])}" for m in messages),
+        conversation="\n".join(map(quote_message, messages)),
         response=quote(response),
         items="\n".join(f"{name}: {quote(text)}" for name, text in items.items()),
         answer=json.dumps(answer | dict.fromkeys(items, "true or false")).replace('"true or false"', "true or false"))

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import io
 import json
 import math
 import random
@@ -61,7 +62,7 @@ def test_a_thought_about_tags_is_no_tag(tmp_path):
 
 @pytest.mark.parametrize(("row", "message"), [
     ({}, "has no prompt"), ([], "is no object"), ({**ROW, "prompt": []}, "has no prompt"),
-    ({**ROW, "prompt": "text"}, "has no prompt"), ({**ROW, "prompt": [{"role": "user"}]}, "has no prompt"),
+    ({**ROW, "prompt": "text"}, "has no prompt"), ({**ROW, "prompt": [{"role": "user"}]}, "has no content in message 0"),
     ({**ROW, "reward_model": None}, "has no reference"), ({**ROW, "reward_model": {"ground_truth": " "}}, "has no reference"),
     ({**ROW, "reward_model": {"ground_truth": "<tool_call>\n{\n</tool_call>"}}, "cannot be parsed"),
     ({**ROW, "reward_model": {"ground_truth": "<tool_call>"}}, "cannot be parsed"),
@@ -87,6 +88,84 @@ def load(task: str, train_data, test_data, n_train: int | None, n_test: int | No
     from_row = rlla.from_row if task == "rlla" else functools.partial(rubrics.from_row, by_title=task == "rubric")
     public = {"rlla": rlla.PUBLIC, **rubrics.PUBLIC}.get(task)
     return rows.prompts(TaskOptions(task, train_data and str(train_data), test_data and str(test_data), JudgeOptions()), public, from_row)(n_train, n_test)
+
+
+# Chats
+
+CALLS = [{"id": "1", "type": "function", "function": {"name": "clock", "arguments": {"zone": "UTC"}}}]
+CLOCK = {"type": "function", "function": {"name": "clock", "parameters": {}}}
+
+
+def of_chat(*more: dict, **columns) -> rewards.Example:
+    return rubrics.from_row({"prompt": [{"role": "user", "content": "u"}, *more], "rubric": [{"description": "d"}], **columns}, "row 0", True)
+
+
+@pytest.mark.parametrize(("given", "kept"), [
+    ({"role": "assistant", "content": None, "tool_calls": CALLS}, {"role": "assistant", "content": None, "tool_calls": CALLS}),
+    ({"role": "assistant", "tool_calls": json.dumps(CALLS)}, {"role": "assistant", "content": None, "tool_calls": CALLS}),
+    ({"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": '{"x": 1}'}}], "name": None},
+     {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}),
+    ({"role": "tool", "content": "14:00", "tool_call_id": "1", "name": "clock"}, {"role": "tool", "content": "14:00", "tool_call_id": "1", "name": "clock"}),
+    ({"role": "assistant", "content": "a", "reasoning_content": "t", "images": []}, {"role": "assistant", "content": "a", "reasoning_content": "t"}),
+    ({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}, {"role": "user", "content": "a\nb"}),
+])
+def test_a_message_keeps_what_a_chat_template_can_take(given, kept):
+    assert of_chat(given).messages == [{"role": "user", "content": "u"}, kept]
+
+
+@pytest.mark.parametrize(("message", "said"), [
+    ({"content": "c"}, 'row 0 has no role in message 1: it must be a text, such as "user"'), ({"role": "", "content": "c"}, "row 0 has no role in message 1"),
+    ({"role": "user", "content": None}, "row 0 has no content in message 1: it must be a text"), ({"role": "user", "content": 3}, "row 0 has content in message 1 that is no text: '3'"),
+    ({"role": "user", "content": [{"type": "image", "image": "x.png"}]}, "row 0 has content of type 'image' in message 1: a policy reads nothing but text"),
+    ({"role": "user", "content": "c", "images": ["x.png"]}, "row 0 has 'images' in message 1, which no chat template is given: a message may have role, content, tool_calls, name"),
+    ({"role": "assistant", "tool_calls": "f()"}, "row 0 has tool_calls in message 1 that are no list of JSON objects: 'f()'"),
+    ({"role": "tool", "content": "c", "tool_call_id": 1}, "row 0 has a tool_call_id in message 1 that is no text: '1'"),
+])
+def test_what_a_chat_template_cannot_take_is_refused(message, said):
+    with pytest.raises(InputError) as error:
+        of_chat(message)
+    assert str(error.value).startswith(said) and "\n" not in str(error.value)
+
+
+def test_a_chat_of_the_assistants_alone_asks_nothing():
+    with pytest.raises(InputError, match="row 0 has no prompt: all of its messages are the assistant's"):
+        rubrics.from_row({"prompt": [{"role": "assistant", "content": "a"}], "rubric": RUBRIC}, "row 0", True)
+
+
+@pytest.mark.parametrize("made", [[CLOCK], json.dumps([CLOCK])])
+def test_tools_are_a_column(made):
+    assert of_chat(tools=made).tools == (CLOCK,) and of_chat(tools=None).tools == of_chat().tools == ()
+    assert rlla.from_row({**ROW, "tools": made}, "row 0").tools == (CLOCK,)
+    with pytest.raises(InputError, match="row 0 has tools that are no list of JSON objects: 'clock'"):
+        of_chat(tools="clock")
+
+
+def test_a_parquet_file_adds_no_keys_to_objects(tmp_path):
+    """Its objects have the keys of all rows, None where a row has none."""
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "g", "arguments": {"city": "Oslo"}}}]}
+    made = [{**ROW, "prompt": [*PROMPT, {"role": "assistant", "content": "", "tool_calls": CALLS}]}, {**ROW, "prompt": [*PROMPT, call]}, ROW]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(made), tmp_path / "a.parquet")
+    assert [e.messages for e in rows.read(str(tmp_path / "a.parquet"), rlla.from_row)] == [row["prompt"] for row in made]
+
+
+def test_a_null_prompt_leaves_the_question():
+    row = {"prompt": None, "question": "q", "rubric": RUBRIC}
+    assert rubrics.from_row(row, "row 0", True).messages == [{"role": "user", "content": "q"}]
+
+
+@pytest.mark.parametrize(("url", "content"), [
+    ("https://h/a.csv?download=true", b"a,b\n1,2\n"), ("https://h/download?id=3", b"a,b\r\n1,2\r\n"), ("https://h/rows?x=a.csv", b'{"a": "1", "b": "2"}\n'),
+    ("https://h/A.CSV", b"a,b\n1,2\n"), ("https://h/a.jsonl?raw=1", b'{"a": "1", "b": "2"}'),
+])
+def test_a_download_is_known_by_its_name_or_its_content(monkeypatch, url, content):
+    monkeypatch.setattr(rows.urllib.request, "urlopen", lambda url, timeout: io.BytesIO(content))
+    assert rows.read_rows(url) == [{"a": "1", "b": "2"}]
+
+
+def test_what_was_downloaded_and_cannot_be_parsed(monkeypatch):
+    monkeypatch.setattr(rows.urllib.request, "urlopen", lambda url, timeout: io.BytesIO(b"<html>Log in</html>"))
+    with pytest.raises(InputError, match=r"https://h/a\?x=1, line 1 cannot be read as parquet, JSON \(a list\), JSONL or CSV: Expecting value"):
+        rows.read_rows("https://h/a?x=1")
 
 
 def test_held_out_rows(tmp_path):

@@ -167,7 +167,8 @@ def test_gpqa_permutations_are_simple_evals(tmp_path):
 
 
 @pytest.mark.parametrize(("response", "letter"), [("Answer: B", "B"), ("answer : $c$", "C"), ("Answer: A\nAnswer: B", "A"), ("The answer is B", None),
-                                                  ("Answer:\nB", None), ("**Answer: D**", "D"), ("", None), ("Answer: E", None)])
+                                                  ("Answer:\nB", None), ("**Answer: D**", "D"), ("", None), ("Answer: E", None),
+                                                  ("<think> Answer: B? No. </think>\n\nAnswer: C", "C"), ("I think Answer: B.</think>Answer: C", "C"), ("<think> The answer: B", None)])
 def test_gpqa_letter(response, letter):
     assert gpqa.letter(response) == letter
 
@@ -624,6 +625,7 @@ def test_part_of_what_torchrun_sets(script, given, message):
     (["--task", "healthbench", "--data", "h.jsonl", "--judge-url", "http://127.0.0.1:9/v1", "--judge-model", "m"], "cannot be used: "),
 ])
 def test_bad_input(evaluate, monkeypatch, tmp_path, args, message):
+    (tmp_path / "h.jsonl").write_text("\n".join(map(json.dumps, HEALTH)))
     monkeypatch.setattr(hf, "load", lambda *args: pytest.fail("the model was loaded"))
     with pytest.raises(InputError) as error:
         evaluate(*args)

@@ -161,7 +161,7 @@ def test_data_files_of_anything(tmp_path):
 def test_a_parquet_file_with_a_broken_row(tmp_path):
     good = {"prompt": [{"role": "user", "content": "hi"}], "reward_model": {"ground_truth": TRUE[0]}}
     for number, (odd, message) in enumerate([({"prompt": None}, 'row 2 has no prompt: it must be a list of {"role": ..., "content": ...}'),
-                                             ({"prompt": [{"role": "user", "content": None}]}, "row 2 has no prompt"),
+                                             ({"prompt": [{"role": "user", "content": None}]}, "row 2 has no content in message 0: it must be a text"),
                                              ({"reward_model": {"ground_truth": None}}, 'row 2 has no reference answer: reward_model must have a text "ground_truth"'),
                                              ({"reward_model": {"ground_truth": "<tool_call>{</tool_call>"}}, "row 2 has a reference answer that cannot be parsed")]):
         path = tmp_path / f"{number}.parquet"

@@ -141,13 +141,44 @@ def test_concurrency_is_bounded_and_used():
 
 def test_pitfalls_are_asked_as_mistakes_and_inverted():
     server = Server(lambda body, n: graded(body) if n <= 7 else (400, "no"))
-    task = rubrics.task(TaskOptions("rubric", None, None, settings(server.url)))  # asks one question
+    task = rubrics.task(TaskOptions("rubric", None, None, settings(server.url)))
+    task.try_out(None)  # asks one question
     example = Example(CHAT, criteria=tuple(rubrics.Criterion(text, kind, kind) for text, kind in (("a", "essential"), ("Fails to b", "pitfall"), ("c", "optional"))))
     assert task.start(example, ["meets 1 2", "meets 3"])().tolist() == [[1, 0, 0], [0, 1, 1]]
     prompts = [request["body"]["messages"][0]["content"] for request in server.requests[1:]]
     assert sum("makes this mistake" in prompt for prompt in prompts) == 2
     assert all(("makes this mistake" in prompt) == ("Fails to b" in prompt) for prompt in prompts)
     assert np.isnan(task.start(example, ["meets"])()).all()  # 1 - NaN: missing stays missing
+
+
+def test_a_judge_sees_answers_and_no_thoughts():
+    """Nor an answer where a thought was cut off. An opening of the assistant's is the response's beginning."""
+    server = Server(lambda body, n: graded(body))
+    task = rubrics.task(TaskOptions("rubric", None, None, settings(server.url)))
+    criteria = (rubrics.Criterion("a", "essential", "essential"),)
+
+    def shown(*responses: str, chat=CHAT) -> list[str]:
+        before = len(server.requests)
+        task.start(Example(chat, criteria=criteria), [*responses])()
+        prompts = [request["body"]["messages"][0]["content"] for request in server.requests[before:]]
+        return sorted(prompt.split("Conversation:\n")[1].split("\n\nDecide")[0] for prompt in prompts)
+
+    asked = '"user": "q"\n\nResponse to grade:\n'
+    assert shown("<think>\nSay 1? No.\n</think>\n\nRest.", "<think> meets 1") == [f'{asked}""', f'{asked}"\\n\\nRest."']
+    assert shown(" is 42", chat=[*CHAT, {"role": "assistant", "content": "It"}]) == [f'{asked}"It is 42"']
+    assert shown("x</think> y", chat=[*CHAT, {"role": "assistant", "content": "<think>"}]) == [f'{asked}" y"']
+    calls = [{"function": {"name": "clock", "arguments": {"zone": "UTC"}}}]
+    chat = [*CHAT, {"role": "assistant", "content": None, "tool_calls": calls}, {"role": "tool", "content": "14:00"}]
+    line = shown("two", chat=chat)[0].splitlines()[1]
+    assert line.startswith('"assistant": "" and the tool calls "') and json.loads(json.loads(line.partition(" calls ")[2])) == calls
+
+
+def test_the_rows_are_read_before_the_judge_is_asked(monkeypatch, tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps([{"prompt": "p", "rubric": []}]))
+    server = Server(lambda body, n: graded(body))
+    with pytest.raises(InputError, match="rows.json: row 0 has no rubric"):
+        run(monkeypatch, tmp_path, "--task", "rubric", "--data", "rows.json", "--judge-url", server.url, "--judge-model", "m")
+    assert server.requests == []
 
 
 def test_no_other_key_is_sent(monkeypatch):

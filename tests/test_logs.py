@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_train import TINY, command, launch
 
-from checkpoint import Log, RunLog, channel_stats, open_tracker
+from checkpoint import Log, RunLog, State, channel_stats, finish, open_tracker
 from model import Prompt
 from rewards import Channel, Example
 from rollout import Group, Response
@@ -66,7 +66,9 @@ class Lines(Log):
 def test_a_line_of_an_evaluation():
     log = Lines()
     log.evaluation(3, [{"joint": 1.0, "a": 0.5}, {"joint": NAN, "a": 1.0}, {"b": NAN}], {})
-    assert log.records == [{"step": 3, "eval": {"a": (0.75, 0.25), "joint": (1.0, pytest.approx(NAN, nan_ok=True))}}]
+    unknown = pytest.approx(NAN, nan_ok=True)
+    assert log.records == [{"step": 3, "eval": {"a": (0.75, 0.25), "b": (unknown, unknown), "joint": (1.0, unknown)}}]
+    assert log.line == "held out, 3 steps: a 0.75 b missing joint 1.00"
     log.evaluation(0, [], {})
     assert log.records[-1] == {"step": 0, "eval": {}} and log.line == "held out, 0 steps: "
 
@@ -85,6 +87,41 @@ def test_a_line_says_what_the_update_works_against():
     log.step(1, [group], {"grad_norm": 1.0, "entropy": 2.0, "beta": 1.0, "bad_updates": [], "seconds": {"sample": 1.0, "save": 9.0}})
     assert "works against a (-1.00) |" in log.line and "against b" not in log.line
     assert {name: stats["credit"] for name, stats in log.records[0]["channels"].items()} == pytest.approx({"a": -1.0, "b": 1.0})
+
+
+def warnings_of(tmp_path, monkeypatch, capsys, values: dict[str, float], steps: int, held_out: int = 0) -> list[str]:
+    """Of a run whose two responses a step have these rewards."""
+    log, group = RunLog(tmp_path), make([[*values.values()]] * 2, *values)
+    if held_out:
+        log.evaluation(0, [values] * held_out, {}, dict.fromkeys(values, 1.0))
+    for step in range(1, steps + 1):
+        log.step(step, [group], {"grad_norm": 1.0, "entropy": 2.0, "beta": 1.0, "bad_updates": [], "seconds": {"sample": 1.0, "save": 0.0}})
+    return [line.removeprefix("warning: ") for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+
+
+REWARDS = {"unhit": 0.0, "gone": NAN, "kept": 1.0}
+UNHIT = "it teaches nothing until a response does better; show one in the prompt, pay for a part of what it asks, or begin with an easier task"
+GONE = "it teaches nothing; see why its function or its judge gives NaN"
+
+
+def test_a_reward_that_nobody_hits_is_pointed_out_after_the_first_evaluation(tmp_path, monkeypatch, capsys):
+    assert warnings_of(tmp_path, monkeypatch, capsys, REWARDS, 3, held_out=5) == [
+        f"reward 'unhit' was 0 on all of the 5 held-out prompts: {UNHIT}", f"reward 'gone' was missing on all of the 5 held-out prompts: {GONE}"]
+
+
+def test_or_after_the_third_step_and_one_that_all_hit_after_the_tenth(tmp_path, monkeypatch, capsys):
+    third = [f"reward 'unhit' was 0 for every response of 3 steps: {UNHIT}", f"reward 'gone' was missing for every response of 3 steps: {GONE}"]
+    assert warnings_of(tmp_path, monkeypatch, capsys, REWARDS, 2) == []
+    assert warnings_of(tmp_path, monkeypatch, capsys, REWARDS, 9) == third
+    assert warnings_of(tmp_path, monkeypatch, capsys, REWARDS, 30) == [*third, "reward 'kept' was 1 for every response of 10 steps: it teaches nothing"]
+
+
+def test_the_final_table_keeps_what_is_missing(tmp_path, capsys):
+    log = RunLog(tmp_path)
+    for step in (0, 1):
+        log.evaluation(step, [{"a": NAN, "b": 0.5}, {"a": NAN, "b": 1.0}], {})
+    finish(log, 2)
+    assert [line.split() for line in capsys.readouterr().out.splitlines()[-4:-2]] == [["a", "missing", "missing"], ["b", *["0.750", "(0.250)"] * 2]]
 
 
 def test_tracking(tmp_path, monkeypatch):

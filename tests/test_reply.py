@@ -27,6 +27,14 @@ def test_channels(response, expected):
     assert rewards.satisfied(task.channels(example), got) == (response.startswith(("Sorry", "Thank")))
 
 
+def test_thoughts_are_no_part_of_a_reply():
+    task, example = of("reply-25"), of("reply").prompts(1, 1)[0][0]._replace(reference="Anna")
+    reply = "Sorry Anna, we will send you a new lamp."
+    plain, thought, cut_off = rewards.score(task.channels(example), example, [reply, f"<think>{'sorry ' * 40}</think>\n{reply}", f"<think>{reply}"])
+    np.testing.assert_array_equal(plain, thought)
+    np.testing.assert_array_equal(cut_off, [1, 0, 0, 0, 0, 0])
+
+
 def test_the_limits_differ():
     limits = {name: reply.LIMITS[name] for name in ("reply", "reply-25")}
     for name, limit in limits.items():

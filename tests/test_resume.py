@@ -542,7 +542,8 @@ def test_a_reward_that_never_varies_is_pointed_out_once(monkeypatch, tmp_path, c
                                Channel("rare", lambda p, rs, ref: [float("q" in r) for r in rs])])
     run(monkeypatch, tmp_path, "--steps", 12, "--save-every", 0)
     out = capsys.readouterr().out
-    assert out.count("warning:") == out.count("warning: reward 'same' was 0.5 for every response of 10 steps: it teaches nothing") == 1
+    assert out.count("warning: reward 'same' was 0.5 on all of the 4 held-out prompts: it teaches nothing until a response does better") == 1
+    assert out.count("warning: reward 'gone' was missing on all of the 4 held-out prompts: it teaches nothing") == 1 and out.count("'gone'") == out.count("'same'") == 1
 
 
 def test_by_default_saving_waits_and_then_takes_a_hundredth(monkeypatch, tmp_path):

@@ -1,8 +1,13 @@
 """ToolRL's rewards against figures obtained by running the public code, the channels of `tools`, and bad rewards."""
 
+import contextlib
 import itertools
 import json
 import math
+import os
+import pickle
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -138,6 +143,138 @@ def test_a_bad_task_file_is_named(tmp_path, code, message):
     (tmp_path / "mine.py").write_text(code)
     with pytest.raises(InputError, match=f"--task .*mine.py.*{message}"):
         rewards.load_task(TaskOptions(str(tmp_path / "mine.py"), None, None, JudgeOptions()))
+
+
+OWN = """
+import collections
+from dataclasses import dataclass
+
+import numpy as np
+from rewards import Channel, Example, Task
+
+@dataclass
+class Counted:
+    text: str
+
+def length(prompts, responses, references):
+    return [float(len(response)) for response in responses]
+
+async def later(prompts, responses, references):
+    return length(prompts, responses, references)
+
+CHAT = [{"role": "user", "content": "u"}]
+GOOD = Example(CHAT, "r")
+
+def task(options):
+    return Task(lambda n_train, n_test: PROMPTS, CHANNELS)
+"""
+
+
+def of_own(tmp_path, prompts: str = "([GOOD], [])", channels: str = "[Channel('a', length)]", name: str = "mine.py") -> tuple[Task, tuple]:
+    """A task of this file, and its prompts."""
+    path = tmp_path / name
+    path.write_text(OWN.replace("PROMPTS", prompts).replace("CHANNELS", channels))
+    task = rewards.load_task(TaskOptions(str(path), None, None, JudgeOptions()))
+    return task, rewards.load_prompts(task, path.name, 4, 2)
+
+
+@pytest.mark.parametrize(("prompts", "message"), [
+    ("([GOOD, Example('u')], [])", 'training example 1 has no prompt: it must be a list of {"role": ..., "content": ...}'),
+    ("([], [Example([])])", "held-out example 0 has no prompt: it must be a list of"), ("([Example([{'role': 'user', 'content': None}])], [])", "training example 0 has no content in message 0"),
+    ("([Example(CHAT, np.int64(3))], [])", "training example 0: its reference is no text, but np.int64(3) (int64): make it one, with str or json.dumps"),
+    ("([Example(CHAT, None)], [])", "training example 0: its reference is no text, but None (NoneType)"), ("([Example(CHAT, id=7)], [])", "training example 0: its id is no text, but 7 (int)"),
+    ("([Example(CHAT, criteria=('says so',))], [])", "training example 0 has a criterion without a text, see tasks/rubrics.py: 'says so'"),
+    ("([Example(CHAT, tools=(length,))], [])", "training example 0 has tools that are no list of JSON objects"),
+    ("([{'messages': CHAT}], [])", "training example 0 is a dict: it must be a rewards.Example, such as Example("), ("(['hello'], [])", "training example 0 is a str: it must be a rewards.Example"),
+    ("[GOOD, GOOD]", "prompts(4, 2) must return two lists, of training and of held-out examples"), ("[GOOD] * 8", "prompts(4, 2) must return two lists"), ("None", "prompts(4, 2) must return two lists"),
+    ("((x for x in [GOOD]), [])", "prompts(4, 2): the training examples must be a list of rewards.Example, and not a generator"),
+    ("([GOOD], collections.deque())", "prompts(4, 2): the held-out examples must be a list of rewards.Example, and not a deque"), ("1 / 0", "prompts(4, 2) raised ZeroDivisionError: division by zero (mine.py, line 22)"),
+    ("exit('enough')", "prompts(4, 2) raised SystemExit: enough ("),
+])
+def test_mistakes_in_the_prompts_are_named(tmp_path, prompts, message):
+    with pytest.raises(InputError) as error:
+        of_own(tmp_path, prompts)
+    assert str(error.value).startswith(f"--task mine.py: {message}") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("channels", "message"), [
+    ("[length]", "channel 0 of the task is a function: it must be a rewards.Channel, such as Channel('short', function)"),
+    ("length", "a task's channels must be a list of rewards.Channel, and not a function"), ("[Channel('a', length, weight='2')]", "channel a: weight must be a number, and not '2'"),
+    ("[Channel('a', length, full='1')]", "channel a: full must be a number, and not '1'"), ("[Channel('a', length, full=None)]", "channel a: full must be a number, and not None"),
+    ("[Channel('a', length, full=float('nan'))]", "channel a: full must be a number, and not nan"), ("[Channel('a', length, bounds=1.0)]", "channel a: bounds must be worst, best, two numbers"),
+    ("[Channel('a', length, bounds=('0', '1'))]", "channel a: bounds must be worst, best, two numbers"), ("[Channel('', length)]", "channel 0 of the task has the name '': it must be one line of text"),
+    ("[Channel(length)]", "channel 0 of the task has the name <function length at"), ("[Channel('a', 1.0)]", "channel a: fn must be a function, and not 1.0"),
+    ("[Channel('a', later)]", "channel a: fn must not be async"),
+])
+def test_mistakes_in_the_channels_are_named(tmp_path, channels, message):
+    with pytest.raises(InputError) as error:
+        of_own(tmp_path, channels=channels)
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+def test_a_task_file_that_raises_is_named(tmp_path):
+    (tmp_path / "mine.py").write_text("def task(options):\n    open('no data')")
+    with pytest.raises(InputError, match=r"mine.py: task\(options\) raised FileNotFoundError: .*'no data' \(mine.py, line 2\)"):
+        rewards.load_task(TaskOptions(str(tmp_path / "mine.py"), None, None, JudgeOptions()))
+
+
+@pytest.mark.parametrize("name", ["rewards.py", "json.py", "torch.py", "local.py", "my-task.v2.py"])
+def test_a_task_file_may_have_any_name(tmp_path, name):
+    """It replaces no module, its dataclasses are made, and pickle finds what is in it."""
+    before = sys.modules.get(name[:-3])
+    task, (train, _) = of_own(tmp_path, name=name)
+    (channel,) = task.channels(train[0])
+    assert sys.modules.get(name[:-3]) is before and pickle.loads(pickle.dumps(channel.fn)) is channel.fn
+    assert rewards.score([channel], train[0], ["abc"]).tolist() == [[3.0]]
+
+
+def test_messages_of_a_task_file_are_read_as_those_of_rows(tmp_path):
+    _, (train, _) = of_own(tmp_path, "((Example(({'role': 'user', 'content': [{'type': 'text', 'text': 'u'}], 'name': None},), 'r'),), [])")
+    assert train == [Example([{"role": "user", "content": "u"}], "r")]
+
+
+@pytest.mark.parametrize("change", [list.sort, list.clear, lambda texts: texts.__setitem__(0, "x")])
+def test_a_reward_may_change_its_lists(change):
+    def first(prompts, responses, references):
+        n = len(responses)
+        for texts in (prompts, responses, references):
+            change(texts)
+        return [0.0] * n
+
+    seen = []
+    channels = [Channel("first", first), Channel("second", lambda *lists: seen.append(lists) or [0.0, 0.0])]
+    responses = ["b", "a"]
+    rewards.score(channels, Example(QUESTION, "r"), responses)
+    assert seen == [(["q", "q"], ["b", "a"], ["r", "r"])] and responses == ["b", "a"]
+
+
+def test_a_reward_may_change_the_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "away").mkdir()
+    for values in ([0.0], 1 / 2):
+        with contextlib.suppress(InputError):
+            rewards.score([Channel("a", lambda p, r, ref, values=values: os.chdir("away") or values)], Example(QUESTION), ["x"])
+        assert Path.cwd() == tmp_path
+
+
+def test_a_reward_is_given_the_last_message_that_is_not_the_assistants():
+    seen = []
+    chat = [{"role": "system", "content": "s"}, *QUESTION, {"role": "assistant", "content": "It is"}]
+    rewards.score([Channel("a", lambda prompts, responses, references: seen.append(prompts) or [0.0])], Example(chat), [" 2"])
+    assert seen == [["q"]]
+
+
+@pytest.mark.parametrize(("response", "said"), [
+    ("plain", "plain"), ("", ""), ("<think> a </think> b", " b"), ("a</think>b", "b"), ("<think>a</think>b</think>c", "c"),
+    ("<think> cut", ""), ("x <think> cut", ""), ("<think>a</think> b <think> again", ""),
+])
+def test_an_answer_is_what_follows_the_thoughts(response, said):
+    assert rewards.answer(response) == said
+
+
+def test_a_reward_without_a_function_is_named():
+    with pytest.raises(InputError, match=r"reward 'a' has no function: write Channel\('a', function\)"):
+        Task(None, [Channel("a")]).try_out(Example(QUESTION))
 
 
 def test_bounds_are_worst_and_best():

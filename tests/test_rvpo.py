@@ -1,6 +1,7 @@
 """The advantage against numbers worked out by hand, TRL's formula, and the properties that the method promises."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -218,6 +219,16 @@ def test_integer_rewards_and_bad_settings():
     for weights in ([1.0], [-1.0, 1.0], [0.0, 0.0], [NAN, 1.0]):
         with pytest.raises(ValueError, match="weights"):
             rvpo.rvpo_advantage(rewards, 1.0, torch.tensor(weights))
+
+
+def test_what_is_no_batch_of_rewards_is_named():
+    rewards = torch.rand(6, 2)
+    for wrong, message in ((rewards.tolist(), "rewards must be a torch.Tensor, and not a list"), (rewards.numpy(), "rewards must be a torch.Tensor, and not a ndarray"),
+                           (rewards, "rewards must be (P, G, K), the whole batch, and not (6, 2): of one group, rewards[None]")):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            rvpo.advantages(wrong, "rvpo", 1.0)
+    with pytest.raises(ValueError, match="agg must be one of rvpo, gdpo, grpo, explicit, softmin, hardmin, and not 'RVPO'"):
+        rvpo.advantages(rewards[None], "RVPO", 1.0)
 
 
 def test_beta_schedule():

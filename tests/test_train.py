@@ -404,12 +404,21 @@ def nothing_is_loaded(monkeypatch):
     (["--model", "./capped"], "--model ./capped: training gemma2 models is not supported"),
     (["--model", "./linear"], "--model ./linear: training qwen3_next models is not supported"),
     (["--model", "./stretched"], "--model ./stretched: training with dynamic position embeddings is not supported"),
+    (["--agg", "gdpo", "--beta", 2], "--beta 2: --agg gdpo has no beta; leave it out"), (["--agg", "grpo", "--beta", "0.5:2"], "--agg grpo has no beta"),
+    (["--agg", "hardmin", "--beta", 0], "--agg hardmin has no beta"), (["--task", "mising.py"], "--task mising.py: there is no such file"),
+    (["--task", "reads.py", "--data", "x.json"], "x.json cannot be read"),
+    (["--task", "reads.py", "--eval-data", "x.json"], "--eval-data x.json: the task reads.py does not use it; leave it out, or, if its file reads it, say so there: OPTIONS = ('eval_data',)"),
+    (["--task", "empty.py", "--judge-model", "m"], "--judge-model m: the task empty.py does not use it; leave it out, or"),
+    (["--task", "one.py"], "--task one.py: training example 1 is a dict: it must be a rewards.Example"),
 ])
 def test_bad_input(monkeypatch, tmp_path, args, message):
     (tmp_path / "runs/there").mkdir(parents=True)
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken.py").write_text("x")
     (tmp_path / "empty.py").write_text("def task(options): pass")
+    (tmp_path / "reads.py").write_text("from tasks import rows\nOPTIONS = 'data'\ndef task(options): rows.read_rows(options.train_data)")
+    (tmp_path / "one.py").write_text("from rewards import Channel, Example, Task\nEXAMPLES = [Example([{'role': 'user', 'content': 'c'}]), {}]\n"
+                                     "def task(options): return Task(lambda n, m: (EXAMPLES, []), [Channel('a', len)])")
     good = {"prompt": [{"role": "user", "content": "u"}], "reward_model": {"ground_truth": "g"}}
     (tmp_path / "bad.json").write_text(json.dumps([good, {}]))
     (tmp_path / "good.json").write_text(json.dumps([good] * 9))
