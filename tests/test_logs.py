@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_train import TINY, command, launch
 
-from checkpoint import Log, RunLog, State, channel_stats, finish, open_tracker
+from checkpoint import Log, RunLog, channel_stats, finish, open_tracker
 from model import Prompt
 from rewards import Channel, Example
 from rollout import Group, Response
