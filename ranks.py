@@ -25,7 +25,7 @@ class InputError(ValueError):
 def check_launch() -> None:
     """Raises InputError if this is to be one process of several, but torchrun did not start it: each would do the whole
     run by itself."""
-    given = [name for name in NUMBERS if name in os.environ]
+    given = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]  # vLLM sets LOCAL_WORLD_SIZE by itself
     if given and not LAUNCHED:
         values = ", ".join(f"{name}={os.environ[name]}" for name in given)
         raise InputError(f"the environment has {values}, but no usable {', '.join(ABSENT)}: start with torchrun, which "

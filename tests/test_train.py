@@ -472,7 +472,7 @@ def test_the_training_path_is_short():
     lengths = {name: len(path.read_text().splitlines()) for path in map(Path, files)
                if path.is_relative_to(ROOT) and ".venv" not in path.parts and (name := path.name) != "checkpoint.py"}
     print(lengths)
-    assert len(lengths) >= 8 and sum(lengths.values()) <= 1600
+    assert len(lengths) >= 8 and sum(lengths.values()) <= 1700
     assert len([*ROOT.glob("*.py")]) <= 10 and len(TrainConfig.model_fields) <= 36
 
 
