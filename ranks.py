@@ -15,7 +15,9 @@ NUMBERS = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
 ABSENT = [name for name in NUMBERS if not os.environ.get(name, "").isdecimal()]
 ABSENT += [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
 LAUNCHED = not ABSENT  # by torchrun
-RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = [int(os.environ[name]) for name in NUMBERS] if LAUNCHED else (0, 1, 0, 1)
+RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = 0, 1, 0, 1
+if LAUNCHED:
+    RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = [int(os.environ[name]) for name in NUMBERS]
 
 
 class InputError(ValueError):
@@ -23,13 +25,14 @@ class InputError(ValueError):
 
 
 def check_launch() -> None:
-    """Raises InputError if this is to be one process of several, but torchrun did not start it: each would do the whole
-    run by itself."""
-    given = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]  # vLLM sets LOCAL_WORLD_SIZE by itself
+    """Raises InputError if this is to be one process of several, but torchrun did not start it:
+    each would do the whole run by itself."""
+    # vLLM sets LOCAL_WORLD_SIZE by itself.
+    given = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]
     if given and not LAUNCHED:
         values = ", ".join(f"{name}={os.environ[name]}" for name in given)
-        raise InputError(f"the environment has {values}, but no usable {', '.join(ABSENT)}: start with torchrun, which "
-                         f"sets all of them, or unset {' '.join(given)}")
+        raise InputError(f"the environment has {values}, but no usable {', '.join(ABSENT)}: start "
+                         f"with torchrun, which sets all of them, or unset {' '.join(given)}")
 
 
 def join():

@@ -306,11 +306,12 @@ def main(config: TrainConfig) -> None:
             raise InputError(f"--task {config.task}: there are no prompts to train on")
         digest = checkpoint.check_data(run, train + held_out)
         task.try_out(train[0])  # a faulty reward is found now, and not after the model is loaded
-        about = {**config.model_dump(), "data_sha256": digest, "device": str(device), "world_size": WORLD,
-                 "versions": checkpoint.versions()}
+        about = {**config.model_dump(), "data_sha256": digest, "device": str(device),
+                 "world_size": WORLD, "versions": checkpoint.versions()}
         tracker = checkpoint.open_tracker(run, about, resumed=checkpoint.latest(run) is not None)
         learner, sampler, train, held_out, write_policy = setup(config, device, task, train, held_out)
-        log = checkpoint.RunLog(run, config.steps, state.step, write_policy if config.keep_policies else None, tracker)
+        log = checkpoint.RunLog(run, config.steps, state.step,
+                                write_policy if config.keep_policies else None, tracker)
         checkpoints = checkpoint.Checkpoints(log, learner.policy, learner.optimizer, config.save_every, state)
         log.begin(state, about)
         catch_signals()
@@ -321,7 +322,8 @@ def main(config: TrainConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter must not end a run
+    # A terminal that lacks a letter must not end a run.
+    sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main(CONFIG)
     except InputError as error:
