@@ -57,8 +57,8 @@ LOGS = "metrics.jsonl", "samples.jsonl"
 # Signals: SIGTERM and SIGINT end a run in order, all ranks at the same point, so that its state can be saved
 
 AGAIN = 2.0  # seconds: whoever signals a whole job reaches a rank twice, by torchrun, too, and means it once
-STOPPING = (b"\nstopping, and saving the state; a second signal (Ctrl-C again) ends the run at once, without "
-            b"saving\n")
+STOPPING = (b"\nstopping, and saving the state; a second signal (Ctrl-C again) ends the run at "
+            b"once, without saving\n")
 
 CAUGHT = signal.SIGTERM, signal.SIGINT
 _signals: list[int] = []  # the first that this rank has got
@@ -74,10 +74,10 @@ class Stop(BaseException):
 
 
 def catch_signals() -> None:
-    """From now on the first signal is kept for `check_signals`, and a second one ends the process at once.
+    """From now on the first signal is kept for `check_signals`, and a second one ends the process.
 
-    The main thread may be in one call of a library for long, waiting for other ranks, say. Python runs
-    `keep` only after it. What has to happen at once happens in a thread, `watch_signals`.
+    The main thread may be in one call of a library for long, waiting for other ranks, say. Python
+    runs `keep` only after it. What has to happen at once happens in a thread, `watch_signals`.
     """
     def keep(number: int, frame) -> None:
         if not _signals:
@@ -483,7 +483,8 @@ class Log:
 
 
 def open_tracker(run: Path, config: dict, resumed: bool):
-    """Of a run with --track, on rank 0, before the model is loaded; else None. Raises InputError on all ranks."""
+    """Of a run with --track, on rank 0, before the model is loaded; else None. Raises InputError on
+    all ranks."""
     opened = []
 
     def begin() -> None:
@@ -501,7 +502,8 @@ class RunLog(Log):
     write_policy: writes the policy into a directory; each evaluation's is then kept, in runs/NAME/policies/step-N.
     tracker: what `open_tracker` returned."""
 
-    def __init__(self, run: Path, steps: int = 0, begun: int = 0, write_policy: Callable | None = None, tracker=None):
+    def __init__(self, run: Path, steps: int = 0, begun: int = 0,
+                 write_policy: Callable | None = None, tracker=None):
         self.write_policy, self.tracker = write_policy, tracker
         self.run, self.bar = run, tqdm(total=steps, initial=begun, disable=RANK > 0 or not steps, unit="step",
                                        dynamic_ncols=True)

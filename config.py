@@ -130,12 +130,14 @@ def parse_beta(text: str) -> tuple[float, float]:
     return start, end
 
 
-# What pydantic says to programmers, as one says it to a user. The last two are of options with a pattern.
+# What pydantic says to programmers, as one says it to a user. The last two are options that have a
+# pattern.
 PLAIN = {
     "int_parsing": "should be a whole number", "int_parsing_size": "has too many digits",
     "float_parsing": "should be a number", "bool_parsing": "should be true or false",
     "string_unicode": "is no valid text",
-    "name": "should be letters, digits, '_', '.' and '-', at most 100, and not begin with '.' or '-'",
+    "name": "should be letters, digits, '_', '.' and '-', at most 100, and not begin with '.' or "
+            "'-'",
     "save_every": "should be auto, or a number of steps, such as 20"}
 
 

@@ -326,22 +326,27 @@ def print_policies(tables: dict[Path, dict[str, dict[str, float]]]) -> None:
 
 
 def find_results(name: str) -> Path:
-    """The results.json of an evaluation, which is named by its directory or by this file. Raises InputError."""
+    """The results.json of an evaluation, which is named by its directory or by this file. Raises
+    InputError."""
     path = Path(name)
     file = path / "results.json" if path.is_dir() else path
     if file.is_file():
         return file
     if policies := by_step(path):
-        raise InputError(f"{name} holds evaluations of several policies: name one, such as {policies[-1]}")
+        raise InputError(f"{name} holds evaluations of several policies: name one, such as "
+                         f"{policies[-1]}")
     if (path / "metrics.jsonl").is_file():
-        raise InputError(f"{name} is a run of train.py, which compare cannot read: evaluate it first, with "
-                         f"python eval.py --model {name} --task ..., and name the directory that this prints")
-    raise InputError(f"{name}: no results of eval.py are there; name its directory, such as runs/NAME")
+        raise InputError(f"{name} is a run of train.py, which compare cannot read: evaluate it "
+                         f"first, with python eval.py --model {name} --task ..., and name the directory "
+                         "that this prints")
+    raise InputError(f"{name}: no results of eval.py are there; name its directory, such as "
+                     "runs/NAME")
 
 
 def print_comparison(names: list[str]) -> None:
     if len(names) != 2:
-        raise InputError("usage: python eval.py compare runs/A runs/B, each a directory that eval.py wrote")
+        raise InputError("usage: python eval.py compare runs/A runs/B, each a directory that "
+                         "eval.py wrote")
     rows = compare(*[find_results(name) for name in names])
     for letter, name in zip("AB", names, strict=True):
         print(f"{letter}: {name}")

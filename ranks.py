@@ -22,7 +22,9 @@ NUMBERS = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
 ABSENT = [name for name in NUMBERS if not os.environ.get(name, "").isdecimal()]
 ABSENT += [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
 LAUNCHED = not ABSENT  # by torchrun
-RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = [int(os.environ[name]) for name in NUMBERS] if LAUNCHED else (0, 1, 0, 1)
+RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = 0, 1, 0, 1
+if LAUNCHED:
+    RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = [int(os.environ[name]) for name in NUMBERS]
 
 
 class InputError(ValueError):
@@ -30,13 +32,14 @@ class InputError(ValueError):
 
 
 def check_launch() -> None:
-    """Raises InputError if this is to be one process of several, but torchrun did not start it: each would do the whole
-    run by itself."""
-    given = [name for name in NUMBERS if name in os.environ]
+    """Raises InputError if this is to be one process of several, but torchrun did not start it:
+    each would do the whole run by itself."""
+    # vLLM sets LOCAL_WORLD_SIZE by itself.
+    given = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]
     if given and not LAUNCHED:
         values = ", ".join(f"{name}={os.environ[name]}" for name in given)
-        raise InputError(f"the environment has {values}, but no usable {', '.join(ABSENT)}: start with torchrun, which "
-                         f"sets all of them, or unset {' '.join(given)}")
+        raise InputError(f"the environment has {values}, but no usable {', '.join(ABSENT)}: start "
+                         f"with torchrun, which sets all of them, or unset {' '.join(given)}")
 
 
 def join():
@@ -84,9 +87,12 @@ def run_program(main: Callable, *args) -> NoReturn:
         if isinstance(error.code, str):
             print(error.code, file=sys.stderr)
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
-    except BaseException as error:  # noqa: BLE001 - the process ends here
+    except KeyboardInterrupt:  # before there is anything to save, or while evaluating
+        print("stopped by Ctrl-C", file=sys.stderr)
+        code = 130
+    except BaseException:  # noqa: BLE001 - the process ends here
         traceback.print_exc()
-        code = 130 if isinstance(error, KeyboardInterrupt) else 1
+        code = 1
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -2,8 +2,9 @@
 
     python bench/plot.py runs/NAME [runs/OTHER ...] [--out FILE.png]
 
-A run of train.py: every channel, the joint rate, gradient norm. One of eval.py --policies: every metric
-of the benchmark. Lines: the sampled batches of training. Points with bars: held-out prompts, mean and standard error.
+A run of train.py: every channel, the joint rate, gradient norm. One of eval.py --policies: every
+metric of the benchmark. Lines: the sampled batches of training. Points with bars: held-out prompts,
+mean and standard error.
 The best and the final policy are those of the joint rate, or of the benchmark's first metric. The best of several is
 chosen on the prompts that measure it: it is biased upwards, the more so the more there are.
 """
@@ -62,7 +63,8 @@ def read(run: Path) -> Run:
     if folders := [*run.glob("step-*")]:
         return read_policies(folders)
     if not (run / "metrics.jsonl").is_file():
-        sys.exit(f"error: {run}: no run is there; name the directory of a run of train.py, or of eval.py --policies")
+        sys.exit(f"error: {run}: no run is there; name the directory of a run of train.py, or of "
+                 "eval.py --policies")
     try:
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     except (OSError, ValueError) as error:

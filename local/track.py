@@ -30,7 +30,8 @@ def one_line(error: Exception) -> str:
 
 
 class Tracker:
-    """Of one run, on rank 0. A run that is resumed goes on under its name; steps it repeats are sent again.
+    """Of one run, on rank 0. A run that is resumed goes on under its name; steps it repeats are
+    sent again.
 
     What the package raises is said once, and then nothing more is sent: it must not end the run.
     """
@@ -44,7 +45,8 @@ class Tracker:
             self.package.init(project="rvpo", name=run, config=config, resume="allow", **same)
         except Exception as error:
             if not resumed:
-                raise InputError(f"--track {name}: {one_line(error)}; log in there first, or leave it out") from error
+                raise InputError(f"--track {name}: {one_line(error)}; log in there first, or leave "
+                                 "it out") from error
             self._give_up(error)
 
     def metrics(self, record: dict) -> None:
@@ -57,8 +59,12 @@ class Tracker:
         columns = ["prompt", "response", "advantage", *dict.fromkeys(name for r in records for name in r["rewards"])]
         rows = [{**record["rewards"], **record, "prompt": json.dumps(record["prompt"])} for record in records[:ROWS]]
         data = [[row.get(name) for name in columns] for row in rows]
-        self._try(lambda: self.package.log({"samples": self.package.Table(columns=columns, data=data)},
-                                           step=records[0]["step"]))
+
+        def send() -> None:
+            table = self.package.Table(columns=columns, data=data)
+            self.package.log({"samples": table}, step=records[0]["step"])
+
+        self._try(send)
 
     def finish(self) -> None:
         self._try(lambda: self.package.finish())
@@ -73,5 +79,5 @@ class Tracker:
 
     def _give_up(self, error: Exception) -> None:
         self.failed = True
-        tqdm.write(f"warning: --track {self.name} failed: {one_line(error)}; the run goes on without it, everything is "
-                   "in metrics.jsonl and samples.jsonl")
+        tqdm.write(f"warning: --track {self.name} failed: {one_line(error)}; the run goes on "
+                   "without it, everything is in metrics.jsonl and samples.jsonl")

@@ -30,9 +30,11 @@ COUNTS = ("requests", "retries", "cached", "failed", "verdicts", "yes", "prompt_
 # A hundred verdicts and an explanation take a thousand tokens, brief thoughts as many; a context of 8,192 has room for
 # 6,000 tokens of conversation beside it. Without a limit, an answer that repeats itself would fill the context.
 MAX_TOKENS = 2048
-MAX_WITH_THOUGHTS = 8192  # where the limit is called max_completion_tokens: of models that think, and have the room
+# The limit of models that think, and have the room. They call it max_completion_tokens.
+MAX_WITH_THOUGHTS = 8192
 
-# openai does not retry if it is told to wait for more than two minutes. Here --judge-timeout decides, at most 1e5.
+# openai does not retry if it is told to wait for more than two minutes. Here --judge-timeout
+# decides; it is at most 1e5.
 openai._base_client.MAX_RETRY_AFTER_DELAY = 1e5
 
 LINE = TypeAdapter(tuple[str, dict[str, bool]])  # of a cache file: a question's hash, its verdicts
@@ -59,15 +61,16 @@ def open_cache(path: str) -> tuple[TextIO, dict[str, dict[str, bool]]]:
 
 
 def completions(url: str) -> str:
-    """--judge-url, with or without /chat/completions, as the address of the requests. A query stays one."""
+    """--judge-url, with or without /chat/completions, as the address of the requests. A query stays
+    one."""
     parts = urlsplit(url)
     base = parts.path.rstrip("/").removesuffix("/chat/completions")
     return urlunsplit(parts._replace(path=base + "/chat/completions"))
 
 
 def without_refused(parameters: dict, error: BaseException | None) -> dict:
-    """The parameters that are left if the endpoint's error names some: OpenAI's models that think have a temperature
-    of their own, and call the limit by another name."""
+    """The parameters that are left if the endpoint's error names some: OpenAI's models that think
+    have a temperature of their own, and call the limit by another name."""
     accepted = dict(parameters)
     if isinstance(error, (openai.BadRequestError, openai.UnprocessableEntityError)):
         said = error.response.text
@@ -109,8 +112,9 @@ class Judge:
         atexit.register(lambda: self.run(self.client.close()).result(5))
 
     def check(self) -> None:
-        """One question, asked by rank 0. All ranks must call it. Raises InputError unless it is answered in the form
-        that is needed. A parameter that the endpoint refuses is left out of it, and of all later questions."""
+        """One question, asked by rank 0. All ranks must call it. Raises InputError unless it is
+        answered in the form that is needed. A parameter that the endpoint refuses is left out of
+        it, and of all later questions."""
         first = self.parameters
         on_rank_0(self._find_parameters)
         self.parameters = gather([self.parameters])[0]
@@ -118,11 +122,13 @@ class Judge:
         if RANK == 0 and self.parameters != first:
             refused = " and ".join(name for name in first if name not in self.parameters)
             used = " and ".join(f"{name} {value}" for name, value in self.parameters.items())
-            print(f"the judge {self.model} refuses {refused}: all of its questions go with {used}", flush=True)
+            print(f"the judge {self.model} refuses {refused}: all of its questions go with {used}",
+                  flush=True)
 
     def _find_parameters(self) -> None:
         """Asks until no parameter is refused."""
-        chat, items = [{"role": "user", "content": "Say hello."}], {"criterion_1": "It is a greeting."}
+        chat = [{"role": "user", "content": "Say hello."}]
+        items = {"criterion_1": "It is a greeting."}
         prompt = judge_prompt(chat, "Hello!", items, self.explain)
         while True:
             try:
@@ -132,8 +138,9 @@ class Judge:
                 accepted = without_refused(self.parameters, error.__cause__)
                 if accepted == self.parameters:
                     reason = str(error) or f"no answer within --judge-timeout {self.timeout:g} s"
-                    raise InputError(f"the judge at {self.url}, model {self.model}, cannot be used: {reason}; see "
-                                     "--judge-url, --judge-model and the environment variable JUDGE_API_KEY") from error
+                    raise InputError(f"the judge at {self.url}, model {self.model}, cannot be "
+                                     f"used: {reason}; see --judge-url, --judge-model and the "
+                                     "environment variable JUDGE_API_KEY") from error
                 self.parameters = accepted
 
     def start(self, messages: list[dict], responses: list[str], items: list[str]) -> Callable[[], np.ndarray]:
@@ -210,7 +217,8 @@ class Judge:
     async def _post(self, prompt: str, names: tuple[str, ...], verdicts: dict[str, bool], **options) -> None:
         """Adds the verdicts of one answer to those given. Raises ConnectionError if there is no answer, ValueError if
         it is of no use or if verdicts are missing still."""
-        body = {"model": self.model, **self.parameters, "messages": [{"role": "user", "content": prompt}],
+        body = {"model": self.model, **self.parameters,
+                "messages": [{"role": "user", "content": prompt}],
                 "response_format": response_format(names, self.explain)}
         try:  # chat.completions.create converts what it sends and gets, and takes twice the time
             reply = await self.client.post(self.url, body=body, cast_to=httpx2.Response, options=options)

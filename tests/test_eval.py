@@ -607,8 +607,8 @@ def test_a_wrong_option_does_not_wait_for_torch():
                           "which sets all of them, or unset WORLD_SIZE\n"),
     ({"RANK": ""}, "error: the environment has RANK=, but no usable RANK, WORLD_SIZE, "),
     ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "h", "MASTER_PORT": "1"},  # as some launchers do
-     "error: the environment has RANK=0, WORLD_SIZE=2, LOCAL_RANK=0, but no usable LOCAL_WORLD_SIZE: start with torchrun"),
-    ({"MASTER_ADDR": "h", "MASTER_PORT": "1"}, "error: --task x: "),  # by themselves they say nothing of several processes
+     "error: the environment has RANK=0, WORLD_SIZE=2, but no usable LOCAL_WORLD_SIZE: start with torchrun"),
+    ({"MASTER_ADDR": "h", "MASTER_PORT": "1", "LOCAL_WORLD_SIZE": "1"}, "error: --task x: "),  # they say nothing of several processes
 ])
 def test_part_of_what_torchrun_sets(script, given, message):
     """As in a pod: each process would do the whole run by itself."""

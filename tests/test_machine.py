@@ -61,7 +61,7 @@ def test_where_vllm_is_not_installed_transformers_samples(monkeypatch, capsys):
 
 @pytest.mark.parametrize(("work", "code", "said"), [
     ("pass", 0, ""), ("raise ranks.InputError('no such file')", 1, "error: no such file\n"), ("sys.exit(3)", 3, ""), ("sys.exit()", 0, ""),
-    ("sys.exit('error: no')", 1, "error: no\n"), ("raise KeyboardInterrupt", 130, None), ("1 / 0", 1, None)])
+    ("sys.exit('error: no')", 1, "error: no\n"), ("raise KeyboardInterrupt", 130, "stopped by Ctrl-C\n"), ("1 / 0", 1, None)])
 def test_a_program_ends_with_the_code_that_it_means(work, code, said):
     """Also where a library would crash while Python is taken down."""
     lines = f"import atexit, os, sys\nimport ranks\natexit.register(os.abort)\ndef work():\n    {work}\nprint('begun')\nranks.run_program(work)\n"
