@@ -17,7 +17,7 @@ test: .venv/tests-ready
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist loadfile  # threads of several tests would get in each other's way
 
 gpu:  ## is all well on a GPU machine? ten minutes, in the Python that has requirements.txt: of .venv, if there is one
-	$(or $(wildcard .venv/bin/python),$(PYTHON)) bench/gpu.py
+	$(or $(wildcard .venv/bin/python),$(PYTHON)) tools/gpu.py
 
 # Made again whenever a list changes. uv installs the lists in a fraction of pip's time, and finds the CPU build of torch.
 # Where it cannot reach that build, pip takes what the index has: usually the CUDA build, which is 4 GB larger.

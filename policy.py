@@ -161,7 +161,7 @@ class Policy(nn.Module):
 
     def recompute(self, mode: str, tokens: int) -> None:
         """Activations are computed again in the backward pass from now on. mode: on, off, or auto: if those of so many
-        tokens, by bench/simulate.py 20 x hidden + 8 x intermediate bytes a layer, would take 0.4 of a GPU or more."""
+        tokens, by tools/simulate.py 20 x hidden + 8 x intermediate bytes a layer, would take 0.4 of a GPU or more."""
         c, gpu = self.lm.config, next(self.parameters()).device.type != "cpu"
         kept = tokens * c.num_hidden_layers * (20 * c.hidden_size + 8 * c.intermediate_size)
         if mode == "on" or (mode == "auto" and gpu and kept > 0.4 * torch.cuda.get_device_properties().total_memory):

@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script sees its own folder only
 
-from bench.stats import table
 from config import JudgeOptions, TrainConfig
 from experiments import roofline as roof
 from experiments.files import NAMES, read
@@ -24,6 +23,7 @@ from experiments.lengths import EXPLAINED, LENGTHS, Lengths, count
 from experiments.roofline import MFU, Machine, cache_bytes, parameters, sample_seconds, update_seconds
 from local.shapes import QWEN
 from ranks import InputError
+from tools.stats import table
 
 REST = 0.1  # of sampling and update: pushing weights (NeMo-RL: .04 to .06 of a step), advantages, logs, checkpoints
 EVAL_MEMORY = 0.9  # eval.py's --gpu-memory
@@ -200,7 +200,7 @@ def details(of_model: dict[str, list[Run]], args: argparse.Namespace) -> str:
 
 def memory(name: str, of_model: dict[str, list[Run]], args: argparse.Namespace) -> str:
     """GiB of each GPU while sampling / at an update's peak, a line a model."""
-    from bench.simulate import cell
+    from tools.simulate import cell
 
     experiment, said = read(name), []
     for label, (run, *_) in of_model.items():

@@ -3,8 +3,8 @@ at which it reads memory. Held against one H100 in docs/gpu.md."""
 
 from typing import NamedTuple
 
-from bench.step import CUDA_TFLOPS
 from local.shapes import QWEN
+from tools.step import CUDA_TFLOPS
 
 MFU = 0.3  # of an update's operations, recomputed ones too: .31 and .28 of 1.5B on one H100; prime-rl has .27 and .35
 PREFILL_MFU = 0.4  # of operations on prompts; assumed
@@ -13,7 +13,7 @@ BANDWIDTH = {"H100": 3.35e12, "A100": 2.04e12}  # bytes a second, SXM with 80 GB
 # host. Both assumed; together they come near what is published, see docs/experiments.md.
 SHARE, PAUSE = 0.75, 0.005
 SEQUENCES = 256  # that a GPU samples at a time, as in rollout.VLLMEngine, if the KV cache has room for them
-GPU_BYTES, VLLM_BYTES = 79.1 * 2**30, 3.5 * 2**30  # 80 GB; beside weights and KV cache: as bench/simulate.py has it
+GPU_BYTES, VLLM_BYTES = 79.1 * 2**30, 3.5 * 2**30  # 80 GB; beside weights and KV cache: as tools/simulate.py has it
 
 
 class Machine(NamedTuple):
@@ -56,7 +56,7 @@ def recomputes(size: str, tokens: int) -> bool:
 
 
 def needed(size: str, prompt: float, response: float, group: int, prompts: int) -> tuple[float, float]:
-    """Operations of an update, in layers and in the output head: together bench.step.needed_flops."""
+    """Operations of an update, in layers and in the output head: together tools.step.needed_flops."""
     (matrices, head, _), (layers, hidden, *_), n = parameters(size), QWEN[size], response - 1
     attention = 2 * layers * hidden * (prompt**2 / 2 + group * n * (prompt + n / 2))
     return 6 * prompts * (matrices * (prompt + group * n) + attention), 6 * prompts * head * group * response

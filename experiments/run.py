@@ -60,9 +60,9 @@ from typing import NamedTuple
 import numpy as np
 
 import rewards
-from bench.stats import sign_flip, spread, table
 from checkpoint import MAY_CHANGE, by_step, evaluations, finished
 from eval import EvalConfig, compare, holm
+from tools.stats import sign_flip, spread, table
 
 
 class Job(NamedTuple):

@@ -27,9 +27,9 @@ import toy
 from report import best, last, shares
 
 import study
-from bench.stats import sign_flip, spread, table
 from eval import holm
 from study import LONG, TUNING, Run
+from tools.stats import sign_flip, spread, table
 
 SEEDS = range(study.HELD_OUT)
 RATES = study.RATES[1:]  # study.py never chose 1e-4

@@ -9,8 +9,8 @@ import matplotlib
 import numpy as np
 import toy
 
-from bench.stats import sign_flip, spread, table
 from eval import holm
+from tools.stats import sign_flip, spread, table
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -38,11 +38,11 @@ from tqdm import tqdm
 
 import rvpo
 import train
-from bench.stats import table
 from checkpoint import Log, NoCheckpoints
 from config import TrainConfig
 from rewards import Channel, Task, to_unit
 from rollout import Sampler
+from tools.stats import table
 
 METHODS = {"rvpo": "2", "rvpo 0.5:2": "0.5:2", "gdpo": "0", "grpo": "0", "explicit": "1", "hardmin": "0",
            "softmin": "1"}  # name: beta; the aggregation is the first word. explicit 1 is rvpo 2 to second order

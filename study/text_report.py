@@ -16,8 +16,8 @@ import matplotlib
 import numpy as np
 from text import GRID, LONG, METHODS, STEPS, TUNED, TUNING, Run, merit, read
 
-from bench.stats import sign_flip, spread, table
 from eval import holm
+from tools.stats import sign_flip, spread, table
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -1,4 +1,4 @@
-"""Our scores against those that other tools gave to the same cases, as bench/agree.py has recorded them."""
+"""Our scores against those that other tools gave to the same cases, as tools/agree.py has recorded them."""
 
 import collections
 import json
@@ -9,8 +9,8 @@ import pytest
 from conftest import ROOT
 from test_eval import echo
 
-from bench import agree
 from tasks import bfcl
+from tools import agree
 
 RECORDED = json.loads((ROOT / "tests/agreement.json").read_text())  # {"what tool": [[case, the tool's scores], ...]}
 DIFFERS = {  # what others do otherwise, see docs/experiments.md
@@ -52,7 +52,7 @@ def test_ground_truths_that_bfcl_eval_itself_rejects():
 
 
 def script(*args) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, ROOT / "bench/agree.py", *args], capture_output=True, text=True)
+    return subprocess.run([sys.executable, ROOT / "tools/agree.py", *args], capture_output=True, text=True)
 
 
 def test_the_script_runs_another_tool(tmp_path):

@@ -7,12 +7,12 @@ import sys
 import pytest
 from conftest import ROOT
 
-from bench import step
 from config import TrainConfig
 from experiments import cost, lengths, roofline
 from experiments.roofline import Machine
 from local import models, shapes
 from tasks import bfcl, gpqa, healthbench
+from tools import step
 
 
 def plans(*names: str, argv: tuple = ()) -> dict:

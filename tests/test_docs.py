@@ -21,17 +21,17 @@ def commands() -> list[str]:
 
 RUN = ["python train.py --task examples/polite.py --steps 1 --prompts 2 --name polite",
        "python eval.py --task examples/polite.py --model runs/polite --max-tokens 64",
-       "python bench/plot.py runs/polite runs/polite --out both.png"]  # `runs/A runs/B` in README
+       "python tools/plot.py runs/polite runs/polite --out both.png"]  # `runs/A runs/B` in README
 NOT_HERE = {  # why
-    "make demo": "minutes", "make study": "minutes", "python study/study.py": "minutes", "python bench/step.py": "minutes",
+    "make demo": "minutes", "make study": "minutes", "python study/study.py": "minutes", "python tools/step.py": "minutes",
     "python study/text.py": "days", "python study/text_report.py": "tests/test_text.py", "python study/more.py": "hours", "python study/demo.py": "tests/test_text.py", "python study/sign.py": "tests/test_sign.py",
-    "make gpu": "tests/test_gpu.py", "make .venv/ready": "it is what runs this", "python train.py --task rubric": "tests/test_judge.py", "python bench/gpu.py": "tests/test_gpu.py",
-    "python bench/simulate.py": "tests/test_simulate.py", "python bench/agree.py": "tests/test_agreement.py",
+    "make gpu": "tests/test_gpu.py", "make .venv/ready": "it is what runs this", "python train.py --task rubric": "tests/test_judge.py", "python tools/gpu.py": "tests/test_gpu.py",
+    "python tools/simulate.py": "tests/test_simulate.py", "python tools/agree.py": "tests/test_agreement.py",
     "python experiments/cost.py": "tests/test_cost.py", "python experiments/run.py": "tests/test_experiments.py",
     "python -m vllm": "minutes",
     "pip install": "network", "vllm serve": "GPUs", "torchrun --nproc_per_node=8": "GPUs", "torchrun --nnodes=2": "GPUs",
     "python train.py --resume runs/NAME": "tests/test_resume.py", "python eval.py compare": "tests/test_eval.py", "python eval.py --task bfcl": "tests/test_eval.py",
-    "python bench/plot.py runs/A-bfcl": "tests/test_eval.py"}
+    "python tools/plot.py runs/A-bfcl": "tests/test_eval.py"}
 
 
 def test_every_command_is_run_or_has_a_reason_not_to_be():
@@ -41,7 +41,7 @@ def test_every_command_is_run_or_has_a_reason_not_to_be():
     assert all(any(line.startswith(start) for line in shown) for start in NOT_HERE)
 
 
-@pytest.mark.parametrize("script", ["train.py", "eval.py", "bench/step.py", "bench/gpu.py", "bench/simulate.py", "bench/agree.py", "study/study.py",
+@pytest.mark.parametrize("script", ["train.py", "eval.py", "tools/step.py", "tools/gpu.py", "tools/simulate.py", "tools/agree.py", "study/study.py",
                                     "experiments/run.py", "experiments/cost.py"])
 def test_every_option_that_is_shown_exists(script):
     known = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True).stdout
@@ -52,7 +52,7 @@ def test_every_option_that_is_shown_exists(script):
 
 def test_every_option_in_the_text_and_every_file_exists():
     helps = [subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True).stdout
-             for script in ("train.py", "eval.py", "bench/step.py", "bench/gpu.py", "bench/simulate.py", "bench/agree.py", "study/study.py", "study/text.py", "study/demo.py", "study/more.py", "bench/plot.py",
+             for script in ("train.py", "eval.py", "tools/step.py", "tools/gpu.py", "tools/simulate.py", "tools/agree.py", "study/study.py", "study/text.py", "study/demo.py", "study/more.py", "tools/plot.py",
                            "experiments/run.py", "experiments/cost.py",
                            "tests/kill_and_resume.py")]
     others = {"--served-model-name", "--max-model-len", "--gpu-memory-utilization", "--enforce-eager", "--nproc_per_node", "--max-restarts", "--shutdown-timeout", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--no-deps", "--tensor-parallel-size", "--port"}
@@ -65,7 +65,7 @@ def test_every_option_in_the_text_and_every_file_exists():
 
 
 def test_the_commands_as_typed(tmp_path):
-    for name in ("train.py", "eval.py", "bench", "examples"):
+    for name in ("train.py", "eval.py", "tools", "examples"):
         (tmp_path / name).symlink_to(ROOT / name)
     for line in RUN:
         program, *words = shlex.split(line)

@@ -555,12 +555,12 @@ def test_best_and_final_policies_are_marked(tmp_path, capsys):
         ["step-10", "FINAL", "0.400", "(0.050)", "0.200", "(0.060)"]]
     evaluation.print_policies(write_policies(tmp_path / "runs/b", {0: {"overall": (0.1, 0.01)}, 9: {"overall": (0.3, 0.02)}}))
     assert capsys.readouterr().out.splitlines()[2].split() == ["step-9", "BEST", "FINAL", "0.300", "(0.020)"]
-    rows = command("runs/a", "runs/b", "--out", "both.png", cwd=tmp_path, script="bench/plot.py").splitlines()
+    rows = command("runs/a", "runs/b", "--out", "both.png", cwd=tmp_path, script="tools/plot.py").splitlines()
     assert [row.split() for row in rows[1:]] == [["runs/a", "overall", "0.100", "(0.010)", "0.400", "(0.030)", "5", "0.400", "(0.050)"],
                                                  ["runs/b", "overall", "0.100", "(0.010)", "0.300", "(0.020)", "9", "0.300", "(0.020)"], ["both.png"]]
     assert (tmp_path / "both.png").stat().st_size > 5000
     (tmp_path / "runs/b/step-12").mkdir()  # an evaluation that was broken off
-    out = subprocess.run([sys.executable, ROOT / "bench/plot.py", "runs/b"], cwd=tmp_path, capture_output=True, text=True)
+    out = subprocess.run([sys.executable, ROOT / "tools/plot.py", "runs/b"], cwd=tmp_path, capture_output=True, text=True)
     assert out.returncode == 1 and out.stderr.startswith("error: runs/b/step-12/results.json cannot be read") and out.stderr.count("\n") == 1
 
 

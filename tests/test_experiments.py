@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from bench.stats import sign_flip
 from config import TrainConfig, parse
 from eval import EvalConfig, compare
 from experiments import run
 from experiments.files import FOLDER, NAMES, read
 from ranks import InputError
+from tools.stats import sign_flip
 
 JUDGE = ["--judge-url", "http://h/v1", "--judge-model", "j", "--grader-url", "http://g/v1", "--grader-model", "g"]
 
@@ -100,7 +100,7 @@ def test_an_experiment_killed_in_the_middle_and_its_table(monkeypatch, tmp_path)
     steps = [json.loads(line)["step"] for line in (first / "metrics.jsonl").read_text().splitlines() if "loss" in line]
     assert steps == [1, 2, 3]
     rows = {cells[1]: cells[2:-1] for line in out.splitlines() if (cells := [cell.strip() for cell in line.split("|")])[1:2] in (["rvpo"], ["gdpo"])}
-    curves = {m: [[json.loads((tmp_path / f"runs/tiny-rar-medicine-3B-{m}-s{seed}-healthbench/step-{step}/results.json").read_text())["metrics"]
+    curves = {m: [[json.loads((tmp_path / f"runs/tiny-rar-medicine-3B-{m}-s{seed}-healthtools/step-{step}/results.json").read_text())["metrics"]
                    for step in (0, 2, 3)] for seed in range(3)] for m in rows}
     for m, (n, begun, best, final, accuracy, *_) in rows.items():
         scores = np.array([[x["overall"]["mean"] for x in curve] for curve in curves[m]])
@@ -109,7 +109,7 @@ def test_an_experiment_killed_in_the_middle_and_its_table(monkeypatch, tmp_path)
             assert shown == f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}"
     differences = [a[-1]["overall"]["mean"] - b[-1]["overall"]["mean"] for a, b in zip(curves["rvpo"], curves["gdpo"], strict=True)]
     p = sign_flip(differences)
-    items = [compare(*(tmp_path / f"runs/tiny-rar-medicine-3B-{m}-s{seed}-healthbench/step-3/results.json" for m in ("gdpo", "rvpo")))[0]["p"] for seed in range(3)]
+    items = [compare(*(tmp_path / f"runs/tiny-rar-medicine-3B-{m}-s{seed}-healthtools/step-3/results.json" for m in ("gdpo", "rvpo")))[0]["p"] for seed in range(3)]
     assert rows["rvpo"][-3:] == [f"{np.mean(differences):+.3f}", f"{p:.3f}, {p:.3f}", ", ".join(f"{x:.3f}" for x in items)] and rows["gdpo"][-3:] == [""] * 3
     assert {line["judge"]["missing"] for line in map(json.loads, (first / "metrics.jsonl").read_text().splitlines()) if "loss" in line} == {0}
     table = finish(start(tmp_path, *words, "--table"), tmp_path)

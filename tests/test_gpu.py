@@ -11,13 +11,13 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT
 
-from bench import gpu, step
 from local import models
+from tools import gpu, step
 
 
 def check(root: Path, out: Path, *options) -> tuple[int, dict, str]:
-    """bench/gpu.py of that directory: its exit code, results.json with lines by name, and what it printed."""
-    result = subprocess.run([sys.executable, root / "bench/gpu.py", "--out", out, *options], cwd=out.parent, capture_output=True, text=True)
+    """tools/gpu.py of that directory: its exit code, results.json with lines by name, and what it printed."""
+    result = subprocess.run([sys.executable, root / "tools/gpu.py", "--out", out, *options], cwd=out.parent, capture_output=True, text=True)
     assert out.exists(), result.stderr[-3000:]
     content = json.loads(out.read_text())
     return result.returncode, content | {"checks": {line["check"]: line for line in content["checks"]}}, result.stdout
@@ -41,7 +41,7 @@ def test_all_of_it_on_a_cpu(tmp_path):
 
 def test_a_push_that_loses_the_weights(tmp_path):
     """FAIL, with the figures, and exit code 1."""
-    for name in ("bench", "local", "tasks", "tests"):
+    for name in ("tools", "local", "tasks", "tests"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ROOT.glob("*.py"):
         shutil.copy(file, tmp_path)
@@ -116,8 +116,8 @@ def test_what_is_checked_where(monkeypatch):
 
 def test_the_peak_beside_the_simulation(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
-    (tmp_path / "bench").mkdir()
-    (tmp_path / "bench/simulate.py").write_text("""import json, sys
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools/simulate.py").write_text("""import json, sys
 assert {"--json", "--size", "1.5B", "--gradient-checkpointing", "on", "--prompt", "1000", "16384"} <= {*sys.argv}
 print("a line\\n" + json.dumps({"peak_gib": 28.0}))""")
     assert gpu.simulated("random-1.5B", "on", 30.0) == {"simulated_gib": 28.0}

@@ -22,7 +22,7 @@ MEMORY = {"one node": {"held": 1.32, "peak": 13.68, "push": 1.00},
 @pytest.fixture(scope="module")
 def results() -> dict[str, dict]:
     """Each in a process of its own, for it changes torch."""
-    runs = {name: subprocess.Popen([sys.executable, ROOT / "bench/simulate.py", *SHAPE.split(), *case.split()], stdout=subprocess.PIPE,
+    runs = {name: subprocess.Popen([sys.executable, ROOT / "tools/simulate.py", *SHAPE.split(), *case.split()], stdout=subprocess.PIPE,
                                    stderr=subprocess.PIPE, text=True) for name, (case, _) in CASES.items()}
     said = {name: run.communicate() for name, run in runs.items()}
     for name, run in runs.items():  # such as: a tensor of the host in an operation of the GPU

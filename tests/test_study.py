@@ -14,7 +14,7 @@ from conftest import ROOT
 import policy as policies
 import rewards as scoring
 import rvpo
-from bench import stats
+from tools import stats
 
 sys.path.insert(0, str(ROOT / "study"))  # where study.py finds the two others, too
 

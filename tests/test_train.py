@@ -225,7 +225,7 @@ def test_plot_of_two_runs(monkeypatch, tmp_path, graded):
     lines = [{"step": step, "eval": {"joint": joint}} for step, joint in ((0, [0.1, 0.05]), (4, [0.7, None]), (8, [0.7, 0.2]), (9, [0.5, 0.25]))]
     with (tmp_path / "runs/a/metrics.jsonl").open("a") as out:
         out.writelines(json.dumps(line) + "\n" for line in lines)
-    head, *rows, last = command("runs/a", "runs/b", "--out", "both.png", cwd=tmp_path, script="bench/plot.py").splitlines()
+    head, *rows, last = command("runs/a", "runs/b", "--out", "both.png", cwd=tmp_path, script="tools/plot.py").splitlines()
     assert head.split() == ["start", "best", "(at", "step)", "final"] and last == "both.png"
     assert [row.split() for row in rows] == [["runs/a", "joint", "0.000", "(0.000)", "0.700", "(0.000)", "4", "0.500", "(0.250)"],
                                              ["runs/b", "joint", "0.000", "(0.000)", "0.000", "(0.000)", "0", "0.000", "(0.000)"]]
@@ -236,7 +236,7 @@ def test_plot_of_two_runs(monkeypatch, tmp_path, graded):
     for name, message in [("a", "runs/a/metrics.jsonl holds no training step yet"),
                           ("b", "runs/b/plot.png cannot be written (Is a directory): name another file with --out"),
                           ("nothere", "runs/nothere: no run is there; name the directory of a run of train.py, or of eval.py --policies")]:
-        result = subprocess.run([sys.executable, ROOT / "bench/plot.py", f"runs/{name}"], cwd=tmp_path, capture_output=True, text=True)
+        result = subprocess.run([sys.executable, ROOT / "tools/plot.py", f"runs/{name}"], cwd=tmp_path, capture_output=True, text=True)
         assert result.returncode == 1 and result.stderr == f"error: {message}\n"
 
 
@@ -476,7 +476,7 @@ def test_aggregations_are_those_of_the_method():
     assert TrainConfig.model_fields["agg"].annotation.__args__ == (*rvpo.AGGREGATIONS,)
 
 
-SCRIPTS = sorted(str(path.relative_to(ROOT)) for folder in (".", "study", "bench") for path in (ROOT / folder).glob("*.py")
+SCRIPTS = sorted(str(path.relative_to(ROOT)) for folder in (".", "study", "tools") for path in (ROOT / folder).glob("*.py")
                  if '__name__ == "__main__"' in path.read_text())
 
 

@@ -1,11 +1,11 @@
 """Do our scores agree with other tools'? Both score the same verdicts, orders, answers and calls, row by row.
 
-    python bench/agree.py healthbench --python VENV/bin/python --data ROWS.jsonl               # inspect_evals
-    python bench/agree.py healthbench --python VENV/bin/python --data ROWS.jsonl --source DIR  # simple-evals
-    python bench/agree.py gpqa --python VENV/bin/python                                        # inspect_evals
-    python bench/agree.py gpqa --python VENV/bin/python --source DIR                           # simple-evals
-    python bench/agree.py bfcl --python VENV/bin/python                                        # bfcl-eval, whole
-    python bench/agree.py rlla --python VENV/bin/python --data ROWS.parquet --source FILE      # ToolRL
+    python tools/agree.py healthbench --python VENV/bin/python --data ROWS.jsonl               # inspect_evals
+    python tools/agree.py healthbench --python VENV/bin/python --data ROWS.jsonl --source DIR  # simple-evals
+    python tools/agree.py gpqa --python VENV/bin/python                                        # inspect_evals
+    python tools/agree.py gpqa --python VENV/bin/python --source DIR                           # simple-evals
+    python tools/agree.py bfcl --python VENV/bin/python                                        # bfcl-eval, whole
+    python tools/agree.py rlla --python VENV/bin/python --data ROWS.parquet --source FILE      # ToolRL
 
 VENV is none of this project's: pip install inspect_evals==0.26.0 inspect_ai==0.3.285 for the first four (simple-evals
 needs pandas and what else its checkout imports), bfcl-eval==2025.8.6.2 soundfile for bfcl. DIR: a checkout of github
@@ -29,8 +29,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))  # a script sees its own folder only
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from bench.others import AXES, CHOICES, order
 from ranks import InputError
+from tools.others import AXES, CHOICES, order
 
 TOOLS = {"healthbench": ("inspect_evals", "simple_evals"), "gpqa": ("inspect_evals", "simple_evals"),
          "bfcl": ("bfcl_eval",), "rlla": ("toolrl",)}  # the second: with --source

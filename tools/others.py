@@ -1,8 +1,8 @@
-"""The half of bench/agree.py that the other tool's Python runs: its scores of the cases. Imports nothing of rvpo.
+"""The half of tools/agree.py that the other tool's Python runs: its scores of the cases. Imports nothing of rvpo.
 
-    VENV/bin/python bench/others.py WHAT_of_TOOL CASES.json SCORES.json [SOURCE]
+    VENV/bin/python tools/others.py WHAT_of_TOOL CASES.json SCORES.json [SOURCE]
 
-CASES: a list of cases, see bench/agree.py. SCORES: a list as long, {name: the tool's score}, {} where it has none.
+CASES: a list of cases, see tools/agree.py. SCORES: a list as long, {name: the tool's score}, {} where it has none.
 What the tools do not offer as a function is called by its private name, so other versions may need other calls.
 """
 

@@ -1,7 +1,7 @@
 """One step of the trainer at true size on GPUs that are not there: what it holds, launches, waits for, sends, computes.
 
-    python bench/simulate.py --size 7B --gpus 8   # half a minute; --json: one line, in bytes and operations
-    python bench/simulate.py --table              # docs/gpu.md's table: what fits on GPUs of 80 GB
+    python tools/simulate.py --size 7B --gpus 8   # half a minute; --json: one line, in bytes and operations
+    python tools/simulate.py --table              # docs/gpu.md's table: what fits on GPUs of 80 GB
 
 policy.load, train.update with its optimizer steps and policy.full_weights run as they are, as rank 0 of a process group
 whose collectives do nothing. The GPU's tensors are fake: shape, dtype and device without numbers. The host's are real.
@@ -54,12 +54,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import model
 import policy as policies
 import train
-from bench.fake_gpu import GIB, GPU
-from bench.step import needed_flops
 from local.models import qwen, skeleton
 from model import Prompt
 from ranks import WORLD
 from rollout import Group, Response
+from tools.fake_gpu import GIB, GPU
+from tools.step import needed_flops
 
 
 class Weights(dict):

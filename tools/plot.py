@@ -1,6 +1,6 @@
 """From one or more runs of train.py, or of eval.py --policies, to one PNG and a table of their best and final policies.
 
-    python bench/plot.py runs/NAME [runs/OTHER ...] [--out FILE.png]
+    python tools/plot.py runs/NAME [runs/OTHER ...] [--out FILE.png]
 
 A run of train.py: every channel, the joint rate, gradient norm. One of eval.py --policies: every
 metric of the benchmark. Lines: the sampled batches of training. Points with bars: held-out prompts,

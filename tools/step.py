@@ -1,9 +1,9 @@
 """One training step, by phase, of this code and of TRL's GRPOTrainer: same model, prompts, lengths, precision, threads.
 
     pip install --no-deps -r requirements-bench.txt   # on a GPU machine; make does it on a CPU
-    python bench/step.py                       # the case of this machine: SmolLM2 on a CPU, a 1.5B Qwen2.5 on a GPU
-    python bench/step.py --prompt-tokens 1000  # another one
-    python bench/step.py --growth              # our own step with 1, 2, 4 and 8 times the tokens, and on 2 ranks
+    python tools/step.py                       # the case of this machine: SmolLM2 on a CPU, a 1.5B Qwen2.5 on a GPU
+    python tools/step.py --prompt-tokens 1000  # another one
+    python tools/step.py --growth              # our own step with 1, 2, 4 and 8 times the tokens, and on 2 ranks
 
 Each of the two is a process of its own, and the second starts when the first has loaded: vLLM takes memory that another
 process claims meanwhile for its own. Their steps alternate, after one for warming up, so that whatever else the machine

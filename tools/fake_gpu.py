@@ -1,5 +1,5 @@
 """A GPU that is not there: a device whose tensors have a shape and a dtype but no numbers, and an account of all that
-happens on it. For bench/simulate.py; of torch 2.13, for much of it has no public name."""
+happens on it. For tools/simulate.py; of torch 2.13, for much of it has no public name."""
 
 import contextlib
 import functools

@@ -1,8 +1,8 @@
 """Is all well on this machine's GPUs? One table in about ten minutes, with or without vLLM; nothing is downloaded.
 
-    make gpu                                # or python bench/gpu.py; on a CPU: the same with a tiny model
-    python bench/gpu.py --only run,update   # some of the checks
-    python bench/gpu.py --ranks 2           # GPUs to shard over, default all; on a CPU: processes
+    make gpu                                # or python tools/gpu.py; on a CPU: the same with a tiny model
+    python tools/gpu.py --only run,update   # some of the checks
+    python tools/gpu.py --ranks 2           # GPUs to shard over, default all; on a CPU: processes
 
 A line is pass, FAIL or skipped, with the reason and figures; the exit code is 1 if one is FAIL. Weights are random:
 those in the shapes of Qwen2.5-0.5B and 1.5B take 4 GB in the folder for temporary files, and stay there.
@@ -53,10 +53,10 @@ import checkpoint
 import model
 import policy as policies
 import train
-from bench import step
 from local import models
 from ranks import RANK, WORLD, join, on_rank_0, run_program
 from rollout import Decoding, Group, Response, VLLMEngine
+from tools import step
 
 LIMIT = 600  # seconds for a check: a rank that waits for another one would wait for hours
 GIB = 2**30
@@ -222,13 +222,13 @@ def update(name: str, checkpointing: str, compiled: bool = False) -> dict:
 
 
 def simulated(name: str, checkpointing: str, peak: float) -> dict:
-    """What bench/simulate.py says of the peak."""
+    """What tools/simulate.py says of the peak."""
     words = ["--json", "--size", name.removeprefix("random-"), "--gpus", "1", "--gradient-checkpointing", checkpointing,
              *"--prompt 1000 --response 256 --group 16 --tokens-per-microbatch 16384".split()]  # as in `update`
-    out = subprocess.run([sys.executable, ROOT / "bench/simulate.py", *words], check=True, stdout=subprocess.PIPE)
+    out = subprocess.run([sys.executable, ROOT / "tools/simulate.py", *words], check=True, stdout=subprocess.PIPE)
     expected = json.loads(out.stdout.splitlines()[-1])["peak_gib"]
     close = abs(peak / expected - 1) < 0.15
-    return {"simulated_gib": expected} | ({} if close else {"FAIL": "its peak is not what bench/simulate.py says"})
+    return {"simulated_gib": expected} | ({} if close else {"FAIL": "its peak is not what tools/simulate.py says"})
 
 
 # The table
