@@ -298,15 +298,17 @@ def check_data(run: Path, examples: list) -> str:
 
 
 def check_tokens(run: Path, prompts: list) -> str:
-    """SHA-256 of the prompts' tokens. Raises InputError as check_data does; runs of before this have none."""
+    """SHA-256 of the prompts' tokens. Raises InputError as check_data does."""
     tokens, file = json.dumps([prompt.ids for prompt in prompts]), run / "config.json"
     sha256 = hashlib.sha256(tokens.encode()).hexdigest()
     if len({*gather([sha256])}) > 1:
-        raise InputError("the ranks have different tokens of the same prompts: nodes must have the same model "
-                         "directory, tokenizer and chat template included")
-    if latest(run) and json.loads(file.read_text()).get("tokens_sha256", sha256) != sha256:
-        raise InputError(f"--resume {run}: the prompts' tokens are not what they were when it began (SHA-256 in "
-                         "config.json): bring the model's tokenizer and chat template back, or begin a new run")
+        raise InputError("the ranks have different tokens of the same prompts: nodes must have the "
+                         "same tokenizer and chat template")
+    before = json.loads(file.read_text()) if latest(run) else {}
+    if before.get("tokens_sha256", sha256) != sha256:  # older runs have none
+        raise InputError(f"--resume {run}: the prompts' tokens are not what they were when it "
+                         "began (SHA-256 in config.json): bring the model's tokenizer and chat "
+                         "template back, or begin a new run")
     return sha256
 
 

@@ -47,10 +47,10 @@ class Shared(JudgeOptions):  # what both programs have
     engine: Literal["auto", "vllm", "hf"] = Field("auto", description="vllm; hf: transformers' generate, slower; auto: "
                                                                       "vllm where it is installed")
     gpu_memory: float = Field(0.4, ge=0.01, le=1, description="share of a GPU's memory that vLLM may take")
-    date: str | None = Field(None, description="YYYY-MM-DD, for a chat template that asks for it, such as Llama's; "
-                                               "default: today")
-    enable_thinking: bool | None = Field(None, description="true or false, for a chat template that knows it, such as "
-                                                           "Qwen3's; default: its own choice")
+    date: str | None = Field(
+        None, description="YYYY-MM-DD, for a chat template that asks (Llama's); default: today")
+    enable_thinking: bool | None = Field(
+        None, description="true or false, for a chat template that knows it, such as Qwen3's")
     seed: int = Field(0, ge=0, description="of all that is drawn at random")
     name: str | None = Field(None, pattern=r"^\w[\w.-]{0,99}$", description="results go to runs/NAME")
 

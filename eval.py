@@ -56,7 +56,7 @@ from checkpoint import RunLog, by_step, make_run, versions, write_json
 
 RESAMPLES, PAIRED_RESAMPLES = 1_000, 10_000
 UNCOMPARED = {"model", "engine"}  # two evaluations may differ in these
-OF_SOME_MODELS = {"date", "enable_thinking"}  # one may lack these: its model's chat template does not know them
+OF_SOME_MODELS = {"date", "enable_thinking"}  # one may lack these: its chat template does not ask
 
 
 def metrics(samples: list[dict], averages: dict[str, dict[str, float]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -221,7 +221,8 @@ def evaluate(config: EvalConfig, run: Path, device: torch.device) -> dict[Path, 
     temperature = task.temperature if config.temperature is None else config.temperature
     max_tokens = config.max_tokens or task.max_tokens
     known = model.describe(str(paths[0]) if paths else config.model, max_tokens)
-    prompts = model.encode(known.tokenizer, examples, known.room, known.embeddings, config.date, config.enable_thinking)
+    prompts = model.encode(known.tokenizer, examples, known.room, known.embeddings, config.date,
+                           config.enable_thinking)
     max_len = max(len(prompt.ids) for prompt in prompts) + max_tokens
     decoding = rollout.Decoding(known.tokenizer, known.stops, temperature, max_tokens)
     tables = {run / kept.name: table for kept in paths if (table := measured(
@@ -246,14 +247,15 @@ def evaluate(config: EvalConfig, run: Path, device: torch.device) -> dict[Path, 
 
 
 def settings(config: EvalConfig, decoding: rollout.Decoding, prompts: list[model.Prompt]) -> dict:
-    """What decides the results, for results.json. date, enable_thinking: only of models that they matter to."""
+    """What decides the results, for results.json. What matters to some models only: of those."""
     examples, tokenizer = [prompt.example for prompt in prompts], decoding.tokenizer
     found = {"items": rewards.digest(examples), "model": config.model, "engine": config.engine,
              "temperature": decoding.temperature, "max_tokens": decoding.max_tokens, "seed": config.seed}
     if model.dated(tokenizer, examples, config.date, config.enable_thinking):
         found["date"] = config.date
     if model.may_think(tokenizer):
-        found["enable_thinking"] = "default" if config.enable_thinking is None else config.enable_thinking
+        thinks = config.enable_thinking
+        found["enable_thinking"] = "default" if thinks is None else thinks
     return found | ({"judge_model": config.judge_model, "judge_mode": config.judge_mode} if config.judge_model else {})
 
 

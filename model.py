@@ -25,14 +25,14 @@ transformers_logging.disable_progress_bar()
 TRAINABLE = "llama", "mistral", "phi3", "qwen2", "qwen3"  # model types whose log-probs tests compare with transformers'
 
 POINTER = b"version https://git-lfs"
-NARROW = re.compile(r"[FIU][1-8](_\w+)?")  # safetensors' names of dtypes of less than 16 bits: F8_E4M3, I8
+NARROW = re.compile(r"[FIU][1-8](_\w+)?")  # dtypes of less than 16 bits in safetensors: F8_E4M3, I8
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 
 
 class Prompt(NamedTuple):
     ids: list[int]  # tokens
     example: Example  # what they were made of
-    opened: str = ""  # the beginning of a thought, in the prompt: rewards see it as the response's beginning
+    opened: str = ""  # a thought that the prompt begins: rewards see it as the response's beginning
 
 
 @contextlib.contextmanager
@@ -68,26 +68,32 @@ def resolve(name: str) -> Path:
         path = _download(name)
     if (path / "checkpoint").is_dir():  # a run of train.py
         path /= "checkpoint"
-    for file in path.iterdir():
-        if file.is_file() and file.open("rb").read(len(POINTER)) == POINTER:
-            raise InputError(f"--model {name}: {file} is only git-lfs's pointer to the file: run "
-                             "`git lfs pull` there")
+    check_directory(name, path)
+    return path
+
+
+def check_directory(name: str, path: Path) -> None:
+    """Raises InputError for a --model that lacks files, or has some that would be left out."""
+    for file in filter(Path.is_file, path.iterdir()):
+        with file.open("rb") as opened:
+            if opened.read(len(POINTER)) == POINTER:
+                raise InputError(f"--model {name}: {file} is only git-lfs's pointer to the file: "
+                                 "run `git lfs pull` there")
     config = path / "config.json"
     if config.is_file() and "data_sha256" in json.loads(config.read_text()):
-        raise InputError(f"--model {name}: this run of train.py is not finished and has no checkpoint/ "
-                         f"yet: go on with `python train.py --resume {path}`, or name a policy that "
-                         f"it has kept, {path}/policies/step-N")
+        raise InputError(f"--model {name}: this run of train.py is not finished and has no "
+                         f"checkpoint/ yet: go on with `python train.py --resume {path}`, or name "
+                         f"a policy that it has kept, {path}/policies/step-N")
     if (path / "adapter_config.json").is_file():
-        or_remove = ", or remove adapter_config.json and adapter_model.safetensors" * config.is_file()
-        raise InputError(f"--model {name}: {path} has an adapter (adapter_config.json), which is not "
-                         "applied here: merge it into its model (peft's merge_and_unload) and name the "
-                         f"result{or_remove}")
+        remove = ", or remove adapter_config.json and adapter_model.safetensors"
+        raise InputError(f"--model {name}: {path} has an adapter (adapter_config.json), which is "
+                         "not applied here: merge it into its model (peft's merge_and_unload) and "
+                         f"name the result{remove if config.is_file() else ''}")
     if not config.is_file() or not weight_files(path):
-        raise InputError(f"--model {name}: {path} needs a config.json and weights (model.safetensors, or "
-                         "model.safetensors.index.json and its files); name the directory of a "
-                         "checkpoint, such as runs/NAME/checkpoint")
+        raise InputError(f"--model {name}: {path} needs a config.json and weights "
+                         "(model.safetensors, or model.safetensors.index.json and its files); name "
+                         "the directory of a checkpoint, such as runs/NAME/checkpoint")
     weights(path)  # a truncated file is found now
-    return path
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -103,8 +109,8 @@ def weight_files(path: Path) -> list[Path]:
         raise InputError(f"{path} lacks {min(missing)}, which model.safetensors.index.json names")
     of_vllm = named or {*path.glob("*.safetensors")}
     if chosen and (others := of_vllm - chosen):
-        raise InputError(f"{path} has two sets of weights, transformers would load {single.name} and vLLM "
-                         f"{min(others).name}: remove the files that are not the model's")
+        raise InputError(f"{path} has two sets of weights, transformers would load {single.name} "
+                         f"and vLLM {min(others).name}: remove the files that are not the model's")
     return sorted(chosen)
 
 
@@ -123,15 +129,15 @@ def refuse_quantized(path: Path) -> None:
         if not narrow:
             return
         why = f"{narrow[0]} is {dtypes[narrow[0]]}"
-    raise InputError(f"{path} is quantized ({why}) and cannot be trained: name the model that it was "
-                     "made from, such as Qwen/Qwen3-8B for Qwen/Qwen3-8B-FP8")
+    raise InputError(f"{path} is quantized ({why}) and cannot be trained: name the model that it "
+                     "was made from, such as Qwen/Qwen3-8B for Qwen/Qwen3-8B-FP8")
 
 
 def has_own_head(path: Path) -> bool:
-    """The file has an output head that differs from the embeddings, but config.json says that they are
-    one (tie_word_embeddings). transformers and vLLM go by the file."""
-    files = weights(path)
-    if not {HEAD, EMBEDDINGS} <= files.keys() or not AutoConfig.from_pretrained(path).tie_word_embeddings:
+    """The file has an output head that differs from the embeddings, but config.json says that they
+    are one (tie_word_embeddings). transformers and vLLM go by the file."""
+    files, config = weights(path), AutoConfig.from_pretrained(path)
+    if not config.tie_word_embeddings or not {HEAD, EMBEDDINGS} <= files.keys():
         return False
     head, embeddings = files[HEAD].get_slice(HEAD), files[EMBEDDINGS].get_slice(EMBEDDINGS)
     return head.get_shape() != embeddings.get_shape() or not all(
@@ -189,8 +195,8 @@ class Pretrained(NamedTuple):  # what is known of a model without its weights
 
 
 def describe(name: str, max_tokens: int, trained: bool = False) -> Pretrained:
-    """What can be known of --model without its weights. trained: refuse what policy.py's attention and
-    output head would get wrong without a word (softcapping, ALiBi, ...). Raises InputError."""
+    """What can be known of --model without its weights. trained: refuse what policy.py's attention
+    and output head would get wrong without a word (softcapping, ALiBi, ...). Raises InputError."""
     with readable(name):
         path = resolve(name)
         if trained:
@@ -211,16 +217,17 @@ def describe(name: str, max_tokens: int, trained: bool = False) -> Pretrained:
     if trained and config.model_type not in TRAINABLE:
         raise InputError(f"--model {name}: training {config.model_type} models is not supported; "
                          f"{', '.join(TRAINABLE)} are")
-    return Pretrained(path, tokenizer, stops, config.dtype or torch.float32, room, config.vocab_size)
+    dtype = config.dtype or torch.float32
+    return Pretrained(path, tokenizer, stops, dtype, room, config.vocab_size)
 
 
 def check_ids(ids: list[int], tokenizer, embeddings: int, what: str) -> None:
-    """Raises InputError for a token id that the model has no embedding for. A tokenizer may have such
-    ids, for they cannot be sampled."""
-    if max(ids) >= embeddings:
-        raise InputError(f"{what} has the token {tokenizer.decode([max(ids)])!r}, id {max(ids)}, but the model "
-                         f"has only {embeddings} embeddings: take the tokenizer that belongs to it, or "
-                         "resize them (transformers' resize_token_embeddings)")
+    """Raises InputError for a token id that the model has no embedding for. A tokenizer may have
+    such ids, for they cannot be sampled."""
+    if (largest := max(ids)) >= embeddings:
+        raise InputError(f"{what} has the token {tokenizer.decode([largest])!r}, id {largest}, but "
+                         f"the model has only {embeddings} embeddings: take the tokenizer that "
+                         "belongs to it, or resize them (transformers' resize_token_embeddings)")
 
 
 # Chats
@@ -231,14 +238,15 @@ def today(date: str | None) -> str:
 
 
 def template_options(tokenizer, date: str | None, thinking: bool | None) -> dict:
-    """Of the chat template. date: what it takes for today, None for the clock's. thinking: None for the
-    template's own choice. Raises InputError."""
+    """Of the chat template. date: what it takes for today, None for the clock's. thinking: None for
+    the template's own choice. Raises InputError."""
     options = {}
-    if date:
-        options["strftime_now"] = datetime.date.fromisoformat(date).strftime  # transformers' own asks the clock
+    if date:  # in place of transformers' own function, which asks the clock
+        options["strftime_now"] = datetime.date.fromisoformat(date).strftime
     if thinking is not None:
         if not may_think(tokenizer):
-            raise InputError("--enable-thinking: the model's chat template does not know it; leave it out")
+            raise InputError("--enable-thinking: the model's chat template does not know it; leave "
+                             "it out")
         options["enable_thinking"] = thinking
     return options
 
@@ -248,7 +256,7 @@ def may_think(tokenizer) -> bool:
 
 
 def render(tokenizer, messages: list[dict], tools: tuple, options: dict) -> str:
-    """A chat as a prompt's text. If the last message is the assistant's, the response continues it."""
+    """A chat as a prompt's text. A last message of the assistant's is left to be continued."""
     continued = messages[-1].get("role") == "assistant"
     return tokenizer.apply_chat_template(
         [with_objects(message) for message in messages], tools=[*tools] or None, tokenize=False,
@@ -256,22 +264,22 @@ def render(tokenizer, messages: list[dict], tools: tuple, options: dict) -> str:
 
 
 def with_objects(message: dict) -> dict:
-    """Its tool calls' arguments as objects, as vLLM's server has them: templates write them as JSON, and
-    would quote a text of JSON, which is OpenAI's format, once more."""
+    """Its tool calls' arguments as objects, as vLLM's server has them. Templates write them as JSON,
+    and would quote a text of JSON, which is OpenAI's format, once more."""
     if not message.get("tool_calls"):
         return message
     calls = []
     for call in message["tool_calls"]:
         function = call.get("function", call)
-        with contextlib.suppress(ValueError, TypeError, LookupError):  # no JSON, or no text: as it is
+        with contextlib.suppress(ValueError, TypeError, LookupError):  # no text of JSON: as it is
             function = {**function, "arguments": json.loads(function["arguments"])}
         calls.append({**call, "function": function} if "function" in call else function)
     return {**message, "tool_calls": calls}
 
 
 def open_thought(last: dict, text: str) -> str:
-    """What the response's thought has before the response: of the last message, if it is continued, or
-    what the template opens at the end of the prompt's text."""
+    """The beginning of the response's thought that the prompt has: in the last message, if that is
+    continued, or what the template opens at the end of the text."""
     if last.get("role") == "assistant":
         _, tag, thought = last["content"].rpartition("<think>")
         return "" if "</think>" in thought else (tag and tag + thought)
@@ -289,7 +297,7 @@ def dated(tokenizer, examples: list[Example], date: str, thinking: bool | None) 
 
 
 def left_out(tokenizer, example: Example, text: str, options: dict) -> str | None:
-    """The part of a chat that the template leaves out without a word. text: the whole chat, rendered."""
+    """The part of a chat that the template leaves out without a word. text: all of it, rendered."""
     def same(messages: list[dict], tools: tuple) -> bool:
         try:
             return render(tokenizer, messages, tools, options) == text
@@ -304,16 +312,17 @@ def left_out(tokenizer, example: Example, text: str, options: dict) -> str | Non
         called = {key: value for key, value in message.items() if key != "tool_calls"}
         if message.get("tool_calls") and same([*before, called, *after], tools):
             return f"the tool_calls of message {i}"
-        common = message.get("role") in ("system", "user", "assistant")
-        if not common and message.get("content") and same([*before, {**message, "content": ""}, *after], tools):
-            return f"the content of message {i} (role {message.get('role')})"
+        role, silent = message.get("role"), {**message, "content": ""}
+        common = role in ("system", "user", "assistant")  # others are not in all templates
+        if not common and message.get("content") and same([*before, silent, *after], tools):
+            return f"the content of message {i} (role {role})"
     return None
 
 
 def encode(tokenizer, examples: list[Example], limit: int, embeddings: int = sys.maxsize,
            date: str | None = None, thinking: bool | None = None) -> list[Prompt]:
-    """Through the chat template. Raises InputError for a chat that it cannot hold, and for a prompt of
-    more than `limit` tokens, or with one that has no embedding."""
+    """Through the chat template. Raises InputError for a chat that it cannot hold, and for a prompt
+    of more than `limit` tokens, or with one that has no embedding."""
     options, prompts = template_options(tokenizer, date, thinking), []
     for i, example in enumerate(examples):
         where = f"prompt {i} ('...{(example.messages[-1].get('content') or '')[-40:]!a}')"
@@ -323,8 +332,8 @@ def encode(tokenizer, examples: list[Example], limit: int, embeddings: int = sys
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise InputError(f"{where} does not go through the model's chat template: {error}") from error
         if part := left_out(tokenizer, example, text, options):
-            raise InputError(f"{where}: the model's chat template leaves out {part}: choose a model whose "
-                             "template has a place for them, or write them into a message's text")
+            raise InputError(f"{where}: the model's chat template leaves out {part}: choose another "
+                             "model, or write it into a message's text")
         if not 0 < len(ids) <= limit:
             raise InputError(f"{where} has {len(ids)} tokens, and beside --max-tokens the model's context has room "
                              f"for {limit}: leave it out of the data, or lower --max-tokens")

@@ -191,7 +191,8 @@ def load(path: Path, device: torch.device, mesh: DeviceMesh | None = None, dtype
     if has_own_head(path):
         config.tie_word_embeddings = False  # as transformers does it; saved checkpoints say so
     with init_empty_weights(include_buffers=False):
-        lm = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="prompt_once")
+        lm = AutoModelForCausalLM.from_config(config, dtype=dtype,
+                                              attn_implementation="prompt_once")
     lm.tie_weights()
     for module in lm.modules():
         if isinstance(module, nn.Dropout):

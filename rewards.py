@@ -51,8 +51,8 @@ class Example(NamedTuple):
 
 
 def digest(examples: list[Example]) -> str:
-    """SHA-256 of all that is in them. Of one without tools it is the same as before tools were a (the last) field, so
-    that older runs can be resumed, and older evaluations compared."""
+    """SHA-256 of all that is in them. Without tools, the last field, it is that of before there
+    were any: older runs can be resumed, and older evaluations compared."""
     content = [example if example.tools else example[:-1] for example in examples]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 

@@ -30,7 +30,7 @@ class Response(NamedTuple):
     logp: list[float]  # of each token when it was sampled, at the sampling temperature
     mask: list[int]  # 1 = sampled, 0 = put there by an environment (not trained on)
     finish: str  # "stop", or "length" if the response was cut off
-    text: str  # without the stop token; other special tokens stay visible to the rewards. Behind Prompt.opened
+    text: str  # Prompt.opened, then all tokens but the stop token: rewards see other special tokens
 
 
 @dataclass
@@ -49,8 +49,8 @@ class Group:
                      self.advantages[chosen])
 
 
-NO_PROBABILITIES = ("the model gives NaN for the next token: its weights are damaged, or training has diverged: "
-                    "begin again with a lower --lr")
+NO_PROBABILITIES = ("the model gives NaN for the next token: its weights are damaged, or training "
+                    "has diverged: begin again with a lower --lr")
 
 
 class Decoding(NamedTuple):  # how an engine samples a response, and reads it
@@ -79,9 +79,10 @@ class Sampler:
         self.engine, self.task, self.seed = engine, task, seed
 
     def sample(self, prompts: list[Prompt], group: int, step: int | str) -> list[tuple[list[Response], Callable]]:
-        """`group` responses to each prompt of this rank's share, and a function that returns their rewards (G, K), or
-        an InputError, which `score` raises on all ranks. A judge begins with a prompt as soon as it is finished, and is
-        at work while others are being sampled. Raises checkpoint.Stop on all ranks."""
+        """`group` responses to each prompt of this rank's share, and a function that returns their rewards (G, K).
+        A judge begins with a prompt as soon as it is finished, and is at work while others are being sampled.
+        If the engine fails, an InputError in the function's place, for `score` to raise on all ranks.
+        Raises checkpoint.Stop on all ranks."""
         for generator in (random.seed, np.random.seed, torch.manual_seed):  # a reward may draw at random: the same
             generator(request_seed(self.seed, f"rewards {step}", RANK))  # in a run that was resumed at this step
         mine = prompts[RANK::WORLD]
@@ -90,12 +91,14 @@ class Sampler:
 
         def work() -> None:
             try:
-                for i, responses in self.engine.generate([prompt.ids for prompt in mine], group, seeds):
+                ids = [prompt.ids for prompt in mine]
+                for i, responses in self.engine.generate(ids, group, seeds):
                     if math.isnan(sum(logp for response in responses for logp in response.logp)):
                         raise InputError(NO_PROBABILITIES)
                     if opened := mine[i].opened:
-                        responses = [response._replace(text=opened + response.text) for response in responses]
-                    out[i] = responses, self.task.start(mine[i].example, [response.text for response in responses])
+                        responses = [r._replace(text=opened + r.text) for r in responses]
+                    texts = [response.text for response in responses]
+                    out[i] = responses, self.task.start(mine[i].example, texts)
             except InputError as error:
                 out[:] = [([], error)] * len(mine)
 
@@ -105,7 +108,7 @@ class Sampler:
 
     def score(self, prompts: list[Prompt], sampled: list[tuple[list[Response], Callable]]) -> list[Group]:
         """A group a prompt, of the whole batch, the same on every rank. sampled: what `sample` returned of it here.
-        Raises InputError on all ranks if an engine or a reward fails on one, and checkpoint.Stop."""
+        Raises InputError on all ranks if engine or reward fails on one, and checkpoint.Stop."""
         def outcome(rewards: Callable | InputError) -> np.ndarray | InputError:
             try:
                 return rewards if isinstance(rewards, InputError) else rewards()
@@ -133,7 +136,8 @@ class VLLMEngine:
         # Read when vLLM is imported. setdefault: whoever sets one by hand means it.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine in this process, not in a child
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())  # it logs before it reads that
+        # It logs before it has read that.
+        logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else all threads share one core
         warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")  # about its own imports
         if not cuda:

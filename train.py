@@ -280,9 +280,10 @@ def fit(config: TrainConfig, learner: Learner, sampler: Sampler, prompts: list[P
 
 # The program
 
-def setup(config: TrainConfig, device: torch.device, task: Task, known: model.Pretrained, longest: int):
-    """Model and engine. longest: tokens of a prompt with its response. Returns (learner, sampler, what writes the
-    policy into a directory). Raises InputError."""
+def setup(config: TrainConfig, device: torch.device, task: Task, known: model.Pretrained,
+          longest: int):
+    """Model and engine. longest: tokens of a prompt with its response. Returns (learner, sampler,
+    what writes the policy into a directory). Raises InputError."""
     path, tokenizer = known.path, known.tokenizer
     decoding = Decoding(tokenizer, known.stops, config.temperature, config.max_tokens)
     mesh, half = policies.make_mesh(device), policies.compute_dtype(device)
@@ -307,7 +308,7 @@ def setup(config: TrainConfig, device: torch.device, task: Task, known: model.Pr
 
 def main(config: TrainConfig) -> None:
     device = join()
-    today = {"date": model.today(config.date)}  # the run's own: resumed on another day it has the same prompts
+    today = {"date": model.today(config.date)}  # a run that is resumed has its own
     with checkpoint.open_run(config.model_dump() | today, config._given) as (run, options, state):
         config = TrainConfig(**options)
         task = load_task(config.task_options())
@@ -318,8 +319,9 @@ def main(config: TrainConfig) -> None:
         digest = checkpoint.check_data(run, train + held_out)
         task.try_out(train[0])  # a faulty reward is found now, and not after the model is loaded
         known = model.describe(config.model, config.max_tokens, trained=True)
-        train, held_out = (model.encode(known.tokenizer, examples, known.room, known.embeddings, config.date,
-                                        config.enable_thinking) for examples in (train, held_out))
+        train, held_out = (
+            model.encode(known.tokenizer, examples, known.room, known.embeddings, config.date,
+                         config.enable_thinking) for examples in (train, held_out))
         tokens = checkpoint.check_tokens(run, train + held_out)
         longest = max(len(prompt.ids) for prompt in train + held_out) + config.max_tokens
         about = {**config.model_dump(), "data_sha256": digest, "tokens_sha256": tokens, "device": str(device),

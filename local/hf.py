@@ -47,7 +47,8 @@ class HFEngine:
                 torch.manual_seed(seed)
                 # generate fills up what a config leaves open from the checkpoint's own: Qwen2.5's has top_k = 20
                 checkpoints, self.model.generation_config = self.model.generation_config, self.config
-                result = self.model.generate(ids, attention_mask=torch.ones_like(ids), logits_processor=[finite])
+                result = self.model.generate(ids, attention_mask=torch.ones_like(ids),
+                                             logits_processor=[finite])
                 self.model.generation_config = checkpoints
             sampled = result.sequences[:, len(prompt):]
             # scores: T tensors (G, V), already at the temperature

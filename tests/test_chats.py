@@ -47,7 +47,7 @@ def test_tools_and_their_calls_reach_the_prompt(tokenizer):
 def test_a_chat_that_the_template_cannot_hold_is_refused(tokenizer, missing, example, part):
     """It was once cut down to what the template has a place for, without a word."""
     tokenizer.chat_template = TOOLED.replace(missing, "")
-    with pytest.raises(InputError, match=rf"^prompt 0 \('\.\.\..*'\): the model's chat template leaves out {part}: choose a model whose template"):
+    with pytest.raises(InputError, match=rf"^prompt 0 \('\.\.\..*'\): the model's chat template leaves out {part}: choose another model"):
         model.encode(tokenizer, [example], 1000)
 
 

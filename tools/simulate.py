@@ -67,15 +67,17 @@ class Weights(dict):
 
     def get_slice(self, name: str):
         saved = torch.zeros((), dtype=torch.bfloat16).expand(self[name].shape)
-        return type("Slice", (), {"get_shape": lambda _: [*saved.shape], "get_dtype": lambda _: "BF16",
-                                  "__getitem__": lambda _, rows: saved[rows]})()
+        methods = {"get_shape": lambda _: [*saved.shape], "get_dtype": lambda _: "BF16",
+                   "__getitem__": lambda _, rows: saved[rows]}
+        return type("Slice", (), methods)()
 
 
 def simulate(args: argparse.Namespace) -> dict:
     """What happens on rank 0 in an update and a push: name -> a number, or numbers by kind, phase or line of code."""
     config, budget, R, G = qwen(args.size), args.tokens_per_microbatch, args.response, args.group
     gpu, device = GPU(lm := skeleton(config), train.update), torch.device("gpu", 0)
-    policies.compute_dtype, model.safe_open = lambda _: torch.bfloat16, lambda *_: Weights(lm.named_parameters())
+    policies.compute_dtype = lambda _: torch.bfloat16
+    model.safe_open = lambda *_: Weights(lm.named_parameters())
     torch.cuda.get_device_properties = lambda: argparse.Namespace(total_memory=GPU_MEMORY * GIB)
     train.check_signals = lambda: None  # the host's alone, and of all ranks
     dist.init_process_group("cpu:fake,gpu:fake", rank=0, world_size=WORLD, store=FakeStore())

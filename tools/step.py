@@ -117,7 +117,8 @@ def ours(args: argparse.Namespace) -> None:
         def say(self, line: str) -> None:
             pass
 
-    path, tokenizer, stops, *_ = model.describe(str(models.resolve(args.model)), args.response_tokens)
+    name = str(models.resolve(args.model))
+    path, tokenizer, stops, *_ = model.describe(name, args.response_tokens)
     texts = make_prompts(tokenizer, args.prompts, args.prompt_tokens)
     prompts = [model.Prompt(tokenizer(text).input_ids, Example([{"role": "user", "content": text}])) for text in texts]
     config = TrainConfig(prompts=args.prompts, group=args.group, steps=args.steps + 1, lr=1e-6,
