@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 import rewards
-from ranks import RANK, InputError, check_launch
+from infra.ranks import RANK, InputError, check_launch
 
 
 class JudgeOptions(BaseModel):

@@ -6,12 +6,15 @@ and gradients as one sequence a response (test_one_row_is_exactly_separate_seque
 """
 
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -21,8 +24,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
-from model import has_own_head, refuse_quantized, weights
-from ranks import LOCAL_WORLD, WORLD, InputError
+from infra.pretrained import has_own_head, refuse_quantized, weights
+from infra.ranks import LOCAL_WORLD, RANK, WORLD, InputError, on_rank_0
+from infra.run_directory import publish
 
 LOGITS = 512, 2048  # tokens whose logits exist at a time, on a CPU and on a GPU: 1.2 GB with 152,000 words
 GQA = {"enable_gqa": True} if torch.__version__ >= (2, 12) else {}  # query heads share keys; 2.11 sees that by itself
@@ -238,3 +242,36 @@ def full_weights(policy: Policy, dtype: torch.dtype) -> Iterator[tuple[str, Tens
                 yield name.removeprefix("lm."), parameter.detach().to(dtype, copy=True)
         if isinstance(unit, FSDPModule):
             unit.reshard()
+
+
+@torch.no_grad()
+def save_policy(policy, tokenizer, dtype: torch.dtype, path: Path) -> None:
+    """A checkpoint that transformers and vLLM load as it is, written by rank 0 in the original's dtype. All ranks must
+    call it. Raises InputError on all of them if it cannot be written."""
+    weights, part = {}, path.with_name(path.name + ".part")
+    for name, parameter in policy.lm.named_parameters():
+        full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+        if RANK == 0:
+            weights[name] = full.to("cpu", dtype)
+
+    def write() -> None:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        try:
+            save_torch_state_dict(weights, part)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+        policy.lm.config.dtype = dtype
+        policy.lm.config.save_pretrained(part)
+        generation = policy.source / "generation_config.json"
+        if generation.is_file():  # as it was: transformers refuses to write some that it reads
+            shutil.copy(generation, part)
+        tokenizer.save_pretrained(part)
+        publish(part, path)
+
+    try:
+        on_rank_0(write)
+    except OSError as error:
+        if RANK == 0:
+            shutil.rmtree(part, ignore_errors=True)
+        raise InputError(f"{path} could not be written: {error}") from error

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 import tasks
-from ranks import InputError
+from infra.ranks import InputError
 from tasks import chats
 
 

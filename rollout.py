@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from checkpoint import check_signals, interruptible
-from model import Prompt
-from ranks import LAUNCHED, RANK, WORLD, InputError, gather
+from infra.prompts import Prompt
+from infra.ranks import LAUNCHED, RANK, WORLD, InputError, gather
+from infra.signals import check_signals, interruptible
 from rewards import Channel, Task
 
 

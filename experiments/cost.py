@@ -21,8 +21,8 @@ from experiments import roofline as roof
 from experiments.files import NAMES, read
 from experiments.lengths import EXPLAINED, LENGTHS, Lengths, count
 from experiments.roofline import MFU, Machine, cache_bytes, parameters, sample_seconds, update_seconds
+from infra.ranks import InputError
 from local.shapes import QWEN
-from ranks import InputError
 from tools.stats import table
 
 REST = 0.1  # of sampling and update: pushing weights (NeMo-RL: .04 to .06 of a step), advantages, logs, checkpoints
@@ -214,7 +214,7 @@ def memory(name: str, of_model: dict[str, list[Run]], args: argparse.Namespace) 
 def main(args: argparse.Namespace) -> None:
     lengths = dict(LENGTHS)
     if args.tokenizer:
-        from model import load_tokenizer
+        from infra.pretrained import load_tokenizer
 
         try:
             tokenizer = load_tokenizer(args.tokenizer)

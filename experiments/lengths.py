@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import rewards
 from config import JudgeOptions, TaskOptions
-from ranks import InputError
+from infra.ranks import InputError
 from rewards import Example
 from tasks import rows
 from tasks.verdicts import judge_prompt
@@ -61,7 +61,7 @@ def judged(task: str, example: Example) -> list[str]:
 
 def count(task: str, path: str, tokenizer) -> Lengths:
     """Of a file in the task's schema. Raises InputError."""
-    import model
+    from infra import prompts
 
     def tokens(text: str) -> int:
         return len(tokenizer(text, add_special_tokens=False).input_ids)
@@ -70,7 +70,7 @@ def count(task: str, path: str, tokenizer) -> Lengths:
     found = found[::max(1, math.ceil(len(found) / ROWS))]
     if not found:
         raise InputError(f"{path} has no rows")
-    prompt = statistics.fmean(len(x.ids) for x in model.encode(tokenizer, found, sys.maxsize))
+    prompt = statistics.fmean(len(x.ids) for x in prompts.encode(tokenizer, found, sys.maxsize))
     for example in found if found[0].criteria else ():
         items = {f"criterion_{k}": text for k, text in enumerate(judged(task, example), 1)}
         ask = functools.partial(judge_prompt, example.messages, "", explain=task in EXPLAINED)

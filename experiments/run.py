@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))  # a script sees its own folder only
 
 from config import JudgeOptions, TrainConfig, option, parse
 from experiments.files import NAMES, read
-from ranks import InputError
+from infra.ranks import InputError
 
 
 def options() -> argparse.Namespace:
@@ -60,9 +60,11 @@ from typing import NamedTuple
 import numpy as np
 
 import rewards
-from checkpoint import MAY_CHANGE, by_step, evaluations, finished
-from eval import EvalConfig, compare, holm
-from tools.stats import sign_flip, spread, table
+from eval import EvalConfig
+from infra.resume import MAY_CHANGE
+from infra.run_directory import by_step, evaluations, finished
+from tools.compare import compare
+from tools.stats import holm, sign_flip, spread, table
 
 
 class Job(NamedTuple):
@@ -249,7 +251,7 @@ def report(args: argparse.Namespace, found: list[Job]) -> str:
 Mean ± standard deviation over seeds (n); columns after `final` are the final policy's. best: the best of a run's
 evaluations, chosen on the items that measure it, so it is biased upwards. p: exact sign-flip test of the final score
 against {baseline}'s over the seeds that both have; with n of them it cannot be below 2 / 2^n. p of each seed: the two
-final policies over the benchmark's items, as by eval.py compare."""])
+final policies over the benchmark's items, as by tools/compare.py."""])
 
 
 def main(args: argparse.Namespace) -> None:

@@ -2,8 +2,8 @@
 
 import os
 
+from infra.ranks import InputError
 from local.machine import missing_library
-from ranks import InputError
 
 
 def prepare() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from ranks import InputError
+from infra.ranks import InputError
 from rollout import NO_PROBABILITIES, Decoding, Response, make_response
 
 

@@ -7,7 +7,7 @@ import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
-import model
+from infra import pretrained
 from local.shapes import QWEN
 from local.smollm2 import cached
 from tasks import tools
@@ -62,7 +62,7 @@ def random_qwen(size: str) -> Path:
         config.eos_token_id, config.pad_token_id = 2, 0
         part = out.with_suffix(".part")
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(part)
-        model.load_tokenizer(tiny()).save_pretrained(part)
+        pretrained.load_tokenizer(tiny()).save_pretrained(part)
         part.rename(out)
     return out
 
@@ -72,4 +72,4 @@ def resolve(name: str) -> Path:
     if name == "tiny":
         return tiny()
     size = name.removeprefix("random-")
-    return random_qwen(size) if size in QWEN and size != name else model.resolve(name)
+    return random_qwen(size) if size in QWEN and size != name else pretrained.resolve(name)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
-from ranks import InputError
+from infra.ranks import InputError
 
 ROWS = 64  # of samples a step: all of them are in samples.jsonl
 

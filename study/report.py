@@ -9,8 +9,7 @@ import matplotlib
 import numpy as np
 import toy
 
-from eval import holm
-from tools.stats import sign_flip, spread, table
+from tools.stats import holm, sign_flip, spread, table
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

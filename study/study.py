@@ -38,8 +38,10 @@ from tqdm import tqdm
 
 import rvpo
 import train
-from checkpoint import Log, NoCheckpoints
+import update
 from config import TrainConfig
+from infra.log import Log
+from infra.resume import NoCheckpoints
 from rewards import Channel, Task, to_unit
 from rollout import Sampler
 from tools.stats import table
@@ -162,7 +164,7 @@ def result(run: Run) -> dict:
         beta=run.beta or BETAS[run.method], lr=run.lr, seed=run.seed, steps=STEPS * run.times,
         prompts=64 // run.group, group=run.group, warmup=5, eval_every=EVERY)
     log, sampler = Records(), Sampler(toy.engine(policy), Task(None, channels), run.seed)  # fit is handed the prompts
-    train.fit(config, train.Learner(policy, None, train.make_optimizer(policy, run.lr), toy.CPU), sampler,
+    train.fit(config, update.Learner(policy, None, update.make_optimizer(policy, run.lr), toy.CPU), sampler,
               toy.make_prompts(STEPS * config.prompts, f"train {run.seed}"), log,
               functools.partial(train.evaluate, sampler, toy.make_prompts(200, "held out"), log), NoCheckpoints())
     evals, steps = [x["eval"] for x in log.records if "eval" in x], [x for x in log.records if "channels" in x]

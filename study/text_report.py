@@ -16,8 +16,7 @@ import matplotlib
 import numpy as np
 from text import GRID, LONG, METHODS, STEPS, TUNED, TUNING, Run, merit, read
 
-from eval import holm
-from tools.stats import sign_flip, spread, table
+from tools.stats import holm, sign_flip, spread, table
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

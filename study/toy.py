@@ -18,8 +18,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AutoModelForCausalLM, Qwen2Config
 
 import policy as policies
+from infra.prompts import Prompt
 from local.hf import HFEngine
-from model import Prompt
 from rewards import Channel, Example
 from rollout import Response
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ranks import InputError
+from infra.ranks import InputError
 from rewards import Channel, Example, Task
 from tasks import rows
 from tasks.rlla import format_reward

@@ -6,7 +6,7 @@ refused.
 
 import json
 
-from ranks import InputError
+from infra.ranks import InputError
 
 TEXTS = "name", "tool_call_id", "reasoning_content"  # of a message, beside role and content
 

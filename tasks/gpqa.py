@@ -9,7 +9,7 @@ import re
 
 import numpy as np
 
-from ranks import InputError
+from infra.ranks import InputError
 from rewards import Channel, Example, Task, answer
 from tasks import rows
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from config import JudgeOptions
-from ranks import InputError
+from infra.ranks import InputError
 from rewards import Channel, Example, Task
 from tasks import chats, rows
 from tasks.rubrics import Judged

@@ -21,7 +21,7 @@ import openai
 from pydantic import TypeAdapter, ValidationError
 
 from config import JudgeOptions
-from ranks import RANK, WORLD, InputError, gather, on_rank_0
+from infra.ranks import RANK, WORLD, InputError, gather, on_rank_0
 from tasks.verdicts import PROMPT, Completion, judge_prompt, parse_verdicts, response_format
 
 COUNTS = ("requests", "retries", "cached", "failed", "verdicts", "yes", "prompt_tokens", "completion_tokens",

@@ -4,7 +4,7 @@
 import re
 from collections import Counter
 
-from ranks import InputError
+from infra.ranks import InputError
 from rewards import Channel, Example, Task
 from tasks import chats, rows
 from tasks.tools import tool_calls

@@ -9,7 +9,7 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ranks import InputError
+from infra.ranks import InputError
 from rewards import Example
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from config import JudgeOptions
-from ranks import InputError
+from infra.ranks import InputError
 from rewards import Channel, Example, Task, answer
 from tasks import chats, rows
 from tasks.judge import Judge

@@ -82,11 +82,11 @@ def own_head(tiny, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def dated(tiny, tmp_path_factory) -> Path:
     """tiny, whose chat template begins with the date, as Llama's does."""
-    import model
+    from infra import pretrained
 
     path = tmp_path_factory.mktemp("dated") / "model"
     shutil.copytree(tiny, path)
-    tokenizer = model.load_tokenizer(path)
+    tokenizer = pretrained.load_tokenizer(path)
     tokenizer.chat_template = "Today is {{ strftime_now('%d %b %Y') }}\n" + tokenizer.chat_template
     tokenizer.save_pretrained(path)
     return path

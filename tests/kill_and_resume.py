@@ -27,7 +27,7 @@ TASK = """
 import os, random
 from pathlib import Path
 import numpy as np
-import ranks
+from infra import ranks
 from rewards import Channel, Task
 from tasks import tools
 

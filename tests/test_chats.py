@@ -5,12 +5,12 @@ import torch
 from test_eval import evaluate  # noqa: F401 (a fixture)
 from test_rollout import decoding
 
-import eval as evaluation
-import model
 import rollout
+from infra import pretrained, prompts
+from infra.ranks import InputError
 from local import hf
-from ranks import InputError
 from rewards import Channel, Example, Task
+from tools.compare import compare
 
 ASK = {"role": "user", "content": "What is the time?"}
 CLOCK = {"type": "function", "function": {"name": "clock"}}
@@ -25,11 +25,11 @@ DATED = "{% if messages[0].role != 'system' %}Today is {{ strftime_now('%d %b %Y
 
 @pytest.fixture
 def tokenizer(tiny):
-    return model.load_tokenizer(tiny)
+    return pretrained.load_tokenizer(tiny)
 
 
 def text_of(tokenizer, example: Example, **options) -> str:
-    return tokenizer.decode(model.encode(tokenizer, [example], 1000, **options)[0].ids)
+    return tokenizer.decode(prompts.encode(tokenizer, [example], 1000, **options)[0].ids)
 
 
 def test_tools_and_their_calls_reach_the_prompt(tokenizer):
@@ -48,28 +48,28 @@ def test_a_chat_that_the_template_cannot_hold_is_refused(tokenizer, missing, exa
     """It was once cut down to what the template has a place for, without a word."""
     tokenizer.chat_template = TOOLED.replace(missing, "")
     with pytest.raises(InputError, match=rf"^prompt 0 \('\.\.\..*'\): the model's chat template leaves out {part}: choose another model"):
-        model.encode(tokenizer, [example], 1000)
+        prompts.encode(tokenizer, [example], 1000)
 
 
 def test_the_assistants_last_message_is_continued(tokenizer):
     for begun, opened in (("It is", ""), ("<think> It", "<think> It"), ("<think> a </think> It is", "")):
-        (prompt,) = model.encode(tokenizer, [Example([ASK, {"role": "assistant", "content": begun}])], 1000)
+        (prompt,) = prompts.encode(tokenizer, [Example([ASK, {"role": "assistant", "content": begun}])], 1000)
         assert tokenizer.decode(prompt.ids).endswith("<|im_start|>assistant\n" + begun) and prompt.opened == opened
 
 
 def test_ids_without_an_embedding(tokenizer):
     """A tokenizer may have them; a prompt may not. On a GPU it would end in an assertion of a kernel."""
     tokenizer.add_tokens([f"<|{i}|>" for i in range(len(tokenizer), 1025)], special_tokens=True)
-    assert len(model.encode(tokenizer, [Example([ASK])], 1000, 1024)) == 1
+    assert len(prompts.encode(tokenizer, [Example([ASK])], 1000, 1024)) == 1
     with pytest.raises(InputError, match=r"prompt 0 .* has the token '<\|1024\|>', id 1024, but the model has only 1024 embeddings"):
-        model.encode(tokenizer, [Example([{"role": "user", "content": "<|1024|>"}])], 1000, 1024)
+        prompts.encode(tokenizer, [Example([{"role": "user", "content": "<|1024|>"}])], 1000, 1024)
 
 
 # Thoughts
 
 def test_whether_to_think_is_the_templates_choice_or_ours(tokenizer):
     with pytest.raises(InputError, match="--enable-thinking: the model's chat template does not know it"):
-        model.encode(tokenizer, [Example([ASK])], 1000, thinking=False)
+        prompts.encode(tokenizer, [Example([ASK])], 1000, thinking=False)
     tokenizer.chat_template += "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
     assert text_of(tokenizer, Example([ASK]), thinking=False) == text_of(tokenizer, Example([ASK])) + "<think></think>"
     assert text_of(tokenizer, Example([ASK]), thinking=True) == text_of(tokenizer, Example([ASK]))
@@ -85,7 +85,7 @@ def test_a_thought_that_the_template_opens_belongs_to_the_response(tiny, tokeniz
             texts.extend(responses)
 
     tokenizer.chat_template += end
-    (prompt,) = model.encode(tokenizer, [Example([ASK])], 1000)
+    (prompt,) = prompts.encode(tokenizer, [Example([ASK])], 1000)
     assert prompt.opened == opened
     engine = hf.HFEngine(hf.load(tiny, torch.device("cpu")), decoding(tiny))
     ((responses, _),) = rollout.Sampler(engine, Seen(None, [Channel("c")]), 0).sample([prompt], 2, 0)
@@ -101,8 +101,8 @@ def test_the_date_is_the_runs_own(tokenizer):
     tokenizer.chat_template = DATED + TOOLED
     assert text_of(tokenizer, Example([ASK]), date="2024-02-29").startswith("Today is 29 Feb 2024\n")
     asked = Example([{"role": "system", "content": "Be brief."}, ASK])
-    assert model.dated(tokenizer, [asked, Example([ASK])], "2024-02-29", None)
-    assert not model.dated(tokenizer, [asked], "2024-02-29", None)
+    assert prompts.dated(tokenizer, [asked, Example([ASK])], "2024-02-29", None)
+    assert not prompts.dated(tokenizer, [asked], "2024-02-29", None)
 
 
 def test_evaluations_of_two_days_are_compared_if_the_date_is_in_no_prompt(evaluate, tmp_path, tiny, dated):  # noqa: F811
@@ -114,5 +114,5 @@ def test_evaluations_of_two_days_are_compared_if_the_date_is_in_no_prompt(evalua
         assert results["settings"]["date"] == date
     files = {name: tmp_path / f"runs/{name}/results.json" for name in "abc"}
     with pytest.raises(InputError, match="cannot be compared: date is 2024-02-28 in .*, and 2024-02-29 in"):
-        evaluation.compare(files["b"], files["c"])
-    assert evaluation.compare(files["a"], files["c"])
+        compare(files["b"], files["c"])
+    assert compare(files["a"], files["c"])

@@ -92,7 +92,7 @@ def test_lengths_of_a_file(tmp_path, tiny, capsys):
     file = tmp_path / "rar.jsonl"
     rubric = [{"description": f"{kind} Criteria: Names a remedy.", "weight": weight} for kind, weight in (("Essential", 5), ("Pitfall", -1))]
     file.write_text("".join(json.dumps({"question": question, "rubric": rubric[:n]}) + "\n" for question, n in (("Is coffee bad?", 2), ("Why?", 1))))
-    from model import load_tokenizer
+    from infra.pretrained import load_tokenizer
     from tasks.verdicts import judge_prompt
 
     tokenizer = load_tokenizer(tiny)
@@ -107,7 +107,7 @@ def test_lengths_of_a_file(tmp_path, tiny, capsys):
 
 
 def test_lengths_of_benchmarks(tmp_path, tiny):
-    from model import load_tokenizer
+    from infra.pretrained import load_tokenizer
 
     (tmp_path / "gpqa.csv").write_text("Question,Correct Answer,Incorrect Answer 1,Incorrect Answer 2,Incorrect Answer 3\nWhy?,1,2,3,4\n")
     (tmp_path / "hb.jsonl").write_text(json.dumps({"prompt_id": "a", "prompt": [{"role": "user", "content": "Why?"}],

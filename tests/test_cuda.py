@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import model
 import policy as policies
-import ranks
 import rollout
 import train
+import update
 from config import TrainConfig
+from infra import pretrained, ranks
+from infra.ranks import InputError
 from local import hf
-from ranks import InputError
 from rewards import Task
 
 
@@ -58,7 +58,7 @@ def test_a_gpu_that_cannot_be_used_is_one_sentence(monkeypatch):
 
 
 def test_what_loading_raises_is_kept_in_a_file():
-    with pytest.raises(InputError, match=r"--model x cannot be loaded \(RuntimeError: engine core died\); all of it is in ") as raised, model.readable("x"):
+    with pytest.raises(InputError, match=r"--model x cannot be loaded \(RuntimeError: engine core died\); all of it is in ") as raised, pretrained.readable("x"):
         raise RuntimeError("engine core died\nmore")
     file = Path(re.search(r"all of it is in (.*)", str(raised.value))[1])
     assert file.read_text().startswith("Traceback") and "more" in file.read_text()
@@ -76,12 +76,12 @@ def test_vllm_is_told_how_much_to_do_at_a_time_and_to_keep_the_head_in_float32(m
 
 def test_moments_are_made_before_the_engine(monkeypatch, tiny):
     """What AdamW makes after it would keep blocks of memory that vLLM needs when it wakes up."""
-    optimizers, make = [], train.make_optimizer
+    optimizers, make = [], update.make_optimizer
     monkeypatch.setattr(train, "make_optimizer", lambda *args: optimizers.append(make(*args)) or optimizers[0])
     monkeypatch.setattr(hf, "load", lambda *args: optimizers.append({p: dict(s) for p, s in optimizers[0].state.items()}))
     monkeypatch.setattr(hf, "HFEngine", lambda *args: None)
     config = TrainConfig(model=str(tiny), engine="hf", max_tokens=8)
-    learner, *_ = train.setup(config, torch.device("cpu"), Task.__new__(Task), model.describe(str(tiny), 8, trained=True), 20)
+    learner, *_ = train.setup(config, torch.device("cpu"), Task.__new__(Task), pretrained.describe(str(tiny), 8, trained=True), 20)
     made = optimizers[1]
     assert [*made] == [*learner.policy.parameters()] and all({"step", "exp_avg", "exp_avg_sq"} <= made[p].keys() for p in made)
 

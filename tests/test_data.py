@@ -14,7 +14,7 @@ import pytest
 
 import rewards
 from config import JudgeOptions, TaskOptions
-from ranks import InputError
+from infra.ranks import InputError
 from tasks import rlla, rows, rubrics, tools
 
 PROMPT = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]

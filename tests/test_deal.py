@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 import rvpo
 import train
-from model import Prompt
+import update
+from infra.prompts import Prompt
 from rewards import Channel
 from rollout import Group, Response
 
@@ -34,7 +35,7 @@ def skewed(prompts: int, group: int, seed: int) -> list[tuple[int, list[int]]]:
 def work(group: Group) -> float:
     """What a rank does for it, in units of a token's work beside attention: dealt out are tokens alone."""
     prompt, lengths = len(group.prompt.ids), [max(0, len(response.tokens) - 1) for response in group.responses]
-    return train.computed(group) + PAIR * (prompt**2 / 2 + sum(n * (prompt + n / 2) for n in lengths))
+    return update.computed(group) + PAIR * (prompt**2 / 2 + sum(n * (prompt + n / 2) for n in lengths))
 
 
 def done(dealt) -> list[float]:
@@ -51,7 +52,7 @@ def check(dealt, groups, ranks: int, budget: int):
     everywhere = [batch for batches in dealt for batch in batches]
     assert sorted(r.text for batch in everywhere for part in batch for r in part.responses) == sorted(r.text for group in groups for r in group.responses)
     for batch in everywhere:
-        assert sum(train.computed(part) for part in batch) <= budget or sum(len(part.responses) for part in batch) == 1
+        assert sum(update.computed(part) for part in batch) <= budget or sum(len(part.responses) for part in batch) == 1
 
 
 @pytest.mark.parametrize("agg", ["rvpo", "gdpo", "grpo"])
@@ -62,7 +63,7 @@ def test_an_advantage_does_not_depend_on_the_length_of_a_response(agg):
         responses = [Response([0] * n, [-1.0] * n, [1] * n, "", "") for n in lengths]
         group = Group(Prompt([0] * 10, None), [Channel("a"), Channel("b")], responses, BOTH_ONE_ONE_NONE)
         train.set_advantages([group], agg, 1.0)
-        *_, advantages = train.row_of([group], torch.device("cpu"))
+        *_, advantages = update.row_of([group], torch.device("cpu"))
         assert all(len(of_one.unique()) == 1 for of_one in advantages.split(lengths))
         seen.append([of_one[0].item() for of_one in advantages.split(lengths)])
     assert seen[0] == seen[1] and seen[0] == sorted(seen[0], reverse=True)
@@ -78,15 +79,15 @@ def test_z_scores_summed_over_tokens_would():
 
 def test_computed_by_hand():
     (group,) = make([(10, [3, 1, 0, 5])])
-    assert train.computed(group) == 10 + 2 + 0 + 0 + 4
+    assert update.computed(group) == 10 + 2 + 0 + 0 + 4
 
 
 @given(GROUPS, st.integers(1, 9), st.integers(1, 2000))
 def test_each_response_once_within_the_budget_and_equally_many_micro_batches(lengths, ranks, budget):
     groups = make(lengths)
-    dealt = train.deal(groups, ranks, budget)
+    dealt = update.deal(groups, ranks, budget)
     check(dealt, groups, ranks, budget)
-    assert names(dealt) == names(train.deal(groups, ranks, budget))  # each rank makes the plan for itself
+    assert names(dealt) == names(update.deal(groups, ranks, budget))  # each rank makes the plan for itself
 
 
 @pytest.mark.parametrize(("lengths", "ranks", "budget", "expected"), [
@@ -98,7 +99,7 @@ def test_each_response_once_within_the_budget_and_equally_many_micro_batches(len
     ([(4, [3]), (9, [3]), (7, [3])], 1, 100, [[[(1, [0]), (2, [0]), (0, [0])]]]),  # the largest first
 ])
 def test_plans_by_hand(lengths, ranks, budget, expected):
-    assert names(train.deal(make(lengths), ranks, budget)) == expected
+    assert names(update.deal(make(lengths), ranks, budget)) == expected
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -106,7 +107,7 @@ def test_prompts_are_computed_once_where_that_is_fair(seed):
     """128 prompts of 8 on 8 ranks: no prompt is computed twice, and no rank waits for long."""
     rng = np.random.default_rng(seed)
     groups = make([(int(rng.integers(100, 900)), rng.integers(20, 400, 8).tolist()) for _ in range(128)])
-    dealt = train.deal(groups, 8, 16384)
+    dealt = update.deal(groups, 8, 16384)
     check(dealt, groups, 8, 16384)
     assert sum(done(dealt)) == pytest.approx(sum(work(group) for group in groups), rel=1e-12)
     assert max(done(dealt)) <= 1.05 * min(done(dealt))
@@ -116,7 +117,7 @@ def test_prompts_are_computed_once_where_that_is_fair(seed):
 @pytest.mark.parametrize(("prompts", "group"), [(128, 8), (512, 4)])
 def test_skewed_lengths_are_dealt_out_within_a_twelfth(prompts, group, seed):
     groups = make(skewed(prompts, group, seed))
-    dealt = train.deal(groups, 8, 16384)
+    dealt = update.deal(groups, 8, 16384)
     check(dealt, groups, 8, 16384)
     shares = done(dealt)
     extra = sum(shares) / sum(work(own) for own in groups) - 1
@@ -129,6 +130,6 @@ def test_skewed_lengths_are_dealt_out_within_a_twelfth(prompts, group, seed):
 def test_few_prompts_on_many_ranks_are_parted():
     """Four prompts on eight ranks: better computed twice than not at all on half of the ranks."""
     groups = make([(50, [400] * 8)] * 4)
-    dealt = train.deal(groups, 8, 16384)
+    dealt = update.deal(groups, 8, 16384)
     check(dealt, groups, 8, 16384)
     assert max(done(dealt)) <= 1.05 * min(done(dealt))

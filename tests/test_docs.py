@@ -30,7 +30,7 @@ NOT_HERE = {  # why
     "python experiments/cost.py": "tests/test_cost.py", "python experiments/run.py": "tests/test_experiments.py",
     "python -m vllm": "minutes",
     "pip install": "network", "vllm serve": "GPUs", "torchrun --nproc_per_node=8": "GPUs", "torchrun --nnodes=2": "GPUs",
-    "python train.py --resume runs/NAME": "tests/test_resume.py", "python eval.py compare": "tests/test_eval.py", "python eval.py --task bfcl": "tests/test_eval.py",
+    "python train.py --resume runs/NAME": "tests/test_resume.py", "python tools/compare.py": "tests/test_eval.py", "python eval.py --task bfcl": "tests/test_eval.py",
     "python tools/plot.py runs/A-bfcl": "tests/test_eval.py"}
 
 

@@ -22,13 +22,15 @@ from test_train import run as train
 
 import eval as evaluation
 import local.hf
-import model
 import rollout
+import tools.compare as comparison
 from config import JudgeOptions, TaskOptions, parse
+from infra import prompts
+from infra.ranks import InputError
 from local import hf
-from ranks import InputError
 from rewards import Channel, Example, Task
 from tasks import bfcl, gpqa, healthbench, rows, tools
+from tools import stats
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
@@ -51,7 +53,7 @@ def options(task: str, path=None, **others) -> TaskOptions:
 
 def records(task: Task, examples: list[Example], texts: list[str]) -> list[dict]:
     """The lines of samples.jsonl, with these responses to the examples."""
-    groups = [rollout.Group(model.Prompt([], example), task.channels(example), [rollout.Response([], [], [], "stop", text)],
+    groups = [rollout.Group(prompts.Prompt([], example), task.channels(example), [rollout.Response([], [], [], "stop", text)],
                             torch.from_numpy(task.start(example, [text])())) for example, text in zip(examples, texts, strict=True)]
     return evaluation.records(task, groups)
 
@@ -325,7 +327,7 @@ def test_compare_against_exact_tests(tmp_path):
     """Eight pairs: all 256 sign flips enumerated, and the bootstrap interval from as many draws of our own."""
     rng = np.random.default_rng(0)
     x, y = rng.random(8), rng.random(8) + 0.25
-    (row,) = evaluation.compare(result(tmp_path, "a", [{"s": v} for v in x]), result(tmp_path, "b", [{"s": v} for v in y]))
+    (row,) = comparison.compare(result(tmp_path, "a", [{"s": v} for v in x]), result(tmp_path, "b", [{"s": v} for v in y]))
     d = y - x
     exact = np.mean([abs(np.dot(signs, d)) >= abs(d.sum()) - 1e-12 for signs in itertools.product([-1, 1], repeat=8)])
     assert row["difference"] == pytest.approx(d.mean()) and row["p"] == pytest.approx(exact, abs=0.015) and row["n"] == 8
@@ -339,25 +341,25 @@ def test_compare_is_paired_corrected_and_leaves_missing_pairs_out(tmp_path):
     first = [{"overall": v, "axis:a": v, "axis:b": v} for v in base]
     second = [{"overall": v + 0.02 + 0.02 * rng.standard_normal(), "axis:a": v + 0.01 * rng.standard_normal(), "axis:b": v + 0.02} for v in base]
     second[0]["axis:b"] = None
-    overall, a, b = evaluation.compare(result(tmp_path, "a", first), result(tmp_path, "b", second))
+    overall, a, b = comparison.compare(result(tmp_path, "a", first), result(tmp_path, "b", second))
     assert overall["p"] < 0.001 and overall["low"] > 0.01 and "p_holm" not in overall
     assert a["p"] > 0.01 and b["n"] == 199 and b["p_holm"] == pytest.approx(2 * b["p"]) and a["p_holm"] == pytest.approx(max(a["p"], 2 * b["p"]))
-    same = evaluation.compare(tmp_path / "a/results.json", tmp_path / "a/results.json")
+    same = comparison.compare(tmp_path / "a/results.json", tmp_path / "a/results.json")
     assert all(row["difference"] == 0 and row["p"] == 1 for row in same)
 
 
 def test_holm_by_hand():
-    assert evaluation.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert evaluation.holm([0.9, 0.8]) == [1.0, 1.0] and evaluation.holm([]) == []
+    assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert stats.holm([0.9, 0.8]) == [1.0, 1.0] and stats.holm([]) == []
 
 
 def test_compare_refuses(tmp_path):
     good = result(tmp_path, "good", [{"s": 1.0}])
     for name, options, message in [("items", {"items": "y"}, "different items"), ("heat", {"temperature": 1}, "temperature is None in"), ("task", {"task": "bfcl"}, "task is gpqa")]:
         with pytest.raises(InputError, match=f"cannot be compared: .*{message}"):
-            evaluation.compare(good, result(tmp_path, name, [{"s": 1.0}], **options))
+            comparison.compare(good, result(tmp_path, name, [{"s": 1.0}], **options))
     with pytest.raises(InputError, match="different items"):
-        evaluation.compare(good, result(tmp_path, "more", [{"s": 1.0}, {"s": 0.0}]))
+        comparison.compare(good, result(tmp_path, "more", [{"s": 1.0}, {"s": 0.0}]))
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/results.json").write_text("{}")
     broken = [tmp_path / "broken/results.json", tmp_path / "missing/results.json", result(tmp_path, "none", [])]
@@ -366,10 +368,10 @@ def test_compare_refuses(tmp_path):
     twice = result(tmp_path, "twice", [{"s": 1.0}])
     (tmp_path / "twice/samples.jsonl").write_text('{"id": "0", "group": "", "scores": {}}\n' * 2)
     with pytest.raises(InputError, match="no metric in common"):
-        evaluation.compare(good, result(tmp_path, "other", [{"t": 1.0}]))
+        comparison.compare(good, result(tmp_path, "other", [{"t": 1.0}]))
     for path in [*broken, twice]:
         with pytest.raises(InputError, match="cannot be read as eval.py writes them"):
-            evaluation.compare(good, path)
+            comparison.compare(good, path)
 
 
 def test_compare_says_what_it_cannot_read(tmp_path, monkeypatch, capsys):
@@ -384,10 +386,10 @@ def test_compare_says_what_it_cannot_read(tmp_path, monkeypatch, capsys):
                                        "and name the directory that this prints"),
                            ("empty", "empty: no results of eval.py are there; name its directory, such as runs/NAME"), ("nothing", "nothing: no results of eval.py are there")]:
         with pytest.raises(InputError) as error:
-            evaluation.print_comparison(["good", other])
+            comparison.print_comparison(["good", other])
         assert str(error.value).startswith(message)
-    with pytest.raises(InputError, match="usage: python eval.py compare runs/A runs/B, each a directory"):
-        evaluation.print_comparison(["good"])
+    with pytest.raises(InputError, match="usage: python tools/compare.py runs/A runs/B, each a directory"):
+        comparison.print_comparison(["good"])
     assert capsys.readouterr().out == ""
 
 
@@ -434,7 +436,7 @@ def test_trained_tasks_and_the_command(evaluate, tiny, tmp_path):
                          capture_output=True, text=True)
     assert out.returncode == 0, out.stderr[-2000:]
     assert (tmp_path / "runs/b/samples.jsonl").read_text() == (tmp_path / "runs/c/samples.jsonl").read_text()  # greedy: the same on two ranks
-    out = subprocess.run([sys.executable, ROOT / "eval.py", "compare", "runs/b", "runs/c/results.json"], cwd=tmp_path, capture_output=True, text=True)
+    out = subprocess.run([sys.executable, ROOT / "tools/compare.py", "runs/b", "runs/c/results.json"], cwd=tmp_path, capture_output=True, text=True)
     assert out.returncode == 0 and out.stdout.count("1.0000") >= 3
     assert out.stdout.startswith("A: runs/b\nB: runs/c/results.json\n") and out.stdout.splitlines()[2].split()[:5] == ["A", "B", "B", "-", "A"]
 
@@ -495,7 +497,7 @@ def test_every_kept_policy_is_evaluated_as_it_would_be_alone(kept, monkeypatch, 
         both = json.loads((kept / "runs/all" / step / "results.json").read_text())
         assert both["settings"].pop("model") == f"runs/trained/policies/{step}" and results["settings"].pop("model") == source
         assert both == results and (kept / "runs" / name / "samples.jsonl").read_text() == (kept / "runs/all" / step / "samples.jsonl").read_text()
-    assert {row["difference"] for row in evaluation.compare(kept / "runs/all/step-3/results.json", kept / "runs/last/results.json")} == {0}
+    assert {row["difference"] for row in comparison.compare(kept / "runs/all/step-3/results.json", kept / "runs/last/results.json")} == {0}
     out = command(*of_letters(), "--policies", "--name", "two", cwd=kept, ranks=2, script="eval.py")
     assert outcomes(kept / "runs/two") == found and [header, *rows[:3]] == out.splitlines()[:4]
 

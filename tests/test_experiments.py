@@ -15,10 +15,11 @@ import pytest
 from conftest import ROOT
 
 from config import TrainConfig, parse
-from eval import EvalConfig, compare
+from eval import EvalConfig
 from experiments import run
 from experiments.files import FOLDER, NAMES, read
-from ranks import InputError
+from infra.ranks import InputError
+from tools.compare import compare
 from tools.stats import sign_flip
 
 JUDGE = ["--judge-url", "http://h/v1", "--judge-model", "j", "--grader-url", "http://g/v1", "--grader-model", "g"]

@@ -13,7 +13,7 @@ import pytest
 
 import rewards
 from config import JudgeOptions, TaskOptions
-from ranks import InputError
+from infra.ranks import InputError
 from tasks import rlla, rows, rubrics, tools
 from tasks.verdicts import judge_prompt, parse_verdicts
 

@@ -19,9 +19,9 @@ from conftest import ROOT
 from judge_server import Server, graded, names
 from test_train import TINY, read, run
 
-import model
 from config import JudgeOptions, TaskOptions
-from ranks import InputError
+from infra import pretrained
+from infra.ranks import InputError
 from rewards import Example
 from tasks import judge, rubrics
 from tasks.judge import Judge
@@ -60,7 +60,7 @@ def test_a_response_stays_within_its_quotation(attack, tiny):
     items = {"criterion_1": "c"}
     hostile, plain = (judge_prompt([*CHAT, {"role": "assistant", "content": text}, *CHAT], text, items, False) for text in (attack, "fine"))
     assert hostile.replace(quoted, quote("fine")) == plain
-    tokenizer = model.load_tokenizer(tiny)
+    tokenizer = pretrained.load_tokenizer(tiny)
     ids = [tokenizer.apply_chat_template([{"role": "user", "content": text}], return_dict=False) for text in (hostile, plain)]
     special = [[i for i in prompt if i in tokenizer.all_special_ids or i in tokenizer.added_tokens_decoder] for prompt in ids]
     assert special[0] == special[1]
@@ -68,7 +68,7 @@ def test_a_response_stays_within_its_quotation(attack, tiny):
 
 def test_without_the_quotation_a_response_would_speak_as_the_user(tiny):
     """That the test above can fail: the tokenizer does read control tokens out of a message."""
-    tokenizer = model.load_tokenizer(tiny)
+    tokenizer = pretrained.load_tokenizer(tiny)
     ids = tokenizer.apply_chat_template([{"role": "user", "content": json.dumps(ATTACKS[4])}], return_dict=False)
     assert ids.count(tokenizer.convert_tokens_to_ids("<|im_start|>")) == 3
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from test_train import TINY, command, launch
 
-from checkpoint import Log, RunLog, channel_stats, finish, open_tracker
-from model import Prompt
+from infra.log import Log, RunLog, channel_stats, open_tracker
+from infra.prompts import Prompt
+from infra.resume import finish
 from rewards import Channel, Example
 from rollout import Group, Response
 
@@ -207,4 +208,4 @@ def test_a_terminal_without_the_letters_of_a_name(monkeypatch, tmp_path):
     args = ["--task", "german.py", "--max-tokens", 8]
     assert "L\\xe4nge 0." in command(*TINY, *args, "--name", "a", cwd=tmp_path)
     assert "L\\xe4nge  0." in command(*args, "--engine", "hf", "--model", "runs/a", "--limit", 2, "--name", "b", cwd=tmp_path, script="eval.py")
-    assert "L\\xe4nge" in command("compare", "runs/b", "runs/b", cwd=tmp_path, script="eval.py")
+    assert "L\\xe4nge" in command("runs/b", "runs/b", cwd=tmp_path, script="tools/compare.py")

@@ -9,8 +9,8 @@ import pytest
 from conftest import ROOT
 
 from config import TrainConfig, parse
+from infra.ranks import InputError
 from local import cpu, machine
-from ranks import InputError
 
 
 def without(monkeypatch, module: str) -> None:

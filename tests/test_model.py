@@ -11,25 +11,24 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import checkpoint
-import model
 import policy as policies
+from infra import pretrained
+from infra.ranks import InputError
 from policy import pack
-from ranks import InputError
 
 
 def test_stop_tokens(tiny):
-    tokenizer = model.load_tokenizer(tiny)
-    assert model.stop_tokens(tiny, tokenizer) == [2]
+    tokenizer = pretrained.load_tokenizer(tiny)
+    assert pretrained.stop_tokens(tiny, tokenizer) == [2]
     tokenizer.eos_token = "<|endoftext|>"  # a base model: another end token than its template's
-    assert model.stop_tokens(tiny, tokenizer) == [0, 2]
+    assert pretrained.stop_tokens(tiny, tokenizer) == [0, 2]
 
 
 def test_the_default_model_converts_from_its_package():
     """Real weights: Paris is likelier than Lima or cheese."""
-    path = model.resolve("smollm2")
+    path = pretrained.resolve("smollm2")
     assert AutoConfig.from_pretrained(path).max_position_embeddings == 8192
-    tokenizer, policy = model.load_tokenizer(path), policies.load(path, torch.device("cpu"))
+    tokenizer, policy = pretrained.load_tokenizer(path), policies.load(path, torch.device("cpu"))
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "What is the capital of France?"}],
                                            add_generation_prompt=True, return_dict=False)
     answers = [tokenizer(f"The capital of France is {city}.").input_ids for city in ("Paris", "Lima", "cheese")]
@@ -40,13 +39,13 @@ def test_the_default_model_converts_from_its_package():
 
 def test_models_that_cannot_be_used(tmp_path):
     with pytest.raises(InputError, match="no such file or directory"):
-        model.resolve(str(tmp_path / "missing"))
+        pretrained.resolve(str(tmp_path / "missing"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="needs a config.json and weights"):
-        model.resolve(str(tmp_path / "empty"))
+        pretrained.resolve(str(tmp_path / "empty"))
     (tmp_path / "empty" / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
     with pytest.raises(InputError, match="needs a config.json and weights"):
-        model.resolve(str(tmp_path / "empty"))
+        pretrained.resolve(str(tmp_path / "empty"))
 
 
 # Which files hold the weights, and what they hold
@@ -65,7 +64,7 @@ def configure(path, **changes) -> None:
 
 def refused(path, trained: bool = True) -> str:
     with pytest.raises(InputError) as error:
-        model.describe(str(path), 8, trained)
+        pretrained.describe(str(path), 8, trained)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -84,7 +83,7 @@ def test_quantized_weights_are_not_trained(copied, dtype):
     assert refused(copied) == said
     with pytest.raises(InputError, match="is quantized"):
         policies.load(copied, torch.device("cpu"))
-    assert model.describe(str(copied), 8)[0] == copied  # vLLM evaluates it
+    assert pretrained.describe(str(copied), 8)[0] == copied  # vLLM evaluates it
 
 
 def test_weights_in_several_files_are_those_of_the_index(tiny, copied):
@@ -93,10 +92,10 @@ def test_weights_in_several_files_are_those_of_the_index(tiny, copied):
     (copied / "model.safetensors").unlink()
     lm.save_pretrained(copied, max_shard_size="2MB")
     (copied / "consolidated.safetensors").write_bytes(b"x")
-    assert len(model.weight_files(copied)) > 1 and model.resolve(str(copied)) == copied
+    assert len(pretrained.weight_files(copied)) > 1 and pretrained.resolve(str(copied)) == copied
     ours, theirs = (dict(policies.load(path, torch.device("cpu")).named_parameters()) for path in (copied, tiny))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    lost = model.weight_files(copied)[1]
+    lost = pretrained.weight_files(copied)[1]
     lost.unlink()
     assert refused(copied) == f"{copied} lacks {lost.name}, which model.safetensors.index.json names"
 
@@ -133,7 +132,7 @@ def test_tokens_that_end_a_response(copied):
     assert "what ends a response has the token '', id 1029, but the model has only 1024 embeddings" in refused(copied, trained=False)
     (copied / "generation_config.json").unlink()
     configure(copied, eos_token_id=None)
-    tokenizer = model.load_tokenizer(copied)
+    tokenizer = pretrained.load_tokenizer(copied)
     tokenizer.eos_token, tokenizer.chat_template = None, "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
     tokenizer.save_pretrained(copied)
     assert "nothing would end a response: set eos_token in tokenizer_config.json, or eos_token_id in generation_config.json" in refused(copied, trained=False)
@@ -151,7 +150,7 @@ def test_a_head_of_its_own_is_trained_and_saved(own_head, tmp_path):
     policy = policies.load(own_head, torch.device("cpu"))
     row = pack([(ids[0, :10].tolist(), [ids[0, 10:].tolist()])], torch.device("cpu"))
     torch.testing.assert_close(policy(row, 1.0).detach(), logp(own_head), atol=1e-4, rtol=0)
-    checkpoint.save_policy(policy, model.load_tokenizer(own_head), torch.float32, tmp_path / "saved")
+    policies.save_policy(policy, pretrained.load_tokenizer(own_head), torch.float32, tmp_path / "saved")
     assert torch.equal(logp(tmp_path / "saved"), logp(own_head))
     assert not AutoConfig.from_pretrained(tmp_path / "saved").tie_word_embeddings
 
@@ -171,7 +170,7 @@ def test_a_run_that_is_not_finished(tmp_path):
 
 
 def test_the_hub_out_of_reach_is_one_sentence():
-    code = "import model; model.resolve('nobody/nothing')"
+    code = "import model; pretrained.resolve('nobody/nothing')"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
                             env={"HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "HOME": "/nonexistent"})
     assert "InputError: --model nobody/nothing: no such directory, and the hub did not deliver it" in result.stderr

@@ -16,12 +16,11 @@ from transformers import (
     Qwen3Config,
 )
 
-import checkpoint
-import model
 import policy as policies
+from infra import pretrained
+from infra.ranks import InputError
 from local import hf
 from policy import pack
-from ranks import InputError
 
 CPU = torch.device("cpu")
 
@@ -83,13 +82,13 @@ def test_one_row_is_exactly_separate_sequences(request, architecture, checkpoint
 
 @pytest.mark.parametrize("config", [Qwen3Config, MistralConfig, Phi3Config], ids=lambda config: config.model_type)
 def test_other_architectures(config, tmp_path):
-    """That are not refused (model.TRAINABLE): log-probs."""
+    """That are not refused (pretrained.TRAINABLE): log-probs."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config(
             vocab_size=1003, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
             max_position_embeddings=512, bos_token_id=None, eos_token_id=2, pad_token_id=0)).save_pretrained(tmp_path)
-    assert config.model_type in model.TRAINABLE
+    assert config.model_type in pretrained.TRAINABLE
     with torch.no_grad():
         packed, exact = policies.load(tmp_path, CPU)(pack(GROUPS, CPU), 0.7), separate_logp(hf.load(tmp_path, CPU), GROUPS, 0.7)
     torch.testing.assert_close(packed, exact, atol=1e-4, rtol=0)
@@ -184,14 +183,14 @@ def test_full_weights_and_a_saved_checkpoint_are_the_policy(request, tmp_path, a
     policy, lm = policies.load(path, CPU), hf.load(path, CPU)
     for checkpointed in (False, True):
         if checkpointed:
-            checkpoint.save_policy(policy, AutoTokenizer.from_pretrained(tiny), torch.float32, tmp_path / "saved")
+            policies.save_policy(policy, AutoTokenizer.from_pretrained(tiny), torch.float32, tmp_path / "saved")
             lm = hf.load(tmp_path / "saved", CPU)
         full, expected = dict(policies.full_weights(policy, torch.float32)), dict(lm.named_parameters(remove_duplicate=False))
         assert full.keys() == expected.keys() and "lm_head.weight" in full
         assert all(torch.equal(full[name], expected[name]) for name in full)
         assert full["lm_head.weight"].data_ptr() != policy.lm.lm_head.weight.data_ptr()  # copies
     assert load_file(tmp_path / "saved/model.safetensors").keys() == load_file(path / "model.safetensors").keys()
-    checkpoint.save_policy(policy, AutoTokenizer.from_pretrained(tiny), torch.bfloat16, tmp_path / "half")
+    policies.save_policy(policy, AutoTokenizer.from_pretrained(tiny), torch.bfloat16, tmp_path / "half")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.bfloat16 and policy.lm.dtype == torch.float32
 
 
@@ -218,9 +217,9 @@ def test_a_checkpoint_with_an_odd_generation_config_can_be_saved(tmp_path, tiny)
     """Some models come with a temperature but without do_sample, which transformers reads but refuses to write."""
     shutil.copytree(tiny, tmp_path / "odd")
     (tmp_path / "odd/generation_config.json").write_text('{"eos_token_id": [2, 0], "temperature": 0.6, "top_p": 0.9}')
-    checkpoint.save_policy(policies.load(tmp_path / "odd", CPU), AutoTokenizer.from_pretrained(tiny), torch.float32, tmp_path / "saved")
+    policies.save_policy(policies.load(tmp_path / "odd", CPU), AutoTokenizer.from_pretrained(tiny), torch.float32, tmp_path / "saved")
     assert GenerationConfig.from_pretrained(tmp_path / "saved").eos_token_id == [2, 0]
-    model.load_tokenizer(tmp_path / "saved")
+    pretrained.load_tokenizer(tmp_path / "saved")
 
 
 # The kernel for GPUs

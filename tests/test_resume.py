@@ -18,16 +18,16 @@ from judge_server import Server
 from judge_server import graded as verdicts
 from test_train import TINY
 
-import checkpoint
-import model
 import policy as policies
 import rollout
 import rvpo
 import train
-from checkpoint import State
+import update
 from config import TrainConfig, parse
+from infra import pretrained, prompts, resume, run_directory, signals
+from infra.ranks import InputError
+from infra.resume import State
 from local import hf
-from ranks import InputError
 from rewards import Channel, Example, Task
 
 # A task of one's own: what is imported with it may be changed by it.
@@ -46,7 +46,7 @@ def handlers():
     """train.main installs handlers for good."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
-    checkpoint._signals.clear()
+    signals._signals.clear()
     signal.set_wakeup_fd(-1)
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -102,7 +102,7 @@ def test_a_signal_saves_and_the_resumed_run_is_the_same(monkeypatch, tmp_path, c
     assert ended.value.code == 128 + number
     assert f"stopped by {number.name}; to go on from step 2: python train.py --resume runs/a\n" in capsys.readouterr().err
     assert not (tmp_path / "runs/a/checkpoint").exists()
-    checkpoint._signals.clear()
+    signals._signals.clear()
     run(monkeypatch, tmp_path, "--resume", "runs/a", "--save-every", 3, "--eval-every", 2, name=None)
     out = capsys.readouterr().out
     assert "changed: --save-every 3, the run has 0\n" in out and "runs/a goes on from step 2 of 4\n" in out
@@ -116,7 +116,7 @@ def test_a_signal_saves_and_the_resumed_run_is_the_same(monkeypatch, tmp_path, c
 def test_a_run_that_is_resumed_on_another_day_has_its_own_prompts(monkeypatch, tmp_path, dated):
     """Whose template holds the date. Another template is refused, but by runs of before tokens were compared."""
     days = iter(["2024-02-28", "2024-02-28", "2024-02-29", "2024-02-29", "2024-02-29"])
-    monkeypatch.setattr(model, "today", lambda date: date or next(days))
+    monkeypatch.setattr(prompts, "today", lambda date: date or next(days))
     at_step(monkeypatch, -1, None)
     shutil.copytree(dated, tmp_path / "dated")
     run(monkeypatch, tmp_path, "--model", "dated", name="alone")
@@ -124,7 +124,7 @@ def test_a_run_that_is_resumed_on_another_day_has_its_own_prompts(monkeypatch, t
         at_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
         with pytest.raises(SystemExit):
             run(patch, tmp_path, "--model", "dated")
-    checkpoint._signals.clear()
+    signals._signals.clear()
     template, file = tmp_path / "dated/chat_template.jinja", tmp_path / "runs/a/config.json"
     before, config = template.read_text(), json.loads(file.read_text())
     template.write_text(before + " ")
@@ -159,8 +159,8 @@ def test_a_signal_during_the_update(monkeypatch, tmp_path):
             patch.setattr(rvpo, "policy_loss", loss)
             with pytest.raises(SystemExit):
                 run(patch, tmp_path, *options, "--save-every", 0, name=saved)
-        assert checkpoint.latest(tmp_path / "runs" / saved).name == saved
-        checkpoint._signals.clear()
+        assert run_directory.latest(tmp_path / "runs" / saved).name == saved
+        signals._signals.clear()
         run(monkeypatch, tmp_path, "--resume", f"runs/{saved}", name=None)
         same(tmp_path / "runs/alone", tmp_path / "runs" / saved)
 
@@ -169,15 +169,16 @@ def test_a_second_signal_ends_it_at_once(tmp_path):
     """While a save hangs in a library, where Python runs no handler; but not one within two seconds, by which a launcher
     repeats the first. What happens is said at once."""
     (tmp_path / "hanging.py").write_text(GRADED.replace("def task(options):", """def task(options):
-    import checkpoint, hashlib
-    checkpoint.save = lambda *args: (print("saving", flush=True), hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1))"""))
+    import hashlib
+    from infra import resume
+    resume.save = lambda *args: (print("saving", flush=True), hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1))"""))
     process = subprocess.Popen([sys.executable, ROOT / "train.py", *TINY, "--task", "hanging.py", "--name", "a", "--steps", "99", "--save-every", "1"], cwd=tmp_path,
                                env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert any("saving" in line for line in process.stdout)
     process.terminate()
     process.terminate()
     assert any("stopping, and saving the state; a second signal (Ctrl-C again) ends the run at once, without saving" in line for line in process.stderr)
-    time.sleep(checkpoint.AGAIN + 0.5)
+    time.sleep(signals.AGAIN + 0.5)
     assert process.poll() is None
     process.terminate()
     assert process.wait(300) == 143
@@ -187,16 +188,16 @@ def test_a_second_signal_ends_it_at_once(tmp_path):
 def test_a_process_that_a_reward_forks_can_be_ended_and_the_run_goes_on(tmp_path):
     """Such as one that runs code for too long. Fifty times, some of them before the process has begun."""
     (tmp_path / "forks.py").write_text(f"import multiprocessing, sys, time\nsys.path.insert(0, {str(ROOT)!r})\n" + """
-import checkpoint
-checkpoint.catch_signals()
+from infra import signals
+signals.catch_signals()
 for _ in range(50):
     process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
     process.start()
     process.terminate()
     process.join(10)
     assert process.exitcode == -15
-time.sleep(checkpoint.AGAIN)
-checkpoint.check_signals()
+time.sleep(signals.AGAIN)
+signals.check_signals()
 """)
     result = subprocess.run([sys.executable, tmp_path / "forks.py"], capture_output=True, text=True, timeout=60)
     assert result.returncode == 0 and "stopping" not in result.stderr, result.stderr
@@ -244,7 +245,7 @@ def test_ctrl_c_reaches_every_rank_and_the_launcher_which_repeats_it(tmp_path):
     assert process.wait(60) == 1
     said = log.read_text()
     assert said.count("stopping, and saving the state;") == said.count("stopped by SIGINT; to go on from step ") == 1
-    assert checkpoint.latest(tmp_path / "runs/a") and "]: Traceback" not in said
+    assert run_directory.latest(tmp_path / "runs/a") and "]: Traceback" not in said
 
 
 def test_torchrun_starts_again_when_a_rank_dies(tmp_path):
@@ -279,22 +280,22 @@ def test_a_late_rank_without_a_name(tmp_path):
 
 def test_ranks_with_different_prompts(monkeypatch, tmp_path):
     """Each would pair its own with the responses to another's: a wrong gradient, and nobody would notice."""
-    monkeypatch.setattr(checkpoint, "gather", lambda local: [*local, "another digest"])
+    monkeypatch.setattr(resume, "gather", lambda local: [*local, "another digest"])
     with pytest.raises(InputError, match="the ranks have different prompts: a task must make the same ones on all"):
-        checkpoint.check_data(tmp_path, [])
+        resume.check_data(tmp_path, [])
 
 
 def test_a_checkpoint_that_lacks_the_shards_of_a_rank(monkeypatch, tmp_path, tiny_policy):
     """As on nodes that do not share a file system: the other rank sees a file that is not here."""
-    monkeypatch.setattr(checkpoint, "gather", lambda local: [*local, ["shard-00002-model-00001-of-00001.safetensors"]] if local and isinstance(local[0], list) else local)
+    monkeypatch.setattr(resume, "gather", lambda local: [*local, ["shard-00002-model-00001-of-00001.safetensors"]] if local and isinstance(local[0], list) else local)
     with pytest.raises(InputError, match="could not be saved: shard-00002-model-00001-of-00001.safetensors of another rank is not in .*must be on a file system that all share"):
-        checkpoint.save(tmp_path, tiny_policy, train.make_optimizer(tiny_policy, 0.0), State(step=3))
+        resume.save(tmp_path, tiny_policy, update.make_optimizer(tiny_policy, 0.0), State(step=3))
     assert not [*tmp_path.glob("state/step-*")]
 
 
 def moments(policy, seed: int = 0):
     """An AdamW that has taken a step on gradients that depend on names only."""
-    optimizer = train.make_optimizer(policy, 0.01)
+    optimizer = update.make_optimizer(policy, 0.01)
     for i, parameter in enumerate(policy.parameters()):
         parameter.grad = torch.full_like(parameter, 0.1 + i)
     optimizer.step()
@@ -306,13 +307,13 @@ def test_a_checkpoint_of_some_ranks_is_loaded_by_others(tmp_path, llama, total):
     """One rank's by several, then theirs by one; of parameters in shapes that ranks cannot share evenly."""
     policy = policies.load(llama, updates.CPU)
     optimizer = moments(policy)
-    checkpoint.save(tmp_path / "one", policy, optimizer, State(step=3, optimizer_steps=1))
+    resume.save(tmp_path / "one", policy, optimizer, State(step=3, optimizer_steps=1))
     on_ranks(total, total, tmp_path / "many", llama, llama, tmp_path / "one")
     again = policies.load(llama, updates.CPU)
-    other = train.make_optimizer(again, 0.01)
-    assert checkpoint.load(tmp_path / "many/state/step-4", again, other).step == 4
+    other = update.make_optimizer(again, 0.01)
+    assert resume.load(tmp_path / "many/state/step-4", again, other).step == 4
     assert json.loads((tmp_path / "many/state/step-4/state.json").read_text())["world_size"] == total
-    saved, loaded = checkpoint.tensors(policy, optimizer), checkpoint.tensors(again, other)
+    saved, loaded = resume.tensors(policy, optimizer), resume.tensors(again, other)
     assert saved.keys() == loaded.keys() and all(torch.equal(saved[name], loaded[name]) for name in saved)
     assert {state["step"].item() for state in other.state.values()} == {1}
     assert not [*tmp_path.rglob("*.metadata"), *tmp_path.rglob("*.pt"), *tmp_path.rglob("*.distcp")]  # no pickle
@@ -322,7 +323,7 @@ def test_a_directory_that_was_half_deleted_does_not_block_the_next(tmp_path):
     for name in ("x", "x.old"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").touch()
-    checkpoint.retire(tmp_path / "x")
+    run_directory.retire(tmp_path / "x")
     assert not [*tmp_path.iterdir()]
 
 
@@ -395,10 +396,10 @@ def test_bad_options(monkeypatch, tmp_path, args, message):
 
 def test_a_checkpoint_of_another_model(tiny, llama, tmp_path):
     policy = policies.load(llama, updates.CPU)
-    checkpoint.save(tmp_path, policy, moments(policy), State(step=3, optimizer_steps=1))
+    resume.save(tmp_path, policy, moments(policy), State(step=3, optimizer_steps=1))
     other = policies.load(tiny, updates.CPU)
     with pytest.raises(InputError) as error:
-        checkpoint.load(tmp_path / "state/step-3", other, train.make_optimizer(other, 0.01))
+        resume.load(tmp_path / "state/step-3", other, update.make_optimizer(other, 0.01))
     assert str(error.value).startswith(f"{tmp_path}/state/step-3 is no checkpoint of this model: ") and "\n" not in str(error.value)
     print(error.value)
 
@@ -470,7 +471,7 @@ NO_PROBABILITIES = ("the model gives NaN for the next token: its weights are dam
 
 def test_a_policy_that_has_diverged_ends_the_run(monkeypatch, tmp_path):
     """transformers' sampling once ended in a traceback, and the state was lost."""
-    real = train.update
+    real = update.update
 
     def diverge(learner, *args):
         metrics = real(learner, *args)
@@ -495,14 +496,14 @@ def test_responses_without_probabilities_are_not_graded(monkeypatch):
     """Raised by `score`, which all ranks reach: another one would wait for the one that fails."""
     task = Task(None, [Channel("c", lambda *_: pytest.fail("it was graded"))])
     sampler = rollout.Sampler(Odd(), task, 0)
-    sampled = sampler.sample([model.Prompt([1], Example([]))], 2, 0)
+    sampled = sampler.sample([prompts.Prompt([1], Example([]))], 2, 0)
     with pytest.raises(InputError, match=NO_PROBABILITIES):
-        sampler.score([model.Prompt([1], Example([]))], sampled)
+        sampler.score([prompts.Prompt([1], Example([]))], sampled)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_transformers_does_not_sample_from_nan(tiny, temperature):
-    tokenizer = model.load_tokenizer(tiny)
+    tokenizer = pretrained.load_tokenizer(tiny)
     engine = hf.HFEngine(hf.load(tiny, torch.device("cpu")), rollout.Decoding(tokenizer, [2], temperature, 4))
     engine.model.model.norm.weight.data[3] = float("nan")
     with pytest.raises(InputError, match=NO_PROBABILITIES):
@@ -512,7 +513,8 @@ def test_transformers_does_not_sample_from_nan(tiny, temperature):
 def test_a_loss_that_is_not_finite(tmp_path):
     """On one rank only, in the second update of steps 2, 4, 5, 6: all leave it out, three such steps in a row end the run."""
     (tmp_path / "nan.py").write_text(GRADED.replace("def task(options):", """def task(options):
-    import checkpoint, ranks, rvpo
+    import rvpo
+    from infra import ranks, resume
     real, calls = rvpo.policy_loss, []
 
     def loss(*args):
@@ -522,7 +524,7 @@ def test_a_loss_that_is_not_finite(tmp_path):
         return value * (float("nan") if ranks.RANK == ranks.WORLD - 1 and u == 1 and step + 1 in (2, 4, 5, 6) else 1), stats
 
     rvpo.policy_loss = loss
-    checkpoint.BAD_STEPS = 3"""))
+    resume.BAD_STEPS = 3"""))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     result = subprocess.run([*launcher, ROOT / "train.py", *TINY, "--task", "nan.py", "--name", "a", "--steps", "9", "--max-tokens", "8", "--updates", "2",
                              "--prompts", "4"], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -548,7 +550,7 @@ def test_a_reward_that_never_varies_is_pointed_out_once(monkeypatch, tmp_path, c
 
 def test_by_default_saving_waits_and_then_takes_a_hundredth(monkeypatch, tmp_path):
     for first, saves in ((0.0, [0, 1, 0, 0]), (600.0, [0, 0, 0, 0])):  # the second save is due 100 times as long after
-        monkeypatch.setattr(checkpoint, "FIRST_SAVE", first)
+        monkeypatch.setattr(resume, "FIRST_SAVE", first)
         out = run(monkeypatch, tmp_path, "--save-every", "auto", name=f"first{first:.0f}")
         assert [x["seconds"]["save"] > 0 for x in lines(out / "metrics.jsonl") if "seconds" in x] == saves
 

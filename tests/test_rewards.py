@@ -14,7 +14,7 @@ import pytest
 
 import rewards
 from config import JudgeOptions, TaskOptions
-from ranks import InputError
+from infra.ranks import InputError
 from rewards import Channel, Example, Task
 from tasks import rlla, tools
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 from test_train import run
 
-import model
 import policy as policies
 import rollout
 import train
+from infra import pretrained
+from infra.prompts import Prompt
+from infra.ranks import gather
 from local import hf
-from model import Prompt
 from policy import pack
-from ranks import gather
 from rewards import Channel, Example, Task
 from rollout import Decoding, Response, Sampler, make_response
 
@@ -26,7 +26,7 @@ needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason
 
 
 def decoding(path) -> Decoding:
-    return Decoding(model.load_tokenizer(path), STOPS, TEMPERATURE, 24)
+    return Decoding(pretrained.load_tokenizer(path), STOPS, TEMPERATURE, 24)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def test_a_checkpoints_generation_config_does_not_shape_the_samples(transformers
 
 
 def test_text_shows_special_tokens_but_not_the_stop_token(tiny):
-    tokenizer = model.load_tokenizer(tiny)
+    tokenizer = pretrained.load_tokenizer(tiny)
     start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     word, reads = tokenizer("hello").input_ids, Decoding(tokenizer, [end], 1.0, 8)
     assert make_response([start, *word, end], [], "stop", reads).text == "<|im_start|>hello"

@@ -16,15 +16,15 @@ from conftest import ROOT, on_ranks, set_channels
 from safetensors.torch import load_file, save_file
 from transformers import Gemma2Config, Qwen3NextConfig
 
-import checkpoint
-import model
 import policy as policies
 import rvpo
 import train
+import update
 from config import TrainConfig, parse
+from infra import pretrained, run_directory
+from infra.ranks import InputError
 from local import hf, models
 from policy import pack
-from ranks import InputError
 from rewards import Channel
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
@@ -153,20 +153,20 @@ def test_a_checkpoint_saved_by_several_ranks_is_the_policy(many, tiny):
     for name, parameter in lm.named_parameters(remove_duplicate=False):
         assert torch.equal(many["saved"][name], parameter)
     assert not torch.equal(lm.lm_head.weight, start.lm_head.weight)
-    assert model.load_tokenizer(many["checkpoint"]).chat_template
+    assert pretrained.load_tokenizer(many["checkpoint"]).chat_template
 
 
 def test_prompts_without_signal_are_not_computed(tiny, monkeypatch):
     """And the gradient is what it would be had they been; with a KL penalty they have one."""
     policy, computed, gradients = policies.load(tiny, updates.CPU), [], []
     policy.register_forward_hook(lambda module, inputs, out: computed[-1].append(inputs[0].tokens[0].tolist()))
-    groups, dealt, deal = updates.batch_of(5, 4, silent=(0, 3)), [], train.deal
+    groups, dealt, deal = updates.batch_of(5, 4, silent=(0, 3)), [], update.deal
     monkeypatch.setattr(train, "deal", lambda *args: dealt.append(deal(*args)) or dealt[-1])
 
     def step(kl: float) -> None:
         optimizer = updates.Recorder(policy.parameters(), lr=0.0)
         computed.append([])
-        train.update(train.Learner(policy, None, optimizer, updates.CPU), groups, 1, kl, 1.0, 100_000)
+        update.update(update.Learner(policy, None, optimizer, updates.CPU), groups, 1, kl, 1.0, 100_000)
         gradients.extend(optimizer.gradients)
 
     for kl in (0.0, 1e-30):  # no reference either time: only its choice of prompts
@@ -250,12 +250,12 @@ def test_kept_policies_are_those_of_their_steps(monkeypatch, tmp_path, graded):
 
     monkeypatch.setattr(train, "evaluate", remember)
     run(monkeypatch, tmp_path, "--steps", 3, "--eval-every", 2, "--max-tokens", 16, "--keep-policies")
-    kept = checkpoint.by_step(tmp_path / "runs/a/policies")
+    kept = run_directory.by_step(tmp_path / "runs/a/policies")
     assert [path.name for path in kept] == ["step-0", "step-2", "step-3"] and [*sampled] == [0, 2, 3]
     for path, (step, expected) in zip(kept, sampled.items(), strict=True):
         weights = hf.load(path, updates.CPU).state_dict()
         assert weights.keys() == expected.keys() and all(torch.equal(weights[name], expected[name]) for name in expected), step
-        assert model.load_tokenizer(path).chat_template
+        assert pretrained.load_tokenizer(path).chat_template
     start, last = load_file(models.tiny() / "model.safetensors"), load_file(kept[-1] / "model.safetensors")
     final = load_file(tmp_path / "runs/a/checkpoint/model.safetensors")
     assert all(torch.equal(load_file(kept[0] / "model.safetensors")[name], start[name]) for name in start)
@@ -305,7 +305,7 @@ def test_rewards_that_are_missing_or_never_vary(monkeypatch, tmp_path):
 def test_a_faulty_reward_on_one_rank_stops_all_and_the_state_is_saved(tmp_path):
     """In mid-run, and in one sentence."""
     (tmp_path / "faulty.py").write_text("""
-import ranks
+from infra import ranks
 from rewards import Channel, Task
 from tasks import tools
 

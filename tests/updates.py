@@ -5,12 +5,10 @@ from pathlib import Path
 import torch
 from torch.distributed.tensor import DTensor
 
-import checkpoint
-import model
 import policy as policies
-import ranks
-import train
-from model import Prompt
+import update
+from infra import pretrained, ranks, resume, run_directory
+from infra.prompts import Prompt
 from rollout import Group, Response
 
 CPU = torch.device("cpu")
@@ -65,12 +63,12 @@ def run(path: Path, reference_path: Path, mesh=None, prompts: int = 5, group: in
         policy.recompute("on", 0)
     reference = policies.load(reference_path, CPU, mesh).requires_grad_(False) if kl else None
     # Steps must be small, where there are several: rounding differences grow with each.
-    optimizer, dealt, deal = Recorder(policy.parameters(), lr=0.1, weight_decay=0.1), [], train.deal
-    train.GRAD_CLIP, train.deal = 1e9, lambda *args: dealt.append(deal(*args)) or dealt[-1]
+    optimizer, dealt, deal = Recorder(policy.parameters(), lr=0.1, weight_decay=0.1), [], update.deal
+    update.GRAD_CLIP, update.deal = 1e9, lambda *args: dealt.append(deal(*args)) or dealt[-1]
     try:
-        metrics = train.update(train.Learner(policy, reference, optimizer, CPU), batch_of(prompts, group, silent), updates, kl, 1.0, limit)
+        metrics = update.update(update.Learner(policy, reference, optimizer, CPU), batch_of(prompts, group, silent), updates, kl, 1.0, limit)
     finally:
-        train.GRAD_CLIP, train.deal = 1.0, deal
+        update.GRAD_CLIP, update.deal = 1.0, deal
     return {"metrics": ranks.gather([metrics]), "gradients": optimizer.gradients, "policy": policy,
             "dealt": ranks.gather([[[len(batch) for batch in plan[ranks.RANK]] for plan in dealt]])}
 
@@ -83,15 +81,15 @@ def main(out: Path, path: Path, reference: Path, *others: Path) -> None:
     if others and (others[0] / "state").exists():  # a run of one rank: save it as a run of several
         policy = policies.load(path, CPU, mesh)
         optimizer = torch.optim.AdamW(policy.parameters(), fused=True)
-        state = checkpoint.load(checkpoint.latest(others[0]), policy, optimizer)
+        state = resume.load(run_directory.latest(others[0]), policy, optimizer)
         state.step = 4
-        checkpoint.save(out, policy, optimizer, state)
+        resume.save(out, policy, optimizer, state)
         return
     results = {"mesh": mesh.mesh.tolist(), "shards": {}, "weights": {}}
     for case, changes in CASES.items():
         results[case] = run(path, reference, mesh, **changes)
         policy = results[case].pop("policy")
-    checkpoint.save_policy(policy, model.load_tokenizer(path), torch.float32, out.with_suffix(""))
+    policies.save_policy(policy, pretrained.load_tokenizer(path), torch.float32, out.with_suffix(""))
     results["saved"] = dict(policies.full_weights(policy, torch.float32))
     for other in (path, *others):
         policy = policies.load(other, CPU, mesh)

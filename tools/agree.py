@@ -29,7 +29,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))  # a script sees its own folder only
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from ranks import InputError
+from infra.ranks import InputError
 from tools.others import AXES, CHOICES, order
 
 TOOLS = {"healthbench": ("inspect_evals", "simple_evals"), "gpqa": ("inspect_evals", "simple_evals"),

@@ -49,12 +49,11 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-import checkpoint
-import model
 import policy as policies
-import train
+import update as updates
+from infra import pretrained, prompts, run_directory
+from infra.ranks import RANK, WORLD, join, on_rank_0, run_program
 from local import models
-from ranks import RANK, WORLD, join, on_rank_0, run_program
 from rollout import Decoding, Group, Response, VLLMEngine
 from tools import step
 
@@ -163,7 +162,7 @@ def sync(name: str, limit: float) -> dict:
         return torch.cuda.mem_get_info()[0] / GIB if CUDA else 0.0
 
     policy, device = load(name)
-    before, (path, tokenizer, stops, *_) = free(), model.describe(str(policy.source), 64)
+    before, (path, tokenizer, stops, *_) = free(), pretrained.describe(str(policy.source), 64)
     prompts, seeds = [[*range(3, 3 + n)] for n in (700, 17, 400, 129)], [0, 100, 200, 300]  # over and under a block
     engine = VLLMEngine(path, Decoding(tokenizer, stops, 1.0, 64), 800, gpu_memory=0.4)
     engine.push(policies.full_weights(policy, engine.dtype))
@@ -197,17 +196,17 @@ def update(name: str, checkpointing: str, compiled: bool = False) -> dict:
     policy.recompute(checkpointing, budget)
     for layer in policy.lm.base_model.layers if compiled else ():
         layer.compile()
-    learner = train.Learner(policy, None, train.make_optimizer(policy, 1e-6), device)
+    learner = updates.Learner(policy, None, updates.make_optimizer(policy, 1e-6), device)
     # From token 3 on: the pad token's embedding is 0, and RMSNorm makes its gradient overflow in a deep model.
     responses = [Response([*range(3 + g, 3 + g + length)], [-10.0] * length, [1] * length, "", "") for g in range(size)]
-    groups = [Group(model.Prompt([*range(3 + p, 3 + p + prompt)], None), [], responses, torch.zeros(size, 1),
+    groups = [Group(prompts.Prompt([*range(3 + p, 3 + p + prompt)], None), [], responses, torch.zeros(size, 1),
                     torch.linspace(-1, 1, size)) for p in range(shape["prompts"])]
     times, norms = [], []
     try:
         for number in range(4):
             if CUDA and number == 1:  # the first makes AdamW's states, and fills caches
                 torch.cuda.reset_peak_memory_stats()
-            times.append(seconds(lambda: norms.append(train.update(learner, groups, 1, 0.0, 1.0, budget)["grad_norm"])))
+            times.append(seconds(lambda: norms.append(updates.update(learner, groups, 1, 0.0, 1.0, budget)["grad_norm"])))
     except torch.OutOfMemoryError:
         if checkpointing == "on":
             raise
@@ -290,7 +289,7 @@ def main(args: argparse.Namespace) -> int:
         outcome = next((word for word in ("FAIL", "skipped") if word in found), "pass")
         lines.append({"check": name, "outcome": outcome, "reason": found.pop(outcome, ""),
                       "seconds": time.monotonic() - began, "figures": found})
-        content = {"date": date, "command": shlex.join(sys.argv), "versions": checkpoint.versions(), "checks": lines}
+        content = {"date": date, "command": shlex.join(sys.argv), "versions": run_directory.versions(), "checks": lines}
         args.out.write_text(json.dumps(content, indent=1) + "\n")  # after each: the machine may be taken away
         print(f"{name}: {outcome}", file=sys.stderr, flush=True)
         return found

@@ -3,7 +3,7 @@
     python tools/simulate.py --size 7B --gpus 8   # half a minute; --json: one line, in bytes and operations
     python tools/simulate.py --table              # docs/gpu.md's table: what fits on GPUs of 80 GB
 
-policy.load, train.update with its optimizer steps and policy.full_weights run as they are, as rank 0 of a process group
+policy.load, update.update with its optimizer steps and policy.full_weights run as they are, as rank 0 of a process group
 whose collectives do nothing. The GPU's tensors are fake: shape, dtype and device without numbers. The host's are real.
 Bytes are those of tensors. Not simulated: times, and what CUDA, NCCL and vLLM take beside them (constants below).
 """
@@ -51,12 +51,12 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-import model
 import policy as policies
-import train
+import update
+from infra import pretrained
+from infra.prompts import Prompt
+from infra.ranks import WORLD
 from local.models import qwen, skeleton
-from model import Prompt
-from ranks import WORLD
 from rollout import Group, Response
 from tools.fake_gpu import GIB, GPU
 from tools.step import needed_flops
@@ -75,11 +75,11 @@ class Weights(dict):
 def simulate(args: argparse.Namespace) -> dict:
     """What happens on rank 0 in an update and a push: name -> a number, or numbers by kind, phase or line of code."""
     config, budget, R, G = qwen(args.size), args.tokens_per_microbatch, args.response, args.group
-    gpu, device = GPU(lm := skeleton(config), train.update), torch.device("gpu", 0)
+    gpu, device = GPU(lm := skeleton(config), update.update), torch.device("gpu", 0)
     policies.compute_dtype = lambda _: torch.bfloat16
-    model.safe_open = lambda *_: Weights(lm.named_parameters())
+    pretrained.safe_open = lambda *_: Weights(lm.named_parameters())
     torch.cuda.get_device_properties = lambda: argparse.Namespace(total_memory=GPU_MEMORY * GIB)
-    train.check_signals = lambda: None  # the host's alone, and of all ranks
+    update.check_signals = lambda: None  # the host's alone, and of all ranks
     dist.init_process_group("cpu:fake,gpu:fake", rank=0, world_size=WORLD, store=FakeStore())
     prompts = args.prompts or 2 * max(1, budget // (args.prompt + G * (R - 1))) * WORLD * args.updates
     response = Response([6] * R, [-1.0] * R, [1] * R, "stop", "")
@@ -95,12 +95,12 @@ def simulate(args: argparse.Namespace) -> dict:
         if args.kl:
             reference = policies.load(path, device, mesh, torch.bfloat16, trained=False)
             gpu.name("reference", reference.parameters())
-        learner = train.Learner(policy, reference, train.make_optimizer(policy, 1e-6), device)
+        learner = update.Learner(policy, reference, update.make_optimizer(policy, 1e-6), device)
         learner.optimizer.register_step_pre_hook(
             lambda *_: gpu.name("gradients", [parameter.grad for parameter in policy.parameters()]))
         for _ in range(2):  # of which the second counts: the first fills DTensor's caches, with whole tensors
             gpu.reset()
-            train.update(learner, groups, args.updates, args.kl, 1.0, budget)
+            update.update(learner, groups, args.updates, args.kl, 1.0, budget)
             gpu.name("AdamW", [x for state in learner.optimizer.state.values() for x in state.values()])
         counts, peak, gpu.phase = gpu.counts, gpu.by_kind(gpu.peaked), "push"
         gpu.reset()
@@ -131,7 +131,7 @@ def show(result: dict) -> None:
 
 
 def cell(size: str, gpus: int, **shape: int) -> str:
-    """GiB while sampling / at the update's peak, by train.py's defaults, with more for a vLLM that needs it. shape:
+    """GiB while sampling / at the update's peak, by update.py's defaults, with more for a vLLM that needs it. shape:
     other options of this program."""
     command = [sys.executable, __file__, "--json", "--size", size, "--gpus", str(gpus),
                *(word for name, value in shape.items() for word in (f"--{name}", str(value)))]

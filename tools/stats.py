@@ -20,3 +20,12 @@ def table(header: str, rows: Iterable[Iterable[str]]) -> str:
 
 def spread(values: list[float]) -> str:
     return f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
+
+
+def holm(p: list[float]) -> list[float]:
+    """p-values, corrected for being several (Holm 1979)."""
+    order, out, largest = np.argsort(p, kind="stable"), [0.0] * len(p), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(p) - rank) * p[i]))
+        out[i] = largest
+    return out

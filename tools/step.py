@@ -28,8 +28,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script sees its own folder only
 
+from infra.ranks import RANK
 from local.machine import cores, processor
-from ranks import RANK
 
 SHARE = 0.15  # of the GPU, for each vLLM
 PHASES = "sample", "score", "advantage", "update", "sync"
@@ -94,13 +94,15 @@ def turn(report: dict) -> None:
 
 def ours(args: argparse.Namespace) -> None:
     """train.fit itself."""
-    import model
     import policy
     import train
-    from checkpoint import Log, NoCheckpoints
+    import update
     from config import TrainConfig
+    from infra import pretrained, prompts
+    from infra.log import Log
+    from infra.ranks import join
+    from infra.resume import NoCheckpoints
     from local import models
-    from ranks import join
     from rewards import Channel, Example, Task
     from rollout import Decoding, Sampler, VLLMEngine
 
@@ -118,9 +120,9 @@ def ours(args: argparse.Namespace) -> None:
             pass
 
     name = str(models.resolve(args.model))
-    path, tokenizer, stops, *_ = model.describe(name, args.response_tokens)
+    path, tokenizer, stops, *_ = pretrained.describe(name, args.response_tokens)
     texts = make_prompts(tokenizer, args.prompts, args.prompt_tokens)
-    prompts = [model.Prompt(tokenizer(text).input_ids, Example([{"role": "user", "content": text}])) for text in texts]
+    prompts = [prompts.Prompt(tokenizer(text).input_ids, Example([{"role": "user", "content": text}])) for text in texts]
     config = TrainConfig(prompts=args.prompts, group=args.group, steps=args.steps + 1, lr=1e-6,
                          tokens_per_microbatch=6000 if args.gpu else 16384)  # the two share a GPU
     device = join()
@@ -137,7 +139,7 @@ def ours(args: argparse.Namespace) -> None:
         engine.config.min_new_tokens = args.response_tokens
     task = Task(None, [Channel("vowels", lambda _, responses, references: vowels(responses)),
                        Channel("letters", lambda _, responses, references: letters(responses))])
-    learner = train.Learner(trained, None, train.make_optimizer(trained, config.lr), device)
+    learner = update.Learner(trained, None, update.make_optimizer(trained, config.lr), device)
     train.fit(config, learner, Sampler(engine, task, 0), prompts, Turns(), lambda step: None, NoCheckpoints())
 
 

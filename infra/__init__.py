@@ -1,0 +1,1 @@
+"""What every run needs, and nobody has to read first."""
