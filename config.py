@@ -1,4 +1,4 @@
-"""The options of train.py, and those that it shares with eval.py, a line each: name, type, default, bounds, help.
+"""The options of train.py and of eval.py, a line each: name, type, default, bounds, help.
 Nothing here takes long to import, so that --help and a wrong option are answered at once."""
 
 import argparse
@@ -6,11 +6,11 @@ import datetime
 import importlib.util
 import math
 import re
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
-import rewards
+import tasks
 from infra.ranks import RANK, InputError, check_launch
 
 
@@ -26,24 +26,15 @@ class JudgeOptions(BaseModel):
     judge_max_missing: float = Field(0.2, ge=0, le=1, description="stop if a larger share of verdicts is missing")
 
 
-class TaskOptions(NamedTuple):  # what a task may ask of the command line: its function `task` is given this
-    task: str
-    train_data: str | None
-    test_data: str | None
-    judge: JudgeOptions
-    weights: str | None = None
-    subset: str = "full"
-    repeats: int = 4
-    seed: int = 0
-
-
 class Shared(JudgeOptions):  # what both programs have
     model_config = ConfigDict(extra="forbid")
+    trains: ClassVar[bool] = False
     _given: set[str] = PrivateAttr(default_factory=set)  # the options that the command line had
 
     model: str = Field("smollm2", description="smollm2, a hub id, or a directory (a run's, too)")
-    task: str = Field("tools", description=f"{', '.join(rewards.tasks.FILES)}, or a file of your own, such as mine.py")
-    data: str | None = Field(None, description="parquet, JSON, JSONL or CSV in the task's schema; default: public data")
+    task: str = Field("tools", description=f"{', '.join(tasks.FILES)}, or a file of your own, such as mine.py")
+    eval_data: str | None = Field(None, description="held-out prompts, a file in the task's schema; default: public "
+                                                    "data, or, with train.py --data, its last rows")
     engine: Literal["auto", "vllm", "hf"] = Field("auto", description="vllm; hf: transformers' generate, slower; auto: "
                                                                       "vllm where it is installed")
     gpu_memory: float = Field(0.4, ge=0.01, le=1, description="share of a GPU's memory that vLLM may take")
@@ -68,12 +59,12 @@ class Shared(JudgeOptions):  # what both programs have
             if not installed and RANK == 0:
                 print("vLLM is not installed: transformers samples (--engine hf), which is slower")
 
-    def judge_options(self) -> JudgeOptions:
-        return JudgeOptions(**{name: getattr(self, name) for name in JudgeOptions.model_fields})
-
 
 class TrainConfig(Shared):  # the options of train.py
-    eval_data: str | None = Field(None, description="held-out prompts; default with --data: its last rows")
+    trains: ClassVar[bool] = True
+
+    data: str | None = Field(None, description="training prompts: parquet, JSON, JSONL or CSV in the task's schema; "
+                                               "default: public data")
     weights: str | None = Field(None, description="of channels, NAME=NUMBER,...; 0: logged only. Of rubrics: uniform, "
                                                   "category or row")
     agg: Literal["rvpo", "gdpo", "grpo", "explicit", "softmin", "hardmin"] = Field(
@@ -110,8 +101,16 @@ class TrainConfig(Shared):  # the options of train.py
             raise InputError(f"--beta {self.beta}: --agg {self.agg} has no beta; leave it out, or "
                              "choose another --agg")
 
-    def task_options(self) -> TaskOptions:
-        return TaskOptions(self.task, self.data, self.eval_data, self.judge_options(), self.weights)
+
+class EvalConfig(Shared):  # the options of eval.py
+    limit: int | None = Field(None, ge=1, description="only the first rows (bfcl: of each category)")
+    subset: str = Field("full", description="of healthbench: full, hard or consensus")
+    repeats: int = Field(4, ge=1, le=1000, description="of gpqa: answers a question, its choices in another order each")
+    temperature: float | None = Field(None, ge=0, le=100, description="of sampling; default: the task's own")
+    max_tokens: int | None = Field(None, ge=1, description="longest response; default: the task's own")
+    policies: bool = Field(False, description="each policy in runs/NAME/policies, of the run that --model names")
+    gpu_memory: float = Field(0.9, ge=0.01, le=1, description="share of a GPU's memory that vLLM may take")
+
 
 
 # train.py's defaults for --model smollm2: what fits 135M parameters on two cores is no setting for 7B on GPUs.
@@ -181,13 +180,13 @@ def parse(kind: type[Shared], description: str, argv: list[str] | None = None) -
     if given.get("resume", "auto") != "auto":
         return config  # the run's own options count
     config.check()
-    reads = getattr(rewards.task_module(config.task), "OPTIONS", None) or ()
+    reads = getattr(tasks.task_module(config.task), "OPTIONS", None) or ()
     if isinstance(reads, str):
         reads = [reads]
     for name in ("data", "eval_data", "subset", "repeats", *JudgeOptions.model_fields):
         if name in given and name not in reads:
             advice = "leave it out"
-            if config.task not in rewards.tasks.FILES:
+            if config.task not in tasks.FILES:
                 advice += f", or, if its file reads it, say so there: OPTIONS = ({name!r},)"
             raise InputError(f"{option(name)} {given[name]}: the task {config.task} does not use "
                              f"it; {advice}")

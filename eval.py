@@ -13,27 +13,8 @@ goes on, with the same --name, where it broke off.
 
 import sys
 
-from pydantic import Field
-
-from config import Shared, TaskOptions, parse
+from config import EvalConfig, parse
 from infra.ranks import RANK, InputError, join, on_rank_0, run_program
-
-
-class EvalConfig(Shared):
-    """The options of eval.py."""
-
-    limit: int | None = Field(None, ge=1, description="only the first rows (bfcl: of each category)")
-    subset: str = Field("full", description="of healthbench: full, hard or consensus")
-    repeats: int = Field(4, ge=1, le=1000, description="of gpqa: answers a question, its choices in another order each")
-    temperature: float | None = Field(None, ge=0, le=100, description="of sampling; default: the task's own")
-    max_tokens: int | None = Field(None, ge=1, description="longest response; default: the task's own")
-    policies: bool = Field(False, description="each policy in runs/NAME/policies, of the run that --model names")
-    gpu_memory: float = Field(0.9, ge=0.01, le=1, description="share of a GPU's memory that vLLM may take")
-
-    def task_options(self) -> TaskOptions:
-        return TaskOptions(self.task, None, self.data, self.judge_options(), subset=self.subset, repeats=self.repeats,
-                           seed=self.seed)
-
 
 try:  # before torch is imported: a wrong option must not wait for it
     CONFIG = parse(EvalConfig, __doc__) if __name__ == "__main__" else None
@@ -55,6 +36,7 @@ from infra import pretrained
 from infra.log import RunLog
 from infra.prompts import Prompt, dated, encode, may_think, today
 from infra.run_directory import by_step, make_run, versions, write_json
+from tasks import load_prompts, load_task
 
 RESAMPLES, PAIRED_RESAMPLES = 1_000, 10_000
 def metrics(samples: list[dict], averages: dict[str, dict[str, float]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -149,10 +131,10 @@ def evaluate(config: EvalConfig, run: Path, device: torch.device) -> dict[Path, 
     """Everything. Returns {the folder with the results: metrics}, which is `run`, or run/step-N of each policy. Raises
     InputError."""
     paths = kept_policies(config) if config.policies else []
-    task = rewards.load_task(config.task_options())
-    _, examples = rewards.load_prompts(task, config.task, 0, config.limit)
+    task = load_task(config)
+    _, examples = load_prompts(task, config.task, 0, config.limit)
     if not examples:
-        raise InputError(f"{config.data or config.task}: no rows to evaluate on")
+        raise InputError(f"{config.eval_data or config.task}: no rows to evaluate on")
     task.try_out(examples[0])  # a faulty reward is found now, and not after all is sampled
     temperature = task.temperature if config.temperature is None else config.temperature
     max_tokens = config.max_tokens or task.max_tokens

@@ -1,5 +1,5 @@
 """What a task is: its prompts, its reward channels, how responses are scored. The built-in ones are in tasks/; one of
-your own is a file with a function `task(options)` that returns a Task, see examples/polite.py.
+your own is a file with a function `task(config)` that returns a Task, see examples/polite.py.
 
 NaN says that a reward is missing for a response; it is left out, never counted as 0. Model output is data: it is
 parsed, never run.
@@ -7,13 +7,10 @@ parsed, never run.
 
 import contextlib
 import hashlib
-import importlib
-import importlib.util
 import inspect
 import json
 import math
 import re
-import sys
 import traceback
 from collections.abc import Callable
 from numbers import Real
@@ -22,9 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-import tasks
+from infra import chats
 from infra.ranks import InputError
-from tasks import chats
 
 
 class Channel(NamedTuple):  # one reward
@@ -174,26 +170,6 @@ def check_example(example: object, where: str) -> Example:
     return example._replace(messages=messages, tools=chats.tools(example.tools, where))
 
 
-def load_prompts(task: Task, name: str, n_train: int,
-                 n_test: int | None) -> tuple[list[Example], list[Example]]:
-    """What the task trains on and holds out, checked. name: its --task. Raises InputError."""
-    call = f"--task {name}: prompts({n_train}, {n_test})"
-    with users_code(call):
-        made = task.prompts(n_train, n_test)
-    two = isinstance(made, (list, tuple)) and len(made) == 2
-    if not two or isinstance(made[0], Example):
-        raise InputError(f"{call} must return two lists, of training and of held-out examples")
-    checked = []
-    for part, examples in zip(("training", "held-out"), made, strict=True):
-        if not isinstance(examples, (list, tuple)):
-            raise InputError(f"{call}: the {part} examples must be a list of rewards.Example, and "
-                             f"not a {type(examples).__name__}")
-        where = f"--task {name}: {part} example"
-        checked.append([check_example(x, f"{where} {i}") for i, x in enumerate(examples)])
-    train, held_out = checked
-    return train, held_out
-
-
 @contextlib.contextmanager
 def users_code(what: str):
     """What a user wrote runs in this. An exception becomes one InputError that says where it was
@@ -262,36 +238,3 @@ def to_unit(channels: list[Channel], rewards):
     """(..., K) -> (..., K): each channel 0 at its worst and 1 at its best."""
     worst, best = rewards.new_tensor([channel.bounds for channel in channels]).T
     return (rewards - worst) / (best - worst)
-
-
-def task_module(name: str):
-    """The module of a --task: of one in tasks/, or of a file of the user's. Raises InputError."""
-    if name in tasks.FILES:
-        return importlib.import_module(f"tasks.{tasks.FILES[name]}")
-    path = Path(name)
-    if path.suffix != ".py":
-        raise InputError(f"--task {name}: choose one of {', '.join(tasks.FILES)}, or name a file such as mine.py")
-    if not path.is_file():
-        raise InputError(f"--task {name}: there is no such file")
-    # A name that no other module has, for the file may be called json.py or rewards.py.
-    module_name = "rvpo_task_" + re.sub(r"\W", "_", path.stem)
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module  # dataclasses and pickle look for theirs there
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise InputError(f"--task {name} cannot be imported: {type(error).__name__}: {error}") from error
-    return module
-
-
-def load_task(options) -> Task:
-    """The task that the options name. Raises InputError."""
-    make = getattr(task_module(options.task), "task", lambda options: None)
-    with users_code(f"--task {options.task}: task(options)"):
-        task = make(options)
-    if not isinstance(task, Task):
-        raise InputError(f"--task {options.task}: its function `task(options)` must return a rewards.Task")
-    if options.weights:
-        task.weigh(options.weights)
-    return task

@@ -31,8 +31,9 @@ from infra import pretrained, resume, run_directory
 from infra.log import RunLog, open_tracker
 from infra.prompts import Prompt, encode, today
 from infra.signals import catch_signals
-from rewards import Task, load_prompts, load_task, to_unit
+from rewards import Task, to_unit
 from rollout import Decoding, Group, Sampler, VLLMEngine
+from tasks import load_prompts, load_task
 from update import Learner, make_optimizer, update
 
 PHASES = "sample", "score", "advantage", "write", "update", "sync", "save"  # of a step, in metrics.jsonl
@@ -163,7 +164,7 @@ def main(config: TrainConfig) -> None:
     dated = {"date": today(config.date)}  # a run that is resumed has its own
     with resume.open_run(config.model_dump() | dated, config._given) as (run, options, state):
         config = TrainConfig(**options)
-        task = load_task(config.task_options())
+        task = load_task(config)
         wanted = config.steps * config.prompts
         train, held_out = load_prompts(task, config.task, wanted, config.eval_prompts)
         if not train:

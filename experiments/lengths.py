@@ -7,8 +7,8 @@ import sys
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import rewards
-from config import JudgeOptions, TaskOptions
+import tasks
+from config import EvalConfig
 from infra.ranks import InputError
 from rewards import Example
 from tasks import rows
@@ -41,9 +41,9 @@ LENGTHS = {
 
 def read_examples(task: str, path: str) -> list[Example]:
     """By the task's own reader. Raises InputError."""
-    module = rewards.task_module(task)
+    module = tasks.task_module(task)
     if task == "gpqa":
-        return module.task(TaskOptions(task, None, path, JudgeOptions())).load(None)
+        return module.task(EvalConfig(task=task, eval_data=path)).load(None)
     if not hasattr(module, "from_row"):
         raise InputError(f"--eval-data {path}: the rows of {task} come from a package, and are counted already")
     extra = {"by_title": False} if task.startswith("rar-") else {}
@@ -52,7 +52,7 @@ def read_examples(task: str, path: str) -> list[Example]:
 
 def judged(task: str, example: Example) -> list[str]:
     """The items that the task would have a judge decide."""
-    module, items = rewards.task_module(task), []
+    module, items = tasks.task_module(task), []
     kind = module.HealthBench if task == "healthbench" else module.Rubrics
     judge = SimpleNamespace(start=lambda messages, responses, texts: items.extend(texts))
     kind.start(SimpleNamespace(judge=judge), example, [])

@@ -59,7 +59,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-import rewards
+import tasks
 from eval import EvalConfig
 from infra.resume import MAY_CHANGE
 from infra.run_directory import by_step, evaluations, finished
@@ -103,7 +103,7 @@ def words(given: dict) -> list[str]:
 
 def judge_options(args: argparse.Namespace, task: str, **others: str | None) -> dict:
     """Of the command line, if the task has a judge. others: what counts instead, if given. Raises InputError."""
-    if "judge_url" not in rewards.task_module(task).OPTIONS:
+    if "judge_url" not in tasks.task_module(task).OPTIONS:
         return {}
     given = {name: others.get(name) or getattr(args, name, None) for name in JudgeOptions.model_fields}
     if args.commands or args.table:

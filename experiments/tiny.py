@@ -67,7 +67,7 @@ def options(experiment: dict) -> dict[str, dict]:
     small = {"engine": "hf", "max_tokens": 8}
     return {"train": small | {"model": models.tiny(), "data": train, "prompts": 4, "group": 4, "steps": 3, "lr": 1e-3,
                               "eval_every": 2, "eval_prompts": 1, "save_every": 1},
-            "eval": small | ({"data": evaluate} if evaluate else {}) | {"limit": 4 if evaluate else 1}}
+            "eval": small | ({"eval_data": evaluate} if evaluate else {}) | {"limit": 4 if evaluate else 1}}
 
 
 @contextlib.contextmanager

@@ -140,8 +140,8 @@ def right_format(prompts: list[str], responses: list[str], references: list[str]
 
 
 class BFCL(Task):
-    def __init__(self, options):
-        super().__init__(rows.only_evaluated(options.task, self.load),
+    def __init__(self, config):
+        super().__init__(rows.only_evaluated(self.load),
                          [Channel("correct", correct), Channel("format", right_format)])
         self.rows = {category: read(category) for category in NON_LIVE + LIVE}
 
@@ -168,5 +168,5 @@ class BFCL(Task):
                 "live AST": {c: size / sum(live_ast.values()) for c, size in live_ast.items()}}
 
 
-def task(options) -> Task:
-    return BFCL(options)
+def task(config) -> Task:
+    return BFCL(config)

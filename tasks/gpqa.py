@@ -13,7 +13,7 @@ from infra.ranks import InputError
 from rewards import Channel, Example, Task, answer
 from tasks import rows
 
-OPTIONS = "data", "repeats"
+OPTIONS = "eval_data", "repeats"
 URL = "https://openaipublic.blob.core.windows.net/simple-evals/gpqa_diamond.csv"
 PROMPT = """\
 Choose the right answer to this question. Reason step by step first. Then end with a line 'Answer: $LETTER' (no quotes),
@@ -45,10 +45,10 @@ def answered(prompts: list[str], responses: list[str], references: list[str]) ->
 class GPQA(Task):
     temperature, max_tokens = 0.5, 2048
 
-    def __init__(self, options):
-        super().__init__(rows.only_evaluated(options.task, self.load),
+    def __init__(self, config):
+        super().__init__(rows.only_evaluated(self.load),
                          [Channel("accuracy", accuracy), Channel("answered", answered)])
-        self.path, self.repeats, self.seed = options.test_data or URL, options.repeats, options.seed
+        self.path, self.repeats, self.seed = config.eval_data or URL, config.repeats, config.seed
 
     def load(self, n: int | None) -> list[Example]:
         """A row's examples, one after another. As in simple-evals the rows are repeated, and then each gets its
@@ -74,5 +74,5 @@ class GPQA(Task):
                 {"letter": letter(response), "correct": example.reference, "base64": encoded})
 
 
-def task(options) -> Task:
-    return GPQA(options)
+def task(config) -> Task:
+    return GPQA(config)

@@ -8,12 +8,13 @@ from typing import NamedTuple
 import numpy as np
 
 from config import JudgeOptions
+from infra import chats
 from infra.ranks import InputError
 from rewards import Channel, Example, Task
-from tasks import chats, rows
+from tasks import rows
 from tasks.rubrics import Judged
 
-OPTIONS = "data", "subset", *JudgeOptions.model_fields
+OPTIONS = "eval_data", "subset", *JudgeOptions.model_fields
 _BLOB = "https://openaipublic.blob.core.windows.net/simple-evals/healthbench/"
 SUBSETS = {"full": _BLOB + "2025-05-07-06-14-12_oss_eval.jsonl", "hard": _BLOB + "hard_2025-05-08-21-00-10.jsonl",
            "consensus": _BLOB + "consensus_2025-05-09-20-00-46.jsonl"}
@@ -57,12 +58,12 @@ class HealthBench(Judged):
     temperature, max_tokens, clip = 0.5, 2048, True
     limited = "rows_missing", "the rows have a verdict"
 
-    def __init__(self, options):
-        if options.subset not in SUBSETS:
-            raise InputError(f"--subset {options.subset}: choose one of {', '.join(SUBSETS)}")
-        self.path = options.test_data or SUBSETS[options.subset]
-        self.prompts = rows.only_evaluated(options.task, self.load)
-        super().__init__(options, explain=True)
+    def __init__(self, config):
+        if config.subset not in SUBSETS:
+            raise InputError(f"--subset {config.subset}: choose one of {', '.join(SUBSETS)}")
+        self.path = config.eval_data or SUBSETS[config.subset]
+        self.prompts = rows.only_evaluated(self.load)
+        super().__init__(config, explain=True)
 
     def load(self, n: int | None) -> list[Example]:
         examples = rows.read(self.path, from_row)[:n]
@@ -90,5 +91,5 @@ class HealthBench(Judged):
         return super().report(rewards) | {"rows_missing": np.mean([np.isnan(x).any() for x in rewards])}
 
 
-def task(options) -> Task:
-    return HealthBench(options)
+def task(config) -> Task:
+    return HealthBench(config)

@@ -56,8 +56,8 @@ def prompts(n_train: int, n_test: int | None) -> tuple[list[Example], list[Examp
     return (examples(n_train, "train", draw=example), examples(200 if n_test is None else n_test, "test", draw=example))
 
 
-def task(options) -> Task:
-    limit, most = LIMITS[options.task], 1 if options.task == "reply-capped" else 3
+def task(config) -> Task:
+    limit, most = LIMITS[config.task], 1 if config.task == "reply-capped" else 3
 
     def channel(name: str) -> Channel:
         def fn(prompts: list[str], responses: list[str], references: list[str]) -> list[float]:

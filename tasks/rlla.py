@@ -4,9 +4,10 @@
 import re
 from collections import Counter
 
+from infra import chats
 from infra.ranks import InputError
 from rewards import Channel, Example, Task
-from tasks import chats, rows
+from tasks import rows
 from tasks.tools import tool_calls
 
 OPTIONS = "data", "eval_data"
@@ -101,6 +102,6 @@ def correctness(prompts: list[str], responses: list[str], references: list[str])
     return out
 
 
-def task(options) -> Task:
-    return Task(rows.prompts(options, PUBLIC, from_row),
+def task(config) -> Task:
+    return Task(rows.prompts(config, PUBLIC, from_row),
                 [Channel("format", format_reward), Channel("correctness", correctness, 3.0, (-3.0, 3.0))])

@@ -109,20 +109,22 @@ def read(path: str, from_row: Callable[[dict, str], Example]) -> list[Example]:
     return [from_row(row, f"{path}: row {i}") for i, row in enumerate(read_rows(path))]
 
 
-def prompts(options, public: str | None, from_row: Callable[[dict, str], Example]) -> Callable:
-    """A Task's `prompts`, from the files that config.TaskOptions name, or else the public data (a path with {split},
+def prompts(config, public: str | None, from_row: Callable[[dict, str], Example]) -> Callable:
+    """A Task's `prompts`, from the files that the configuration names, or else the public data (a path with {split},
     train or test). Of training data alone the last n_test rows are held out. All others train, whatever n_train is, for
     the steps draw from all of them; 0: they are not read."""
+    train_data = config.data if config.trains else None
+
     def load(n_train: int | None, n_test: int | None) -> tuple[list[Example], list[Example]]:
-        if not public and not options.train_data and (n_train != 0 or not options.test_data):
-            raise InputError(f"--task {options.task} needs --data FILE, see docs/rubrics.md for its schema")
-        train_path = options.train_data or (public and public.format(split="train"))
-        if options.train_data and not options.test_data:
+        if not public and not train_data and (n_train != 0 or not config.eval_data):
+            raise InputError(f"--task {config.task} needs {'--data' if config.trains else '--eval-data'} FILE, see docs/rubrics.md for its schema")
+        train_path = train_data or (public and public.format(split="train"))
+        if train_data and not config.eval_data:
             rows = read(train_path, from_row)
             cut = max(0, len(rows) - n_test)
             train, held_out = rows[:cut], rows[cut:]
         else:
-            test_path = options.test_data or public.format(split="test")
+            test_path = config.eval_data or public.format(split="test")
             held_out = read(test_path, from_row)[:n_test]
             if not held_out and n_test != 0:
                 raise InputError(f"{test_path} has no rows to evaluate on")
@@ -135,12 +137,9 @@ def prompts(options, public: str | None, from_row: Callable[[dict, str], Example
     return load
 
 
-def only_evaluated(task: str, load: Callable[[int | None], list[Example]]) -> Callable:
+def only_evaluated(load: Callable[[int | None], list[Example]]) -> Callable:
     """A benchmark's `prompts`. load: (n_test) -> examples."""
-    def held_out(n_train: int | None, n_test: int | None) -> tuple[list[Example], list[Example]]:
-        if n_train != 0:
-            raise InputError(f"--task {task}: a benchmark is not for training; use eval.py --task {task}, and train on "
-                             "another task")
+    def held_out(n_train: int, n_test: int | None) -> tuple[list[Example], list[Example]]:
         return [], load(n_test)
 
     return held_out

@@ -10,9 +10,10 @@ from typing import NamedTuple
 import numpy as np
 
 from config import JudgeOptions
+from infra import chats
 from infra.ranks import InputError
 from rewards import Channel, Example, Task, answer
-from tasks import chats, rows
+from tasks import rows
 from tasks.judge import Judge
 
 OPTIONS = "data", "eval_data", *JudgeOptions.model_fields
@@ -74,15 +75,14 @@ class Judged(Task):
 
     limited = "missing", "the judge's verdicts are"  # by --judge-max-missing: a share in the report, and what it is of
 
-    def __init__(self, options, explain: bool = False):
+    def __init__(self, config, explain: bool = False):
         """explain: the judge gives a reason before each verdict."""
-        wanted = options.judge
-        if not re.match(r"https?://[^/\s]+", wanted.judge_url or ""):
-            raise InputError(f"--judge-url {wanted.judge_url}: --task {options.task} needs a judge; name an "
+        if not re.match(r"https?://[^/\s]+", config.judge_url or ""):
+            raise InputError(f"--judge-url {config.judge_url}: --task {config.task} needs a judge; name an "
                              "OpenAI-compatible endpoint, such as http://localhost:8000/v1")
-        if not wanted.judge_model:
+        if not config.judge_model:
             raise InputError("--judge-model: name the judge's model as its endpoint calls it")
-        self.judge, self.max_missing = Judge(wanted, explain), wanted.judge_max_missing
+        self.judge, self.max_missing = Judge(config, explain), config.judge_max_missing
 
     def try_out(self, example: Example) -> None:
         """Raises InputError if the judge does not answer a question."""
@@ -116,10 +116,10 @@ class Rubrics(Judged):
 
     weights = "uniform"  # or each category's, or each row's
 
-    def __init__(self, options):
-        by_title = options.task not in PUBLIC  # RaR's titles are others in every row
-        self.prompts = rows.prompts(options, PUBLIC.get(options.task), functools.partial(from_row, by_title=by_title))
-        super().__init__(options)
+    def __init__(self, config):
+        by_title = config.task not in PUBLIC  # RaR's titles are others in every row
+        self.prompts = rows.prompts(config, PUBLIC.get(config.task), functools.partial(from_row, by_title=by_title))
+        super().__init__(config)
 
     def weigh(self, text: str) -> None:
         if text not in WEIGHTS:
@@ -149,5 +149,5 @@ class Rubrics(Judged):
         return scores, {"response": response, "rewards": dict(zip(texts, rewards.tolist(), strict=True))}
 
 
-def task(options) -> Task:
-    return Rubrics(options)
+def task(config) -> Task:
+    return Rubrics(config)

@@ -120,7 +120,7 @@ def prompts(n_train: int, n_test: int | None) -> tuple[list[Example], list[Examp
     return examples(n_train, "train"), examples(200 if n_test is None else n_test, "test")
 
 
-def task(options) -> Task:
+def task(config) -> Task:
     names = "format", "tool", "arg_names", "arg_values", "no_invented", "clean", "brief"
     made = Task(prompts, [Channel(name, lambda _, *pairs, name=name: [values(*pair)[name] for pair in
                                                                       zip(*pairs, strict=True)]) for name in names])

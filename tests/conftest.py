@@ -24,7 +24,7 @@ def _on_rank(environ: dict, module: str, *args: Path) -> None:
     os.environ |= environ
     torch.set_num_threads(1)
     torch._C._set_print_stack_traces_on_fatal_signal(True)
-    importlib.import_module("ranks").run_program(importlib.import_module(module).main, *args)  # only now: it reads the environment
+    importlib.import_module("infra.ranks").run_program(importlib.import_module(module).main, *args)  # only now: it reads the environment
 
 
 def on_ranks(total: int, node: int, *args: Path, module: str = "updates") -> None:
@@ -132,9 +132,9 @@ def graded(monkeypatch):
 
 def set_channels(monkeypatch, channels: list, name: str = "tools") -> None:
     """These in place of a task's own."""
-    import rewards
+    import tasks
 
-    module = rewards.task_module(name)
+    module = tasks.task_module(name)
     make = module.task
 
     def task(options):

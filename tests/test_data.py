@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 import rewards
-from config import JudgeOptions, TaskOptions
+from config import TrainConfig
 from infra.ranks import InputError
 from tasks import rlla, rows, rubrics, tools
 
@@ -57,7 +57,7 @@ def test_a_thought_about_tags_is_no_tag(tmp_path):
     thought = CALL.replace(" t ", " I put the call between <tool_call> tags, and no <response>. ")
     (tmp_path / "a.json").write_text(json.dumps([{**ROW, "reward_model": {"ground_truth": thought}}]))
     example, = rows.read(str(tmp_path / "a.json"), rlla.from_row)
-    assert rlla.task(TaskOptions("rlla", None, None, JudgeOptions())).start(example, [CALL])().tolist() == [[1, 3]]
+    assert rlla.task(TrainConfig(task="rlla")).start(example, [CALL])().tolist() == [[1, 3]]
 
 
 @pytest.mark.parametrize(("row", "message"), [
@@ -87,7 +87,7 @@ def load(task: str, train_data, test_data, n_train: int | None, n_test: int | No
     """What a task of files trains on and holds out."""
     from_row = rlla.from_row if task == "rlla" else functools.partial(rubrics.from_row, by_title=task == "rubric")
     public = {"rlla": rlla.PUBLIC, **rubrics.PUBLIC}.get(task)
-    return rows.prompts(TaskOptions(task, train_data and str(train_data), test_data and str(test_data), JudgeOptions()), public, from_row)(n_train, n_test)
+    return rows.prompts(TrainConfig(task=task, data=train_data and str(train_data), eval_data=test_data and str(test_data)), public, from_row)(n_train, n_test)
 
 
 # Chats
@@ -208,7 +208,7 @@ def judged(monkeypatch):
             return lambda: np.array([[math.nan if "f" in item.split() else 1.0 for item in items]] * len(responses))
 
     monkeypatch.setattr(rubrics, "Judge", lambda options, explain: Yes())
-    return rubrics.task(TaskOptions("rar-medicine", None, None, JudgeOptions(judge_url="http://h/v1", judge_model="m")))
+    return rubrics.task(TrainConfig(task="rar-medicine", judge_url="http://h/v1", judge_model="m"))
 
 
 def test_rubric_categories_weights_and_pitfalls(tmp_path, judged):

@@ -24,7 +24,7 @@ import eval as evaluation
 import local.hf
 import rollout
 import tools.compare as comparison
-from config import JudgeOptions, TaskOptions, parse
+from config import EvalConfig, parse
 from infra import prompts
 from infra.ranks import InputError
 from local import hf
@@ -47,8 +47,8 @@ def evaluate(monkeypatch, tmp_path, tiny):
     return run
 
 
-def options(task: str, path=None, **others) -> TaskOptions:
-    return TaskOptions(task, None, path and str(path), JudgeOptions(), **others)
+def options(task: str, path=None, **others) -> EvalConfig:
+    return EvalConfig(task=task, eval_data=path and str(path), **others)
 
 
 def records(task: Task, examples: list[Example], texts: list[str]) -> list[dict]:
@@ -83,7 +83,7 @@ HEALTH = [
 
 def of_healthbench(tmp_path, server) -> list:
     (tmp_path / "h.jsonl").write_text("\n".join(map(json.dumps, HEALTH)))
-    return ["--task", "healthbench", "--data", "h.jsonl", "--max-tokens", 8, "--judge-url", server.url, "--judge-model", "m"]
+    return ["--task", "healthbench", "--eval-data", "h.jsonl", "--max-tokens", 8, "--judge-url", server.url, "--judge-model", "m"]
 
 
 def test_healthbench(evaluate, tmp_path):
@@ -132,7 +132,7 @@ def test_rubrics_are_evaluated_like_any_task(evaluate, tmp_path):
     server = Server(lambda body, n: json.dumps(dict.fromkeys(names(body), True)))
     rubric = [{"description": "a", "weight": 5}, {"description": "b", "weight": -1}, {"description": "c", "weight": 4}, {"description": "d"}]
     (tmp_path / "r.jsonl").write_text("\n".join(json.dumps({"question": question, "rubric": rubric}) for question in "qr"))
-    results, samples = evaluate("--task", "rar-science", "--data", "r.jsonl", "--limit", 1, "--max-tokens", 4, "--judge-url", server.url, "--judge-model", "m")
+    results, samples = evaluate("--task", "rar-science", "--eval-data", "r.jsonl", "--limit", 1, "--max-tokens", 4, "--judge-url", server.url, "--judge-model", "m")
     assert [sample["scores"] for sample in samples] == [{"joint": 0, "essential": 1, "pitfall": 0, "important": 1}]
     assert samples[0]["responses"][0]["rewards"] == {"1 a": 1, "2 b": 0, "3 c": 1, "4 d": 1}
     assert results["judge"]["missing"] == 0 and results["judge"]["requests"] == 4 and results["settings"]["judge_model"] == "m"
@@ -179,7 +179,7 @@ def test_gpqa_items_are_not_published(evaluate, monkeypatch, tmp_path):
     (tmp_path / "g.csv").write_text(GPQA)
     answer = "Secret two? is right2. Answer: A"
     monkeypatch.setattr(local.hf, "make_response", lambda tokens, logp, finish, *rest: rollout.Response(tokens, logp, [], finish, answer))
-    results, samples = evaluate("--task", "gpqa", "--data", "g.csv", "--max-tokens", 4, "--repeats", 2)
+    results, samples = evaluate("--task", "gpqa", "--eval-data", "g.csv", "--max-tokens", 4, "--repeats", 2)
     for file in (tmp_path / "runs/a").iterdir():
         assert not any(secret in file.read_text() for secret in ("Secret", "right", "w1", "x2"))
     assert base64.b64decode(samples[1]["responses"][0]["base64"]).decode() == answer
@@ -429,7 +429,7 @@ def test_trained_tasks_and_the_command(evaluate, tiny, tmp_path):
     assert list(samples[1]["scores"].values())[1:] == answer.tolist() and samples[1]["responses"][0]["reference"] == example.reference
     row = {"prompt": example.messages, "reward_model": {"ground_truth": "<think> t </think>\n" + example.reference.rpartition("</think>\n")[2]}}
     (tmp_path / "rlla.json").write_text(json.dumps([row] * 2))
-    command = [sys.executable, ROOT / "eval.py", "--model", tiny, "--engine", "hf", "--task", "rlla", "--data", "rlla.json", "--max-tokens", "8"]
+    command = [sys.executable, ROOT / "eval.py", "--model", tiny, "--engine", "hf", "--task", "rlla", "--eval-data", "rlla.json", "--max-tokens", "8"]
     out = subprocess.run([*command, "--name", "b"], cwd=tmp_path, capture_output=True, text=True)
     assert out.returncode == 0 and "correctness  -3.000 (0.000)  n=2" in out.stdout, out.stderr[-2000:]
     out = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *command[1:], "--name", "c"], cwd=tmp_path,
@@ -620,11 +620,11 @@ def test_part_of_what_torchrun_sets(script, given, message):
 
 @pytest.mark.parametrize(("args", "message"), [
     (["--task", "x"], "--task x"), (["--task", "healthbench"], "needs a judge"),
-    (["--task", "healthbench", "--judge-url", "x", "--judge-model", "m", "--subset", "easy"], "--subset easy: choose one of full, hard, consensus"), (["--task", "tools", "--data", "x"], "--data x: the task tools does not use it"), (["--task", "bfcl", "--data", "x"], "does not use it"), (["--task", "gpqa", "--subset", "hard"], "does not use it"),
-    (["--task", "gpqa", "--data", "x.csv"], "x.csv cannot be read"), (["--task", "gpqa", "--repeats", 0], "--repeats 0"), (["--task", "tools", "--temperature", -2], "--temperature -2"),
+    (["--task", "healthbench", "--judge-url", "x", "--judge-model", "m", "--subset", "easy"], "--subset easy: choose one of full, hard, consensus"), (["--task", "tools", "--eval-data", "x"], "--data x: the task tools does not use it"), (["--task", "bfcl", "--eval-data", "x"], "does not use it"), (["--task", "gpqa", "--subset", "hard"], "does not use it"),
+    (["--task", "gpqa", "--eval-data", "x.csv"], "x.csv cannot be read"), (["--task", "gpqa", "--repeats", 0], "--repeats 0"), (["--task", "tools", "--temperature", -2], "--temperature -2"),
     (["--task", "tools", "--max-tokens", -5], "--max-tokens -5"), (["--task", "tools", "--max-tokens", 4000], "has room for 96"), (["--task", "tools", "--limit", -1], "--limit -1"),
     (["--task", "tools", "--model", "./nothing"], "no such file"), (["--tasks", "tools"], "unrecognized arguments: --tasks"),
-    (["--task", "healthbench", "--data", "h.jsonl", "--judge-url", "http://127.0.0.1:9/v1", "--judge-model", "m"], "cannot be used: "),
+    (["--task", "healthbench", "--eval-data", "h.jsonl", "--judge-url", "http://127.0.0.1:9/v1", "--judge-model", "m"], "cannot be used: "),
 ])
 def test_bad_input(evaluate, monkeypatch, tmp_path, args, message):
     (tmp_path / "h.jsonl").write_text("\n".join(map(json.dumps, HEALTH)))

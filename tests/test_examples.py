@@ -3,15 +3,15 @@
 import numpy as np
 from conftest import ROOT
 
-import rewards
-from config import JudgeOptions, TaskOptions
+import tasks
+from config import TrainConfig
 
 POLITE = ROOT / "examples" / "polite.py"
 
 
 def test_polite_is_a_whole_task():
     assert len(POLITE.read_text().splitlines()) <= 20
-    task = rewards.load_task(TaskOptions(str(POLITE), None, None, JudgeOptions(), "short=0.5"))
+    task = tasks.load_task(TrainConfig(task=str(POLITE), weights="short=0.5"))
     train, held_out = task.prompts(None, None)
     assert len(train) == 6 and len(held_out) == 2 and not {str(e) for e in train} & {str(e) for e in held_out}
     assert [len(part) for part in task.prompts(4, 1)] == [4, 1] and task.prompts(0, 1)[0] == []

@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 
 import rewards
-from config import JudgeOptions, TaskOptions
+from config import TrainConfig
 from infra.ranks import InputError
 from tasks import rlla, rows, rubrics, tools
 from tasks.verdicts import judge_prompt, parse_verdicts
@@ -71,7 +71,7 @@ def long(rng: random.Random) -> str:
                        '<tool_call>{"name": "a", "parameters": ' + many + "</tool_call>", '{"criterion_1": ' + many])
 
 
-TOOLS, RLLA = (module.task(TaskOptions("x", None, None, JudgeOptions())).channels(None) for module in (tools, rlla))
+TOOLS, RLLA = (module.task(TrainConfig(task="x")).channels(None) for module in (tools, rlla))
 
 
 def score(channels: list[rewards.Channel], said: str, reference: str) -> np.ndarray:

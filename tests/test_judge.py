@@ -19,7 +19,7 @@ from conftest import ROOT
 from judge_server import Server, graded, names
 from test_train import TINY, read, run
 
-from config import JudgeOptions, TaskOptions
+from config import JudgeOptions, TrainConfig
 from infra import pretrained
 from infra.ranks import InputError
 from rewards import Example
@@ -141,7 +141,7 @@ def test_concurrency_is_bounded_and_used():
 
 def test_pitfalls_are_asked_as_mistakes_and_inverted():
     server = Server(lambda body, n: graded(body) if n <= 7 else (400, "no"))
-    task = rubrics.task(TaskOptions("rubric", None, None, settings(server.url)))
+    task = rubrics.task(TrainConfig(task="rubric", judge_url=server.url, judge_model="m"))
     task.try_out(None)  # asks one question
     example = Example(CHAT, criteria=tuple(rubrics.Criterion(text, kind, kind) for text, kind in (("a", "essential"), ("Fails to b", "pitfall"), ("c", "optional"))))
     assert task.start(example, ["meets 1 2", "meets 3"])().tolist() == [[1, 0, 0], [0, 1, 1]]
@@ -154,7 +154,7 @@ def test_pitfalls_are_asked_as_mistakes_and_inverted():
 def test_a_judge_sees_answers_and_no_thoughts():
     """Nor an answer where a thought was cut off. An opening of the assistant's is the response's beginning."""
     server = Server(lambda body, n: graded(body))
-    task = rubrics.task(TaskOptions("rubric", None, None, settings(server.url)))
+    task = rubrics.task(TrainConfig(task="rubric", judge_url=server.url, judge_model="m"))
     criteria = (rubrics.Criterion("a", "essential", "essential"),)
 
     def shown(*responses: str, chat=CHAT) -> list[str]:

@@ -64,7 +64,7 @@ def test_where_vllm_is_not_installed_transformers_samples(monkeypatch, capsys):
     ("sys.exit('error: no')", 1, "error: no\n"), ("raise KeyboardInterrupt", 130, "stopped by Ctrl-C\n"), ("1 / 0", 1, None)])
 def test_a_program_ends_with_the_code_that_it_means(work, code, said):
     """Also where a library would crash while Python is taken down."""
-    lines = f"import atexit, os, sys\nimport ranks\natexit.register(os.abort)\ndef work():\n    {work}\nprint('begun')\nranks.run_program(work)\n"
+    lines = f"import atexit, os, sys\nfrom infra import ranks\natexit.register(os.abort)\ndef work():\n    {work}\nprint('begun')\nranks.run_program(work)\n"
     done = subprocess.run([sys.executable, "-c", lines], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (code, "begun\n")
     assert done.stderr == said if said is not None else "Traceback" in done.stderr

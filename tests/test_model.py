@@ -170,7 +170,7 @@ def test_a_run_that_is_not_finished(tmp_path):
 
 
 def test_the_hub_out_of_reach_is_one_sentence():
-    code = "import model; pretrained.resolve('nobody/nothing')"
+    code = "from infra import pretrained; pretrained.resolve('nobody/nothing')"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
                             env={"HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "HOME": "/nonexistent"})
     assert "InputError: --model nobody/nothing: no such directory, and the hub did not deliver it" in result.stderr

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 
 import rewards
-from config import JudgeOptions, TaskOptions
+import tasks
+from config import TrainConfig
 from tasks import reply
 
 
 def of(name: str) -> rewards.Task:
-    return rewards.load_task(TaskOptions(name, None, None, JudgeOptions()))
+    return tasks.load_task(TrainConfig(task=name))
 
 
 @pytest.mark.parametrize("response, expected", [

@@ -262,7 +262,7 @@ def test_torchrun_starts_again_when_a_rank_dies(tmp_path):
 def test_a_late_rank_without_a_name(tmp_path):
     """It has the time of two seconds later in its own default name: the run is still one, and can be resumed. What would
     abort while the interpreter is taken down does not make a failure of it."""
-    (tmp_path / "late.py").write_text("import atexit, os, ranks, time\natexit.register(os.abort)\ntime.sleep(2.2 * ranks.RANK)\n" + GRADED)
+    (tmp_path / "late.py").write_text("import atexit, os, time\nfrom infra import ranks\natexit.register(os.abort)\ntime.sleep(2.2 * ranks.RANK)\n" + GRADED)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
     options = {"cwd": tmp_path, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
     process = subprocess.Popen([*launcher, *TINY, "--task", "late.py", "--max-tokens", "8", "--save-every", "1", "--steps", "15"], **options)

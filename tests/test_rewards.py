@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 import rewards
-from config import JudgeOptions, TaskOptions
+import tasks
+from config import TrainConfig
 from infra.ranks import InputError
 from rewards import Channel, Example, Task
 from tasks import rlla, tools
@@ -75,7 +76,7 @@ def test_format_takes_linear_time():
     assert rlla.format_reward([""], [soup], [CALL]) == [1] and tools.values(soup, CALL)["format"] == 0
 
 
-CHANNELS = {name: module.task(TaskOptions(name, None, None, JudgeOptions())).channels(None) for name, module in (("tools", tools), ("rlla", rlla))}
+CHANNELS = {name: module.task(TrainConfig(task=name)).channels(None) for name, module in (("tools", tools), ("rlla", rlla))}
 NAMES = [channel.name for channel in CHANNELS["tools"]]
 QUESTION = [{"role": "user", "content": "q"}]
 
@@ -142,7 +143,7 @@ def test_weights():
 def test_a_bad_task_file_is_named(tmp_path, code, message):
     (tmp_path / "mine.py").write_text(code)
     with pytest.raises(InputError, match=f"--task .*mine.py.*{message}"):
-        rewards.load_task(TaskOptions(str(tmp_path / "mine.py"), None, None, JudgeOptions()))
+        tasks.load_task(TrainConfig(task=str(tmp_path / "mine.py")))
 
 
 OWN = """
@@ -174,8 +175,8 @@ def of_own(tmp_path, prompts: str = "([GOOD], [])", channels: str = "[Channel('a
     """A task of this file, and its prompts."""
     path = tmp_path / name
     path.write_text(OWN.replace("PROMPTS", prompts).replace("CHANNELS", channels))
-    task = rewards.load_task(TaskOptions(str(path), None, None, JudgeOptions()))
-    return task, rewards.load_prompts(task, path.name, 4, 2)
+    task = tasks.load_task(TrainConfig(task=str(path)))
+    return task, tasks.load_prompts(task, path.name, 4, 2)
 
 
 @pytest.mark.parametrize(("prompts", "message"), [
@@ -215,7 +216,7 @@ def test_mistakes_in_the_channels_are_named(tmp_path, channels, message):
 def test_a_task_file_that_raises_is_named(tmp_path):
     (tmp_path / "mine.py").write_text("def task(options):\n    open('no data')")
     with pytest.raises(InputError, match=r"mine.py: task\(options\) raised FileNotFoundError: .*'no data' \(mine.py, line 2\)"):
-        rewards.load_task(TaskOptions(str(tmp_path / "mine.py"), None, None, JudgeOptions()))
+        tasks.load_task(TrainConfig(task=str(tmp_path / "mine.py")))
 
 
 @pytest.mark.parametrize("name", ["rewards.py", "json.py", "torch.py", "local.py", "my-task.v2.py"])

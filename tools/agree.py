@@ -175,7 +175,7 @@ def ours_healthbench(case: dict, clip: bool = False, missing: float = math.nan) 
 
 
 def ours_gpqa(case: dict) -> dict[str, str | None]:
-    from config import JudgeOptions, TaskOptions
+    from config import EvalConfig
     from tasks import gpqa
 
     if case["kind"] == "answers":
@@ -183,7 +183,7 @@ def ours_gpqa(case: dict) -> dict[str, str | None]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.csv"
         path.write_text("\n".join([",".join(["Question", *CHOICES]), *["q,0,1,2,3"] * case["rows"]]))
-        task = gpqa.task(TaskOptions("gpqa", None, str(path), JudgeOptions(), repeats=case["repeats"]))
+        task = gpqa.task(EvalConfig(task="gpqa", eval_data=str(path), repeats=case["repeats"]))
         prompts = [example.messages[0]["content"] for example in task.prompts(0, None)[1]]
     return {f"{j // case['repeats']}/{j % case['repeats']}": order(prompt.splitlines()[-4:])
             for j, prompt in enumerate(prompts)}
