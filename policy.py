@@ -28,11 +28,18 @@ from infra.pretrained import has_own_head, refuse_quantized, weights
 from infra.ranks import LOCAL_WORLD, RANK, WORLD, InputError, on_rank_0
 from infra.run_directory import publish
 
-LOGITS = 512, 2048  # tokens whose logits exist at a time, on a CPU and on a GPU: 1.2 GB with 152,000 words
-GQA = {"enable_gqa": True} if torch.__version__ >= (2, 12) else {}  # query heads share keys; 2.11 sees that by itself
+LOGITS = (
+    512,
+    2048,
+)  # tokens whose logits exist at a time, on a CPU and on a GPU: 1.2 GB with 152,000 words
+GQA = (
+    {"enable_gqa": True} if torch.__version__ >= (2, 12) else {}
+)  # query heads share keys; 2.11 sees that by itself
 
 
-class Sequences(NamedTuple):  # who sees whom in a row of S tokens: a prompt itself, a response its prompt and itself
+class Sequences(
+    NamedTuple
+):  # who sees whom in a row of S tokens: a prompt itself, a response its prompt and itself
     at: Tensor  # where in the row the keys are that the sequences see, one sequence after another
     query_ends: Tensor  # int32, cumulated from 0: where each sequence's queries end, S in all,
     key_ends: Tensor  # and its keys in `at`; each query sees those up to itself, aligned at the end
@@ -41,7 +48,9 @@ class Sequences(NamedTuple):  # who sees whom in a row of S tokens: a prompt its
 
 
 class Row(NamedTuple):
-    tokens: Tensor  # (1, S): every prompt, and after it each of its responses without the last token
+    tokens: (
+        Tensor  # (1, S): every prompt, and after it each of its responses without the last token
+    )
     positions: Tensor  # (1, S)
     predictors: Tensor  # (N,): which of the S predicts each response token
     targets: Tensor  # (N,): the response tokens
@@ -71,14 +80,28 @@ def pack(groups: list[tuple[list[int], list[list[int]]]], device: torch.device) 
                 queries.append(len(own))
                 keys.append(p + len(own))
     targets = [token for _, responses in groups for response in responses for token in response]
-    ends = [torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32) for lengths in (queries, keys)]
-    tokens, positions, predictors, targets, at = (torch.tensor(x, dtype=torch.long, device=device)
-                                                  for x in ([tokens], [positions], predictors, targets, at))
-    return Row(tokens, positions, predictors, targets, Sequences(at, *ends, max(queries), max(keys)))
+    ends = [
+        torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32) for lengths in (queries, keys)
+    ]
+    tokens, positions, predictors, targets, at = (
+        torch.tensor(x, dtype=torch.long, device=device)
+        for x in ([tokens], [positions], predictors, targets, at)
+    )
+    return Row(
+        tokens, positions, predictors, targets, Sequences(at, *ends, max(queries), max(keys))
+    )
 
 
-def _prompt_once(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, scaling: float,
-                 sequences: Sequences, **kwargs) -> tuple[Tensor, None]:
+def _prompt_once(
+    module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask,
+    scaling: float,
+    sequences: Sequences,
+    **kwargs,
+) -> tuple[Tensor, None]:
     """Attention as transformers calls it. query (1, H, S, D), key and value (1, fewer H, S, D) -> (1, S, H, D).
 
     A prompt's keys and values are copied for each response: then an ordinary kernel for sequences of different lengths
@@ -86,26 +109,56 @@ def _prompt_once(module, query: Tensor, key: Tensor, value: Tensor, attention_ma
     """
     if query.is_cuda:
         return _attend_on_cuda(query[0], key[0], value[0], scaling, sequences), None
-    return checkpoint(_attend_on_cpu, query[0], key[0], value[0], scaling, sequences, use_reentrant=False), None
+    return checkpoint(
+        _attend_on_cpu, query[0], key[0], value[0], scaling, sequences, use_reentrant=False
+    ), None
 
 
-def _attend_on_cuda(query: Tensor, key: Tensor, value: Tensor, scaling: float, sequences: Sequences) -> Tensor:
+def _attend_on_cuda(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, sequences: Sequences
+) -> Tensor:
     """(H, S, D) -> (1, S, H, D), by FlashAttention's kernel, which wants (S, H, D) in half precision."""
     query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-    return varlen_attn(query, key.index_select(0, sequences.at), value.index_select(0, sequences.at),
-                       sequences.query_ends, sequences.key_ends, sequences.queries, sequences.keys,
-                       scale=scaling, window_size=(-1, 0), **GQA)[None]  # (-1, 0): causal
+    return varlen_attn(
+        query,
+        key.index_select(0, sequences.at),
+        value.index_select(0, sequences.at),
+        sequences.query_ends,
+        sequences.key_ends,
+        sequences.queries,
+        sequences.keys,
+        scale=scaling,
+        window_size=(-1, 0),
+        **GQA,
+    )[None]  # (-1, 0): causal
 
 
-def _attend_on_cpu(query: Tensor, key: Tensor, value: Tensor, scaling: float, sequences: Sequences) -> Tensor:
+def _attend_on_cpu(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, sequences: Sequences
+) -> Tensor:
     """The same, sequence by sequence, in any precision."""
     key, value = (x.index_select(1, sequences.at) for x in (key, value))
-    out, queries, keys = [], sequences.query_ends.diff().tolist(), sequences.key_ends.diff().tolist()
-    for q, k, v in zip(query.split(queries, 1), key.split(keys, 1), value.split(keys, 1), strict=True):
+    out, queries, keys = (
+        [],
+        sequences.query_ends.diff().tolist(),
+        sequences.key_ends.diff().tolist(),
+    )
+    for q, k, v in zip(
+        query.split(queries, 1), key.split(keys, 1), value.split(keys, 1), strict=True
+    ):
         n, seen = q.shape[1], k.shape[1]
         mask = None if n == seen else torch.ones(n, seen, dtype=torch.bool).tril(seen - n)
-        out.append(scaled_dot_product_attention(q[None], k[None], v[None], mask, is_causal=mask is None,
-                                                scale=scaling, enable_gqa=True)[0])
+        out.append(
+            scaled_dot_product_attention(
+                q[None],
+                k[None],
+                v[None],
+                mask,
+                is_causal=mask is None,
+                scale=scaling,
+                enable_gqa=True,
+            )[0]
+        )
     return torch.cat(out, 1).transpose(0, 1)[None]
 
 
@@ -114,7 +167,11 @@ AttentionInterface.register("prompt_once", _prompt_once)
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b, summed and returned in float32 also where a and b are in half precision."""
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda and a.dtype != torch.float32 else a.float() @ b.float()
+    return (
+        torch.mm(a, b, out_dtype=torch.float32)
+        if a.is_cuda and a.dtype != torch.float32
+        else a.float() @ b.float()
+    )
 
 
 class LogProbs(torch.autograd.Function):
@@ -139,13 +196,21 @@ class LogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         hidden, head, targets, total = ctx.saved_tensors
-        grad, d_hidden, d_head = grad / ctx.temperature, [], torch.zeros_like(head, dtype=torch.float32)
-        for h, target, z, g in zip(*(x.split(ctx.size) for x in (hidden, targets, total, grad)), strict=True):
+        grad, d_hidden, d_head = (
+            grad / ctx.temperature,
+            [],
+            torch.zeros_like(head, dtype=torch.float32),
+        )
+        for h, target, z, g in zip(
+            *(x.split(ctx.size) for x in (hidden, targets, total, grad)), strict=True
+        ):
             # d logp / d logits = [token is the target] - its probability; in half precision for the products
             d = product(h, head.T).div_(ctx.temperature).sub_(z[:, None]).exp_().mul_(-g[:, None])
             d = d.scatter_add_(-1, target[:, None], g[:, None]).to(h.dtype)
             d_hidden.append(d @ head)
-            d_head = d_head.addmm_(d.T, h) if d.dtype == torch.float32 else d_head.add_(product(d.T, h))
+            d_head = (
+                d_head.addmm_(d.T, h) if d.dtype == torch.float32 else d_head.add_(product(d.T, h))
+            )
         return torch.cat(d_hidden), d_head, None, None
 
 
@@ -158,17 +223,25 @@ class Policy(nn.Module):
 
     def forward(self, row: Row, temperature: float) -> Tensor:
         """Log-probs (N,) of the responses' tokens at that temperature, float32."""
-        hidden = self.lm.base_model(input_ids=row.tokens, position_ids=row.positions, use_cache=False,
-                                    sequences=row.sequences).last_hidden_state[0]  # (S, H)
+        hidden = self.lm.base_model(
+            input_ids=row.tokens,
+            position_ids=row.positions,
+            use_cache=False,
+            sequences=row.sequences,
+        ).last_hidden_state[0]  # (S, H)
         head = self.lm.get_output_embeddings().weight  # (V, H)
-        return LogProbs.apply(hidden.index_select(0, row.predictors), head, row.targets, temperature)
+        return LogProbs.apply(
+            hidden.index_select(0, row.predictors), head, row.targets, temperature
+        )
 
     def recompute(self, mode: str, tokens: int) -> None:
         """Activations are computed again in the backward pass from now on. mode: on, off, or auto: if those of so many
         tokens, by tools/simulate.py 20 x hidden + 8 x intermediate bytes a layer, would take 0.4 of a GPU or more."""
         c, gpu = self.lm.config, next(self.parameters()).device.type != "cpu"
         kept = tokens * c.num_hidden_layers * (20 * c.hidden_size + 8 * c.intermediate_size)
-        if mode == "on" or (mode == "auto" and gpu and kept > 0.4 * torch.cuda.get_device_properties().total_memory):
+        if mode == "on" or (
+            mode == "auto" and gpu and kept > 0.4 * torch.cuda.get_device_properties().total_memory
+        ):
             self.lm.gradient_checkpointing_enable({"use_reentrant": False})
             self.lm.train()  # transformers recomputes only in this mode; there is no dropout
 
@@ -177,7 +250,9 @@ def make_mesh(device: torch.device) -> DeviceMesh | None:
     """How the policy is sharded: over a node's ranks, with a replica on every node (HSDP). None on one CPU rank."""
     if WORLD == 1 and device.type == "cpu":
         return None
-    mesh = init_device_mesh(device.type, (WORLD // LOCAL_WORLD, LOCAL_WORLD), mesh_dim_names=("replicate", "shard"))
+    mesh = init_device_mesh(
+        device.type, (WORLD // LOCAL_WORLD, LOCAL_WORLD), mesh_dim_names=("replicate", "shard")
+    )
     return mesh if mesh.size(0) > 1 else mesh["shard"]
 
 
@@ -185,8 +260,13 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def load(path: Path, device: torch.device, mesh: DeviceMesh | None = None, dtype: torch.dtype = torch.float32,
-         trained: bool = True) -> Policy:
+def load(
+    path: Path,
+    device: torch.device,
+    mesh: DeviceMesh | None = None,
+    dtype: torch.dtype = torch.float32,
+    trained: bool = True,
+) -> Policy:
     """The checkpoint's weights in `dtype`; each rank reads its own shard, and never holds more. On GPUs a layer is
     gathered and computed in bfloat16, gradients are reduced in float32. Without dropout: the log-probs must be those of
     the policy that sampled. Raises InputError for missing or quantized weights."""
@@ -195,8 +275,9 @@ def load(path: Path, device: torch.device, mesh: DeviceMesh | None = None, dtype
     if has_own_head(path):
         config.tie_word_embeddings = False  # as transformers does it; saved checkpoints say so
     with init_empty_weights(include_buffers=False):
-        lm = AutoModelForCausalLM.from_config(config, dtype=dtype,
-                                              attn_implementation="prompt_once")
+        lm = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation="prompt_once"
+        )
     lm.tie_weights()
     for module in lm.modules():
         if isinstance(module, nn.Dropout):
@@ -207,7 +288,12 @@ def load(path: Path, device: torch.device, mesh: DeviceMesh | None = None, dtype
         # What is gathered for a forward is given up after it, but for embeddings and head, if a backward needs them.
         precision = MixedPrecisionPolicy(compute_dtype(device), reduce_dtype=torch.float32)
         for unit in [*lm.base_model.layers, policy]:
-            fully_shard(unit, mesh=mesh, mp_policy=precision, reshard_after_forward=None if trained else True)
+            fully_shard(
+                unit,
+                mesh=mesh,
+                mp_policy=precision,
+                reshard_after_forward=None if trained else True,
+            )
     buffers = dict(lm.named_buffers())
     policy.to_empty(device=device)
     for name, buffer in buffers.items():  # computed, not loaded, such as the rotary frequencies
@@ -219,11 +305,13 @@ def load(path: Path, device: torch.device, mesh: DeviceMesh | None = None, dtype
             raise InputError(f"{path} lacks weights that its config.json asks for, {name} for one")
         saved, shape = files[name].get_slice(name), [*parameter.shape]
         if saved.get_shape() != shape:
-            raise InputError(f"{path}: {name} has the shape {saved.get_shape()}, its config.json asks for {shape}")
+            raise InputError(
+                f"{path}: {name} has the shape {saved.get_shape()}, its config.json asks for {shape}"
+            )
         if isinstance(parameter, DTensor):  # rows are dealt out as torch.chunk does it
             rows = math.ceil(len(parameter) / mesh["shard"].size())
             first = min(len(parameter), rows * mesh["shard"].get_local_rank())
-            parameter.to_local().data.copy_(saved[first:first + rows])
+            parameter.to_local().data.copy_(saved[first : first + rows])
         else:
             parameter.data.copy_(saved[:])
     return policy
@@ -233,7 +321,9 @@ def load(path: Path, device: torch.device, mesh: DeviceMesh | None = None, dtype
 def full_weights(policy: Policy, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of all parameters, the second name of tied ones too. Sharded, they are gathered a decoder layer at
     a time, on all ranks in one order, and given up again: no rank holds a second copy of the model."""
-    for prefix, unit in [(n, m) for n, m in policy.named_modules() if isinstance(m, FSDPModule)] or [("", policy)]:
+    for prefix, unit in [
+        (n, m) for n, m in policy.named_modules() if isinstance(m, FSDPModule)
+    ] or [("", policy)]:
         if isinstance(unit, FSDPModule):
             unit.unshard()
         for name, parameter in unit.named_parameters(prefix, remove_duplicate=False):

@@ -25,9 +25,14 @@ from infra.ranks import InputError
 
 class Channel(NamedTuple):  # one reward
     name: str
-    fn: Callable[[list[str], list[str], list[str]], list[float]] | None = None  # see `score`; None: a judge decides
+    fn: Callable[[list[str], list[str], list[str]], list[float]] | None = (
+        None  # see `score`; None: a judge decides
+    )
     full: float = 1.0  # the value that satisfies it
-    bounds: tuple[float, float] = (0.0, 1.0)  # its worst and its best value, which only --agg softmin asks for
+    bounds: tuple[float, float] = (
+        0.0,
+        1.0,
+    )  # its worst and its best value, which only --agg softmin asks for
     weight: float = 1.0  # in the aggregation; 0: it is logged, and nothing else
 
 
@@ -56,16 +61,29 @@ def digest(examples: list[Example]) -> str:
 class Task:
     """A rule-based one. Judged tasks and benchmarks (tasks/) replace what is different with them."""
 
-    temperature, max_tokens, clip = 0.0, 1024, False  # of eval.py: how it samples, whether means are clipped to [0, 1]
+    temperature, max_tokens, clip = (
+        0.0,
+        1024,
+        False,
+    )  # of eval.py: how it samples, whether means are clipped to [0, 1]
 
     def __init__(self, prompts: Callable, channels: list[Channel]):
         """prompts: (n_train, n_test) -> (training examples, held-out examples); None: all. channels: every prompt's."""
         check_channels(channels)
-        names = ["joint", *(channel.name for channel in channels)]  # what evaluation calls all of them
+        names = [
+            "joint",
+            *(channel.name for channel in channels),
+        ]  # what evaluation calls all of them
         weights = [channel.weight for channel in channels]
-        if len({*names}) < len(names) or not any(weights) or not all(0 <= weight < math.inf for weight in weights):
-            raise InputError("a task needs channels, each with a name of its own other than 'joint' and a weight of at "
-                             f"least 0, not all 0, got {names[1:]} with {weights}")
+        if (
+            len({*names}) < len(names)
+            or not any(weights)
+            or not all(0 <= weight < math.inf for weight in weights)
+        ):
+            raise InputError(
+                "a task needs channels, each with a name of its own other than 'joint' and a weight of at "
+                f"least 0, not all 0, got {names[1:]} with {weights}"
+            )
         self.prompts, self._channels = prompts, channels
 
     def weigh(self, text: str) -> None:
@@ -73,13 +91,23 @@ class Task:
         known = {channel.name: channel.weight for channel in self._channels}
         for part in text.split(","):
             name, _, number = part.partition("=")
-            if name not in known or not re.fullmatch(r"(\d+\.?\d*|\.\d+)(e-?\d+)?", number) or float(number) > 1e6:
-                raise InputError(f"--weights {part}: must be NAME=NUMBER, the number at least 0 and the name one of "
-                                 + ", ".join(known))
+            if (
+                name not in known
+                or not re.fullmatch(r"(\d+\.?\d*|\.\d+)(e-?\d+)?", number)
+                or float(number) > 1e6
+            ):
+                raise InputError(
+                    f"--weights {part}: must be NAME=NUMBER, the number at least 0 and the name one of "
+                    + ", ".join(known)
+                )
             known[name] = float(number)
-        self._channels = [channel._replace(weight=known[channel.name]) for channel in self._channels]
+        self._channels = [
+            channel._replace(weight=known[channel.name]) for channel in self._channels
+        ]
         if not any(channel.weight for channel in self._channels):
-            raise InputError(f"--weights {text}: all channels have weight 0, so there is nothing to learn from")
+            raise InputError(
+                f"--weights {text}: all channels have weight 0, so there is nothing to learn from"
+            )
 
     def channels(self, example: Example) -> list[Channel]:
         """The channels of one prompt, K of them: the columns of `start`'s rewards."""
@@ -93,15 +121,19 @@ class Task:
         """G responses to one prompt -> a function that waits for their rewards (G, K). A judge begins at once."""
         return lambda: score(self._channels, example, responses)
 
-    def result(self, example: Example, response: str, rewards: np.ndarray) -> tuple[dict[str, float], dict]:
+    def result(
+        self, example: Example, response: str, rewards: np.ndarray
+    ) -> tuple[dict[str, float], dict]:
         """Of one evaluated response with its rewards (K,): (scores by name, channels with one name taken together; what
         else to write into samples.jsonl)."""
         channels, columns = self.channels(example), {}
         for channel, value in zip(channels, rewards.tolist(), strict=True):
             columns.setdefault(channel.name, []).extend([] if math.isnan(value) else [value])
         scores = {name: sum(x) / len(x) if x else math.nan for name, x in columns.items()}
-        return ({"joint": float(satisfied(channels, rewards)), **scores},
-                {"response": response, "reference": example.reference})
+        return (
+            {"joint": float(satisfied(channels, rewards)), **scores},
+            {"response": response, "reference": example.reference},
+        )
 
     def report(self, rewards: list[np.ndarray]) -> dict:
         """What a judge did since the last call, over all ranks. rewards: of the whole batch, each (G, K)."""
@@ -118,13 +150,17 @@ class Task:
 def check_channels(channels: object) -> None:
     """Raises InputError for what cannot be a task's channels, each by itself."""
     if not isinstance(channels, (list, tuple)):
-        raise InputError("a task's channels must be a list of rewards.Channel, and not a "
-                         f"{type(channels).__name__}")
+        raise InputError(
+            "a task's channels must be a list of rewards.Channel, and not a "
+            f"{type(channels).__name__}"
+        )
     for i, channel in enumerate(channels):
         where = f"channel {i} of the task"
         if not isinstance(channel, Channel):
-            raise InputError(f"{where} is a {type(channel).__name__}: it must be a "
-                             "rewards.Channel, such as Channel('short', function)")
+            raise InputError(
+                f"{where} is a {type(channel).__name__}: it must be a "
+                "rewards.Channel, such as Channel('short', function)"
+            )
         name = channel.name
         if not isinstance(name, str) or not name.strip() or not name.isprintable():
             raise InputError(f"{where} has the name {name!r}: it must be one line of text")
@@ -137,8 +173,10 @@ def check_channels(channels: object) -> None:
         if not _is_finite(channel.full):
             raise InputError(f"channel {name}: full must be a number, and not {channel.full!r}")
         if not _are_bounds(channel.bounds):
-            raise InputError(f"channel {name}: bounds must be worst, best, two numbers of which "
-                             f"worst is less, and not {channel.bounds!r}")
+            raise InputError(
+                f"channel {name}: bounds must be worst, best, two numbers of which "
+                f"worst is less, and not {channel.bounds!r}"
+            )
 
 
 def _is_finite(value: object) -> bool:
@@ -155,17 +193,22 @@ def _are_bounds(bounds: object) -> bool:
 def check_example(example: object, where: str) -> Example:
     """The same, with messages and tools as chat templates take them. Raises InputError."""
     if not isinstance(example, Example):
-        raise InputError(f"{where} is a {type(example).__name__}: it must be a rewards.Example, "
-                         'such as Example([{"role": "user", "content": "Hello"}], "reference")')
+        raise InputError(
+            f"{where} is a {type(example).__name__}: it must be a rewards.Example, "
+            'such as Example([{"role": "user", "content": "Hello"}], "reference")'
+        )
     for field in ("reference", "id", "group"):
         value = getattr(example, field)
         if not isinstance(value, str):
-            raise InputError(f"{where}: its {field} is no text, but {value!r:.40} "
-                             f"({type(value).__name__}): make it one, with str or json.dumps")
+            raise InputError(
+                f"{where}: its {field} is no text, but {value!r:.40} "
+                f"({type(value).__name__}): make it one, with str or json.dumps"
+            )
     for criterion in example.criteria:
         if not isinstance(getattr(criterion, "text", None), str):
-            raise InputError(f"{where} has a criterion without a text, see tasks/rubrics.py: "
-                             f"{criterion!r:.40}")
+            raise InputError(
+                f"{where} has a criterion without a text, see tasks/rubrics.py: {criterion!r:.40}"
+            )
     messages = chats.chat(example.messages, where)
     return example._replace(messages=messages, tools=chats.tools(example.tools, where))
 
@@ -215,14 +258,18 @@ def score(channels: list[Channel], example: Example, responses: list[str]) -> np
             n = len(responses)  # lists of its own: it may change them
             values = fn([asked(example.messages)] * n, list(responses), [example.reference] * n)
         if not isinstance(values, (list, tuple, np.ndarray)) or len(values) != len(responses):
-            raise InputError(f"reward '{name}' returned {str(values)[:40]} for {len(responses)} responses: return a "
-                             "list, one number a response")
+            raise InputError(
+                f"reward '{name}' returned {str(values)[:40]} for {len(responses)} responses: return a "
+                "list, one number a response"
+            )
         for i, value in enumerate(values):
             # Beyond 1e100 squares overflow, and the channel would lose its signal without a word.
             number = isinstance(value, (int, float, np.integer, np.floating, np.bool_))
             if not number or abs(value if isinstance(value, int) else float(value)) > 1e100:
-                raise InputError(f"reward '{name}' returned {value!r:.40} for response {i}: "
-                                 "return a finite number, or NaN if it is missing")
+                raise InputError(
+                    f"reward '{name}' returned {value!r:.40} for response {i}: "
+                    "return a finite number, or NaN if it is missing"
+                )
         columns.append(np.asarray(values, dtype=np.float64))
     return np.stack(columns, axis=-1).reshape(len(responses), len(columns))
 

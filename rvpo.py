@@ -28,17 +28,23 @@ EPS = 1e-4  # added to every standard deviation, as TRL does (verl's GDPO: 1e-6)
 def _check(rewards: Tensor) -> Tensor:
     """Refuse what has no advantage; return float64. A step has few rewards: precision costs nothing."""
     if not isinstance(rewards, Tensor):
-        raise ValueError(f"rewards must be a torch.Tensor, and not a {type(rewards).__name__}: "
-                         "torch.tensor(rewards)")
+        raise ValueError(
+            f"rewards must be a torch.Tensor, and not a {type(rewards).__name__}: "
+            "torch.tensor(rewards)"
+        )
     if rewards.dim() not in (2, 3) or rewards.shape[-2] < 2 or rewards.shape[-1] < 1:
-        raise ValueError(f"rewards must be (G, K) or (P, G, K) with G >= 2 and K >= 1, got {tuple(rewards.shape)}")
+        raise ValueError(
+            f"rewards must be (G, K) or (P, G, K) with G >= 2 and K >= 1, got {tuple(rewards.shape)}"
+        )
     if rewards.isinf().any():
         raise ValueError("rewards hold an infinite value: use NaN for a missing reward")
     return rewards.double()
 
 
 def _float_like(scores: Tensor, rewards: Tensor) -> Tensor:
-    return scores.to(torch.promote_types(rewards.dtype, torch.float32))  # integer rewards have fractional scores
+    return scores.to(
+        torch.promote_types(rewards.dtype, torch.float32)
+    )  # integer rewards have fractional scores
 
 
 def _varies(rewards: Tensor) -> Tensor:
@@ -60,8 +66,14 @@ def zscore(rewards: Tensor, eps: float = EPS) -> Tensor:
 def _channel_weights(z: Tensor, weights: Tensor | None) -> Tensor:
     """(..., G, K): each rollout's weights over the channels it has, summing to 1 (all 0 if it has none)."""
     w = torch.ones(z.shape[-1:]) if weights is None else torch.as_tensor(weights)
-    if w.shape[-1] != z.shape[-1] or not (w.isfinite() & (w >= 0)).all() or not (w > 0).any(-1).all():
-        raise ValueError(f"weights must be {z.shape[-1]} finite numbers >= 0 (or one such row a prompt), not all 0")
+    if (
+        w.shape[-1] != z.shape[-1]
+        or not (w.isfinite() & (w >= 0)).all()
+        or not (w > 0).any(-1).all()
+    ):
+        raise ValueError(
+            f"weights must be {z.shape[-1]} finite numbers >= 0 (or one such row a prompt), not all 0"
+        )
     w = w.to(z).unsqueeze(-2) * ~z.isnan()
     return w / w.sum(-1, keepdim=True).clamp(min=torch.finfo(z.dtype).tiny)
 
@@ -113,7 +125,9 @@ def grpo_advantage(rewards: Tensor, beta: float = 0.0, weights: Tensor | None = 
     """
     r = _check(rewards)
     w = _channel_weights(r, weights)
-    channels = (w > 0).any(-2).sum(-1)[..., None]  # (..., 1): padding is no channel, nor is one without weight
+    channels = (
+        (w > 0).any(-2).sum(-1)[..., None]
+    )  # (..., 1): padding is no channel, nor is one without weight
     total = ((w * r).nansum(-1) * channels).masked_fill(w.sum(-1) == 0, math.nan)
     return _float_like(zscore(total.unsqueeze(-1)).squeeze(-1).nan_to_num(0.0), rewards)
 
@@ -127,9 +141,13 @@ def softmin_advantage(rewards: Tensor, beta: float, weights: Tensor | None = Non
 
 
 AGGREGATIONS = {
-    "rvpo": rvpo_advantage, "gdpo": lambda rewards, beta=0.0, weights=None: rvpo_advantage(rewards, 0.0, weights),
-    "grpo": grpo_advantage, "explicit": explicit_advantage, "softmin": softmin_advantage,
-    "hardmin": lambda rewards, beta=0.0, weights=None: rvpo_advantage(rewards, math.inf, weights)}
+    "rvpo": rvpo_advantage,
+    "gdpo": lambda rewards, beta=0.0, weights=None: rvpo_advantage(rewards, 0.0, weights),
+    "grpo": grpo_advantage,
+    "explicit": explicit_advantage,
+    "softmin": softmin_advantage,
+    "hardmin": lambda rewards, beta=0.0, weights=None: rvpo_advantage(rewards, math.inf, weights),
+}
 
 
 def has_signal(rewards: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -157,8 +175,10 @@ def advantages(rewards: Tensor, agg: str, beta: float, weights: Tensor | None = 
         raise ValueError(f"agg must be one of {', '.join(AGGREGATIONS)}, and not {agg!r}")
     r = _check(rewards)
     if r.dim() != 3:
-        raise ValueError(f"rewards must be (P, G, K), the whole batch, and not {tuple(r.shape)}: "
-                         "of one group, rewards[None]")
+        raise ValueError(
+            f"rewards must be (P, G, K), the whole batch, and not {tuple(r.shape)}: "
+            "of one group, rewards[None]"
+        )
     return _float_like(whiten(AGGREGATIONS[agg](r, beta, weights), has_signal(r, weights)), rewards)
 
 
@@ -168,8 +188,17 @@ def beta_at(schedule: tuple[float, float], step: int, steps: int) -> float:
     return start if start == end else start + (end - start) * min(1.0, step / max(1, steps - 1))
 
 
-def policy_loss(logp: Tensor, old_logp: Tensor, sampler_logp: Tensor, advantage: Tensor, mask: Tensor, n_tokens: float,
-                clip_low: float = 0.2, clip_high: float = 0.2, is_cap: float = 2.0) -> tuple[Tensor, dict[str, Tensor]]:
+def policy_loss(
+    logp: Tensor,
+    old_logp: Tensor,
+    sampler_logp: Tensor,
+    advantage: Tensor,
+    mask: Tensor,
+    n_tokens: float,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    is_cap: float = 2.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Step 4: the clipped policy gradient over tokens. All tensors have one shape, any shape.
 
     logp: of the sampled tokens under the policy, with gradient. old_logp: under the policy that the batch began with;

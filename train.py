@@ -36,20 +36,35 @@ from rollout import Decoding, Group, Sampler, VLLMEngine
 from tasks import load_prompts, load_task
 from update import Learner, make_optimizer, update
 
-PHASES = "sample", "score", "advantage", "write", "update", "sync", "save"  # of a step, in metrics.jsonl
+PHASES = (
+    "sample",
+    "score",
+    "advantage",
+    "write",
+    "update",
+    "sync",
+    "save",
+)  # of a step, in metrics.jsonl
 
 
 # The loop
 
+
 def set_advantages(groups: list[Group], agg: str, beta: float) -> None:
     """Sets the advantages (G,) of each of P groups, from the rewards of all."""
-    width = max(len(group.channels) for group in groups)  # K; a prompt with fewer channels is padded with NaN
-    rewards = torch.full((len(groups), len(groups[0].responses), width), math.nan, dtype=torch.float64)  # (P, G, K)
+    width = max(
+        len(group.channels) for group in groups
+    )  # K; a prompt with fewer channels is padded with NaN
+    rewards = torch.full(
+        (len(groups), len(groups[0].responses), width), math.nan, dtype=torch.float64
+    )  # (P, G, K)
     weights = torch.zeros(len(groups), width, dtype=torch.float64)  # (P, K)
     for p, group in enumerate(groups):
         # softmin takes absolute rewards: each channel 0 at its worst, 1 at its best
         k = len(group.channels)
-        rewards[p, :, :k] = to_unit(group.channels, group.rewards) if agg == "softmin" else group.rewards
+        rewards[p, :, :k] = (
+            to_unit(group.channels, group.rewards) if agg == "softmin" else group.rewards
+        )
         weights[p, :k] = torch.tensor([channel.weight for channel in group.channels])
     for group, advantages in zip(groups, rvpo.advantages(rewards, agg, beta, weights), strict=True):
         group.advantages = advantages
@@ -80,10 +95,18 @@ def evaluate(sampler: Sampler, held_out: list[Prompt], log, step: int) -> None:
         task.check(report)
 
 
-def fit(config: TrainConfig, learner: Learner, sampler: Sampler, prompts: list[Prompt], log, evaluate,
-        checkpoints) -> None:
+def fit(
+    config: TrainConfig,
+    learner: Learner,
+    sampler: Sampler,
+    prompts: list[Prompt],
+    log,
+    evaluate,
+    checkpoints,
+) -> None:
     """The run itself, from checkpoints.state on. log, checkpoints: as in checkpoint.py. evaluate: of the step it is at.
     Raises InputError if rewards fail, losses are not finite or a file cannot be written, and signals.Stop."""
+
     def now() -> float:
         if learner.device.type == "cuda":
             torch.cuda.synchronize()
@@ -93,7 +116,9 @@ def fit(config: TrainConfig, learner: Learner, sampler: Sampler, prompts: list[P
     engine.push(policies.full_weights(learner.policy, engine.dtype))
     while True:
         saving = checkpoints.save_if_due()
-        if state.step in (0, config.steps) or (config.eval_every and state.step % config.eval_every == 0):
+        if state.step in (0, config.steps) or (
+            config.eval_every and state.step % config.eval_every == 0
+        ):
             evaluate(state.step)
         if state.step == config.steps:
             return
@@ -120,12 +145,23 @@ def fit(config: TrainConfig, learner: Learner, sampler: Sampler, prompts: list[P
         left = 1 - (config.lr_schedule == "linear") * state.step / config.steps
         for parameters in learner.optimizer.param_groups:
             parameters["lr"] = lr = config.lr * min(left, (state.step + 1) / (config.warmup + 1))
-        metrics = update(learner, groups, config.updates, config.kl, config.temperature, config.tokens_per_microbatch)
+        metrics = update(
+            learner,
+            groups,
+            config.updates,
+            config.kl,
+            config.temperature,
+            config.tokens_per_microbatch,
+        )
         times.append(now())
         engine.push(policies.full_weights(learner.policy, engine.dtype))
         times.append(now())
 
-        metrics |= {"beta": beta, "lr": lr, "seconds": dict(zip(PHASES, [*np.diff(times), saving], strict=True))}
+        metrics |= {
+            "beta": beta,
+            "lr": lr,
+            "seconds": dict(zip(PHASES, [*np.diff(times), saving], strict=True)),
+        }
         log.step(state.step + 1, groups, metrics | ({"judge": report} if report else {}))
         state.bad_steps = state.bad_steps + 1 if metrics["bad_updates"] else 0
         state.step += 1
@@ -133,8 +169,14 @@ def fit(config: TrainConfig, learner: Learner, sampler: Sampler, prompts: list[P
 
 # The program
 
-def setup(config: TrainConfig, device: torch.device, task: Task, known: pretrained.Pretrained,
-          longest: int):
+
+def setup(
+    config: TrainConfig,
+    device: torch.device,
+    task: Task,
+    known: pretrained.Pretrained,
+    longest: int,
+):
     """Model and engine. longest: tokens of a prompt with its response. Returns (learner, sampler,
     what writes the policy into a directory). Raises InputError."""
     path, tokenizer = known.path, known.tokenizer
@@ -145,7 +187,9 @@ def setup(config: TrainConfig, device: torch.device, task: Task, known: pretrain
         policy = policies.load(path, device, mesh)
         reference = policies.load(path, device, mesh, half, trained=False) if config.kl else None
         optimizer = make_optimizer(policy, config.lr)
-        resume.tensors(policy, optimizer)  # AdamW's moments, too: made later they would take blocks that vLLM needs
+        resume.tensors(
+            policy, optimizer
+        )  # AdamW's moments, too: made later they would take blocks that vLLM needs
         policy.recompute(config.gradient_checkpointing, config.tokens_per_microbatch)
         if config.engine == "vllm":
             at_a_time = min(32, max(config.prompts * config.group, config.eval_prompts))
@@ -173,20 +217,46 @@ def main(config: TrainConfig) -> None:
         task.try_out(train[0])  # a faulty reward is found now, and not after the model is loaded
         known = pretrained.describe(config.model, config.max_tokens, trained=True)
         train, held_out = (
-            encode(known.tokenizer, examples, known.room, known.embeddings, config.date,
-                         config.enable_thinking) for examples in (train, held_out))
+            encode(
+                known.tokenizer,
+                examples,
+                known.room,
+                known.embeddings,
+                config.date,
+                config.enable_thinking,
+            )
+            for examples in (train, held_out)
+        )
         tokens = resume.check_tokens(run, train + held_out)
         longest = max(len(prompt.ids) for prompt in train + held_out) + config.max_tokens
-        about = {**config.model_dump(), "data_sha256": digest, "tokens_sha256": tokens, "device": str(device),
-                 "world_size": WORLD, "versions": run_directory.versions()}
+        about = {
+            **config.model_dump(),
+            "data_sha256": digest,
+            "tokens_sha256": tokens,
+            "device": str(device),
+            "world_size": WORLD,
+            "versions": run_directory.versions(),
+        }
         tracker = open_tracker(run, about, resumed=run_directory.latest(run) is not None)
         learner, sampler, write_policy = setup(config, device, task, known, longest)
-        log = RunLog(run, config.steps, state.step, write_policy if config.keep_policies else None, tracker)
-        checkpoints = resume.Checkpoints(log, learner.policy, learner.optimizer, config.save_every, state)
+        log = RunLog(
+            run, config.steps, state.step, write_policy if config.keep_policies else None, tracker
+        )
+        checkpoints = resume.Checkpoints(
+            log, learner.policy, learner.optimizer, config.save_every, state
+        )
         log.begin(state.lengths, about)
         catch_signals()
         with checkpoints.saving_what_can_be(write_policy):
-            fit(config, learner, sampler, train, log, functools.partial(evaluate, sampler, held_out, log), checkpoints)
+            fit(
+                config,
+                learner,
+                sampler,
+                train,
+                log,
+                functools.partial(evaluate, sampler, held_out, log),
+                checkpoints,
+            )
             write_policy(run / "checkpoint")
     resume.finish(log, len(held_out))
 

@@ -2,8 +2,20 @@
 
 from rewards import Channel, Example, Task
 
-THINGS = "a chair", "a ticket to Oslo", "the bill", "some water", "a map", "the time", "an apple", "a blanket"
-CHATS = [Example([{"role": "user", "content": f"Write one sentence that asks for {thing}."}]) for thing in THINGS]
+THINGS = (
+    "a chair",
+    "a ticket to Oslo",
+    "the bill",
+    "some water",
+    "a map",
+    "the time",
+    "an apple",
+    "a blanket",
+)
+CHATS = [
+    Example([{"role": "user", "content": f"Write one sentence that asks for {thing}."}])
+    for thing in THINGS
+]
 
 
 def polite(prompts, responses, references):
@@ -15,5 +27,7 @@ def short(prompts, responses, references):
 
 
 def task(options):
-    return Task(lambda n_train, n_test: (CHATS[2:][:n_train], CHATS[:2][:n_test]),
-                [Channel("polite", polite, weight=2.0), Channel("short", short)])
+    return Task(
+        lambda n_train, n_test: (CHATS[2:][:n_train], CHATS[:2][:n_test]),
+        [Channel("polite", polite, weight=2.0), Channel("short", short)],
+    )

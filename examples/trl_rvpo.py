@@ -19,13 +19,21 @@ from rvpo import advantages
 
 class RVPOTrainer(GRPOTrainer):
     def _calculate_rewards(self, *args):
-        self.raw_rewards = super()._calculate_rewards(*args)  # of all processes, one row a completion, None is NaN
+        self.raw_rewards = super()._calculate_rewards(
+            *args
+        )  # of all processes, one row a completion, None is NaN
         return self.raw_rewards
 
     def _generate_and_score_completions(self, inputs):
         batch = super()._generate_and_score_completions(inputs)
         group = self.num_generations if self.model.training else self.num_generations_eval
-        rewards = self.raw_rewards.unflatten(0, (-1, group))  # a prompt's completions are neighbours: (P, G, K)
-        whole = advantages(rewards, "rvpo", beta=2.0, weights=self.reward_weights.to(rewards)).flatten()
-        batch["advantages"] = whole.chunk(self.accelerator.num_processes)[self.accelerator.process_index]
+        rewards = self.raw_rewards.unflatten(
+            0, (-1, group)
+        )  # a prompt's completions are neighbours: (P, G, K)
+        whole = advantages(
+            rewards, "rvpo", beta=2.0, weights=self.reward_weights.to(rewards)
+        ).flatten()
+        batch["advantages"] = whole.chunk(self.accelerator.num_processes)[
+            self.accelerator.process_index
+        ]
         return batch

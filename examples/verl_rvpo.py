@@ -20,12 +20,18 @@ from rvpo import advantages
 @register_adv_est("rvpo")
 def estimator(token_level_rewards, response_mask, index, config, non_tensor_batch, **_):
     """Advantages and returns (B, T) of B responses. index (B,): the prompt that each belongs to."""
-    rewards = torch.tensor(np.stack([non_tensor_batch[key].astype(float) for key in config.gdpo_reward_keys], -1))
-    _, group = np.unique(index, return_inverse=True)  # groups may be interleaved and of unequal size: pad with NaN
+    rewards = torch.tensor(
+        np.stack([non_tensor_batch[key].astype(float) for key in config.gdpo_reward_keys], -1)
+    )
+    _, group = np.unique(
+        index, return_inverse=True
+    )  # groups may be interleaved and of unequal size: pad with NaN
     place = [(group[:i] == group[i]).sum() for i in range(len(group))]
     padded = rewards.new_full((max(group) + 1, max(place) + 1, rewards.shape[1]), torch.nan)
     padded[group, place] = rewards
-    whole = advantages(padded, "rvpo", beta=2.0, weights=config.get("gdpo_reward_weights"))[group, place]
+    whole = advantages(padded, "rvpo", beta=2.0, weights=config.get("gdpo_reward_weights"))[
+        group, place
+    ]
     return (whole.to(token_level_rewards)[:, None] * response_mask,) * 2
 
 

@@ -13,5 +13,9 @@ def read(name: str) -> dict:
     found = tomllib.loads((FOLDER / f"{name}.toml").read_text())
     if "like" in found:
         base = read(found["like"])
-        found = base | found | {part: base[part] | found.get(part, {}) for part in ("train", "eval", "table")}
+        found = (
+            base
+            | found
+            | {part: base[part] | found.get(part, {}) for part in ("train", "eval", "table")}
+        )
     return found

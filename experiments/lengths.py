@@ -14,7 +14,7 @@ from rewards import Example
 from tasks import rows
 from tasks.verdicts import judge_prompt
 
-EXPLAINED = "healthbench",  # tasks whose judge gives a reason before each verdict
+EXPLAINED = ("healthbench",)  # tasks whose judge gives a reason before each verdict
 ROWS = 500  # of a file, evenly spaced, are counted
 
 
@@ -33,10 +33,15 @@ class Lengths(NamedTuple):
 # Counted with Qwen2.5's tokenizer. Of RaR's data only the number of criteria was known (arXiv 2507.17746).
 _RAR = "RaR's number of criteria; all else HealthBench's, though RaR's prompts are single questions"
 LENGTHS = {
-    "rlla": Lengths("399 of the training rows", 760), "bfcl": Lengths("all rows", 883),
-    "gpqa": Lengths("83 are the wording's own, 217 assumed for question and choices: the data are gated", 300),
-    "rar-medicine": Lengths(_RAR, 241, 9.6, 282, 67, 75, 70), "rar-science": Lengths(_RAR, 241, 7.5, 282, 67, 75, 70),
-    "healthbench": Lengths("40 of the rows", 241, 10.95, 282, 67, 92, 78)}
+    "rlla": Lengths("399 of the training rows", 760),
+    "bfcl": Lengths("all rows", 883),
+    "gpqa": Lengths(
+        "83 are the wording's own, 217 assumed for question and choices: the data are gated", 300
+    ),
+    "rar-medicine": Lengths(_RAR, 241, 9.6, 282, 67, 75, 70),
+    "rar-science": Lengths(_RAR, 241, 7.5, 282, 67, 75, 70),
+    "healthbench": Lengths("40 of the rows", 241, 10.95, 282, 67, 92, 78),
+}
 
 
 def read_examples(task: str, path: str) -> list[Example]:
@@ -45,7 +50,9 @@ def read_examples(task: str, path: str) -> list[Example]:
     if task == "gpqa":
         return module.task(EvalConfig(task=task, eval_data=path)).load(None)
     if not hasattr(module, "from_row"):
-        raise InputError(f"--eval-data {path}: the rows of {task} come from a package, and are counted already")
+        raise InputError(
+            f"--eval-data {path}: the rows of {task} come from a package, and are counted already"
+        )
     extra = {"by_title": False} if task.startswith("rar-") else {}
     return rows.read(path, functools.partial(module.from_row, **extra))
 
@@ -67,7 +74,7 @@ def count(task: str, path: str, tokenizer) -> Lengths:
         return len(tokenizer(text, add_special_tokens=False).input_ids)
 
     found, parts = read_examples(task, path), []
-    found = found[::max(1, math.ceil(len(found) / ROWS))]
+    found = found[:: max(1, math.ceil(len(found) / ROWS))]
     if not found:
         raise InputError(f"{path} has no rows")
     prompt = statistics.fmean(len(x.ids) for x in prompts.encode(tokenizer, found, sys.maxsize))
@@ -75,10 +82,16 @@ def count(task: str, path: str, tokenizer) -> Lengths:
         items = {f"criterion_{k}": text for k, text in enumerate(judged(task, example), 1)}
         ask = functools.partial(judge_prompt, example.messages, "", explain=task in EXPLAINED)
         whole, response, label = ask(items), 'Response to grade:\n"', "\ncriterion_1: "
-        start = whole.index("\n" + response) + 1 + len(response)  # quoted messages have no line breaks
+        start = (
+            whole.index("\n" + response) + 1 + len(response)
+        )  # quoted messages have no line breaks
         end = whole.index(label, start) + len(label)
-        item = statistics.fmean(tokens(text[text.index(f"\n{name}: ", start) + len(name) + 3:])
-                                for name, text in ((name, ask({name: items[name]})) for name in items))
+        item = statistics.fmean(
+            tokens(text[text.index(f"\n{name}: ", start) + len(name) + 3 :])
+            for name, text in ((name, ask({name: items[name]})) for name in items)
+        )
         more = (tokens(whole[end:]) - item) / (len(items) - 1) if len(items) > 1 else item
         parts.append((len(items), tokens(whole[:start]), tokens(whole[start:end]), item, more))
-    return Lengths(f"{len(found)} rows of {path}", prompt, *map(statistics.fmean, zip(*parts, strict=True)))
+    return Lengths(
+        f"{len(found)} rows of {path}", prompt, *map(statistics.fmean, zip(*parts, strict=True))
+    )

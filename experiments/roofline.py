@@ -12,8 +12,13 @@ BANDWIDTH = {"H100": 3.35e12, "A100": 2.04e12}  # bytes a second, SXM with 80 GB
 # The share of it at which weights are read, and the seconds of a decoding step beside that, for vLLM's work on the
 # host. Both assumed; together they come near what is published, see docs/experiments.md.
 SHARE, PAUSE = 0.75, 0.005
-SEQUENCES = 256  # that a GPU samples at a time, as in rollout.VLLMEngine, if the KV cache has room for them
-GPU_BYTES, VLLM_BYTES = 79.1 * 2**30, 3.5 * 2**30  # 80 GB; beside weights and KV cache: as tools/simulate.py has it
+SEQUENCES = (
+    256  # that a GPU samples at a time, as in rollout.VLLMEngine, if the KV cache has room for them
+)
+GPU_BYTES, VLLM_BYTES = (
+    79.1 * 2**30,
+    3.5 * 2**30,
+)  # 80 GB; beside weights and KV cache: as tools/simulate.py has it
 
 
 class Machine(NamedTuple):
@@ -39,8 +44,11 @@ def parameters(size: str) -> tuple[int, int, int]:
     layers, hidden, heads, kv_heads, wide, words, tied = QWEN[size]
     keys = hidden // heads * kv_heads
     matrices = 2 * hidden * (hidden + keys) + 3 * hidden * wide
-    return (layers * matrices, words * hidden,
-            layers * (matrices + 3 * hidden + 2 * keys) + hidden + (2 - tied) * words * hidden)
+    return (
+        layers * matrices,
+        words * hidden,
+        layers * (matrices + 3 * hidden + 2 * keys) + hidden + (2 - tied) * words * hidden,
+    )
 
 
 def cache_bytes(size: str) -> int:
@@ -55,29 +63,52 @@ def recomputes(size: str, tokens: int) -> bool:
     return tokens * layers * (20 * hidden + 8 * wide) > 0.4 * GPU_BYTES
 
 
-def needed(size: str, prompt: float, response: float, group: int, prompts: int) -> tuple[float, float]:
+def needed(
+    size: str, prompt: float, response: float, group: int, prompts: int
+) -> tuple[float, float]:
     """Operations of an update, in layers and in the output head: together tools.step.needed_flops."""
     (matrices, head, _), (layers, hidden, *_), n = parameters(size), QWEN[size], response - 1
     attention = 2 * layers * hidden * (prompt**2 / 2 + group * n * (prompt + n / 2))
-    return 6 * prompts * (matrices * (prompt + group * n) + attention), 6 * prompts * head * group * response
+    return 6 * prompts * (
+        matrices * (prompt + group * n) + attention
+    ), 6 * prompts * head * group * response
 
 
-def update_seconds(size: str, prompt: float, response: float, train: dict, machine: Machine) -> float:
+def update_seconds(
+    size: str, prompt: float, response: float, train: dict, machine: Machine
+) -> float:
     """Of a step with these options of train.py."""
     layers, head = needed(size, prompt, response, train["group"], train["prompts"])
     # A forward is a third. Old log-probs of all updates but the first need one more, the reference of --kl another.
     more = (1 - 1 / train["updates"] + bool(train["kl"])) / 3
-    again = train["gradient_checkpointing"] != "off" and recomputes(size, train["tokens_per_microbatch"])
-    return (layers * (1 + more + again / 3) + head * (1 + more)) / (machine.mfu * machine.flops * machine.gpus)
+    again = train["gradient_checkpointing"] != "off" and recomputes(
+        size, train["tokens_per_microbatch"]
+    )
+    return (layers * (1 + more + again / 3) + head * (1 + more)) / (
+        machine.mfu * machine.flops * machine.gpus
+    )
 
 
-def sample_seconds(size: str, prompts: float, group: int, lengths: tuple[float, float, int], memory: float,
-                   machine: Machine) -> float:
+def sample_seconds(
+    size: str,
+    prompts: float,
+    group: int,
+    lengths: tuple[float, float, int],
+    memory: float,
+    machine: Machine,
+) -> float:
     """For `group` responses to each prompt. lengths: prompt, response, limit. memory: vLLM's share. A decoding step
     reads the weights, the head in fp32, and the keys and values of all that runs. The batch is full until the last
     response begins, and one response goes on to the limit."""
-    (matrices, head, _), cache, (prompt, response, limit) = parameters(size), cache_bytes(size), lengths
-    own, weights = prompts * group / machine.gpus, 2 * matrices + 4 * head  # responses of a GPU; bytes
+    (matrices, head, _), cache, (prompt, response, limit) = (
+        parameters(size),
+        cache_bytes(size),
+        lengths,
+    )
+    own, weights = (
+        prompts * group / machine.gpus,
+        2 * matrices + 4 * head,
+    )  # responses of a GPU; bytes
     room = memory * GPU_BYTES - VLLM_BYTES - weights - 2 * head  # the last: embeddings
     at_once = max(1, min(SEQUENCES, room // (cache * (prompt + response))))
     steps = response * max(1, own / at_once) + max(0, limit - response)

@@ -23,7 +23,9 @@ from infra.ranks import InputError
 
 
 def options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("experiment", choices=NAMES, help="a file in experiments/")
     add("--models", nargs="+", help="some of the experiment's models")
@@ -33,10 +35,17 @@ def options() -> argparse.Namespace:
     for name, field in JudgeOptions.model_fields.items():
         if name != "judge_cache":
             add(option(name), help=field.description)
-    add("--grader-url", help="as --judge-url: of evaluation, if it has another judge than training; its key is in the "
-                             "environment variable GRADER_API_KEY")
+    add(
+        "--grader-url",
+        help="as --judge-url: of evaluation, if it has another judge than training; its key is in the "
+        "environment variable GRADER_API_KEY",
+    )
     add("--grader-model", help="as --judge-model")
-    add("--tiny", action="store_true", help="a tiny model, a few prompts and a stub of a judge, on a CPU")
+    add(
+        "--tiny",
+        action="store_true",
+        help="a tiny model, a few prompts and a stub of a judge, on a CPU",
+    )
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--commands", action="store_true", help="only print what would be run")
     only.add_argument("--table", action="store_true", help="only print the table of what there is")
@@ -97,20 +106,27 @@ class Job(NamedTuple):
 
 
 def words(given: dict) -> list[str]:
-    return [word for name, value in given.items()
-            for word in ([option(name)] if value is True else [option(name), str(value)])]
+    return [
+        word
+        for name, value in given.items()
+        for word in ([option(name)] if value is True else [option(name), str(value)])
+    ]
 
 
 def judge_options(args: argparse.Namespace, task: str, **others: str | None) -> dict:
     """Of the command line, if the task has a judge. others: what counts instead, if given. Raises InputError."""
     if "judge_url" not in tasks.task_module(task).OPTIONS:
         return {}
-    given = {name: others.get(name) or getattr(args, name, None) for name in JudgeOptions.model_fields}
+    given = {
+        name: others.get(name) or getattr(args, name, None) for name in JudgeOptions.model_fields
+    }
     if args.commands or args.table:
         given |= {name: given[name] or name.upper() for name in ("judge_url", "judge_model")}
     if missing := [name for name in ("judge_url", "judge_model") if not given[name]]:
-        raise InputError(f"{option(missing[0])}: {task} needs a judge, an OpenAI-compatible endpoint; docs/rubrics.md "
-                         "says how to start one")
+        raise InputError(
+            f"{option(missing[0])}: {task} needs a judge, an OpenAI-compatible endpoint; docs/rubrics.md "
+            "says how to start one"
+        )
     return {name: value for name, value in given.items() if value}
 
 
@@ -125,19 +141,36 @@ def jobs(args: argparse.Namespace) -> list[Job]:
         experiment["models"] = dict([*experiment["models"].items()][:1])
     for chosen, part in ((args.models, "models"), (args.methods, "methods")):
         if wrong := [name for name in chosen or () if name not in experiment[part]]:
-            raise InputError(f"--{part} {wrong[0]}: {args.experiment} has {', '.join(experiment[part])}")
+            raise InputError(
+                f"--{part} {wrong[0]}: {args.experiment} has {', '.join(experiment[part])}"
+            )
     found = []
     for seed in args.seeds or experiment["seeds"]:
         for size in args.models or experiment["models"]:
             for method in args.methods or experiment["methods"]:
                 task, benchmark = experiment["train"]["task"], experiment["eval"]["task"]
                 name = "tiny-" * args.tiny + f"{task}-{size}-{method.replace(' ', '-')}-s{seed}"
-                train = {**experiment["models"][size], **experiment["train"], **experiment["methods"][method],
-                         **judge_options(args, task), **tiny.get("train", {}), "seed": seed, "name": name,
-                         "resume": "auto"}
-                grader = judge_options(args, benchmark, judge_url=args.grader_url, judge_model=args.grader_model)
-                evaluate = {**experiment["eval"], **grader, **tiny.get("eval", {}), "model": f"runs/{name}",
-                            "policies": True, "name": f"{name}-{benchmark}"}
+                train = {
+                    **experiment["models"][size],
+                    **experiment["train"],
+                    **experiment["methods"][method],
+                    **judge_options(args, task),
+                    **tiny.get("train", {}),
+                    "seed": seed,
+                    "name": name,
+                    "resume": "auto",
+                }
+                grader = judge_options(
+                    args, benchmark, judge_url=args.grader_url, judge_model=args.grader_model
+                )
+                evaluate = {
+                    **experiment["eval"],
+                    **grader,
+                    **tiny.get("eval", {}),
+                    "model": f"runs/{name}",
+                    "policies": True,
+                    "name": f"{name}-{benchmark}",
+                }
                 found.append(Job(size, method, seed, words(train), words(evaluate)))
     return found
 
@@ -150,12 +183,18 @@ def check(job: Job, may_differ: set[str]) -> None:
         had = json.loads((job.run / "config.json").read_text())
         given = {name: getattr(config, name) for name in config._given - may_differ}
         if other := [name for name in sorted(given) if had.get(name) != given[name]]:
-            raise InputError(f"{job.run} is another run: its {option(other[0])} is {had.get(other[0])}, and "
-                             f"{given[other[0]]} in the experiment; move it away")
+            raise InputError(
+                f"{job.run} is another run: its {option(other[0])} is {had.get(other[0])}, and "
+                f"{given[other[0]]} in the experiment; move it away"
+            )
 
 
 def launcher(gpus: int) -> list[str]:
-    return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"] if gpus > 1 else []
+    return (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
+        if gpus > 1
+        else []
+    )
 
 
 @contextlib.contextmanager
@@ -180,8 +219,11 @@ def call(command: list[str], locks: tuple[int, int]) -> None:
     """Runs a program of ours. If this one is stopped, it is, too, and saves its state."""
     print("\n" + shlex.join(command), flush=True)
     key = {"JUDGE_API_KEY": os.environ["GRADER_API_KEY"]} if "GRADER_API_KEY" in os.environ else {}
-    process = subprocess.Popen([sys.executable, *command], pass_fds=locks,
-                               env={**os.environ, **(key if "--policies" in command else {})})
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        pass_fds=locks,
+        env={**os.environ, **(key if "--policies" in command else {})},
+    )
     try:
         status = process.wait()
     except BaseException:
@@ -189,7 +231,9 @@ def call(command: list[str], locks: tuple[int, int]) -> None:
         process.wait()
         raise
     if status:
-        raise InputError(f"that ended with status {status}, see above; the same line as before goes on from here")
+        raise InputError(
+            f"that ended with status {status}, see above; the same line as before goes on from here"
+        )
 
 
 def work(job: Job, gpus: int) -> None:
@@ -204,7 +248,9 @@ def work(job: Job, gpus: int) -> None:
             call([*launcher(gpus), str(ROOT / "eval.py"), *job.evaluate], (host, run))
 
 
-def row(method: str, runs: dict[int, Job], base: dict[int, Job], columns: list[str]) -> tuple[list[str], list[float]]:
+def row(
+    method: str, runs: dict[int, Job], base: dict[int, Job], columns: list[str]
+) -> tuple[list[str], list[float]]:
     """Of a method's evaluated runs, by seed: the cells but for p-values, and the final differences from the baseline
     over the seeds that both have."""
     tables = {seed: job.measured() for seed, job in runs.items()}
@@ -212,10 +258,21 @@ def row(method: str, runs: dict[int, Job], base: dict[int, Job], columns: list[s
     first, final = ([curve[step(curve)] for curve in tables.values()] for step in (min, max))
     best = [max(curve[step][metric]["mean"] for step in curve) for curve in tables.values()]
     pairs = [(tables[seed], base[seed].measured()) for seed in sorted(tables.keys() & base.keys())]
-    return ([method, str(len(runs)), spread([x[metric]["mean"] for x in first]), spread(best),
-             *(spread([x[name]["mean"] for x in final if name in x]) if any(name in x for x in final) else "-"
-               for name in (metric, *columns))],
-            [x[max(x)][metric]["mean"] - y[max(y)][metric]["mean"] for x, y in pairs])
+    return (
+        [
+            method,
+            str(len(runs)),
+            spread([x[metric]["mean"] for x in first]),
+            spread(best),
+            *(
+                spread([x[name]["mean"] for x in final if name in x])
+                if any(name in x for x in final)
+                else "-"
+                for name in (metric, *columns)
+            ),
+        ],
+        [x[max(x)][metric]["mean"] - y[max(y)][metric]["mean"] for x, y in pairs],
+    )
 
 
 def items_p(job: Job, base: Job) -> str:
@@ -240,18 +297,40 @@ def report(args: argparse.Namespace, found: list[Job]) -> str:
         lines = []
         for method, (cells, differences) in rows.items():
             pairs = [(done[method][s], base[s]) for s in sorted(done[method].keys() & base.keys())]
-            lines.append([*cells, *([f"{np.mean(differences):+.3f}", f"{p[method]:.3f}, {corrected[method]:.3f}",
-                                     ", ".join(items_p(*pair) for pair in pairs)] if method in p else ["", "", ""])])
+            lines.append(
+                [
+                    *cells,
+                    *(
+                        [
+                            f"{np.mean(differences):+.3f}",
+                            f"{p[method]:.3f}, {corrected[method]:.3f}",
+                            ", ".join(items_p(*pair) for pair in pairs),
+                        ]
+                        if method in p
+                        else ["", "", ""]
+                    ),
+                ]
+            )
         total = sum(job.model == size for job in found)
-        parts.append(f"{experiment['train']['task']}, {size}, {experiment['eval']['task']}: "
-                     f"{sum(map(len, done.values()))} of {total} runs\n\n"
-                     + table(f"| | n | start | best | final | {' | '.join(columns)} | final - {baseline} | p, Holm | "
-                             "p of each seed |", lines))
-    return "\n".join([*parts, f"""\
+        parts.append(
+            f"{experiment['train']['task']}, {size}, {experiment['eval']['task']}: "
+            f"{sum(map(len, done.values()))} of {total} runs\n\n"
+            + table(
+                f"| | n | start | best | final | {' | '.join(columns)} | final - {baseline} | p, Holm | "
+                "p of each seed |",
+                lines,
+            )
+        )
+    return "\n".join(
+        [
+            *parts,
+            f"""\
 Mean ± standard deviation over seeds (n); columns after `final` are the final policy's. best: the best of a run's
 evaluations, chosen on the items that measure it, so it is biased upwards. p: exact sign-flip test of the final score
 against {baseline}'s over the seeds that both have; with n of them it cannot be below 2 / 2^n. p of each seed: the two
-final policies over the benchmark's items, as by tools/compare.py."""])
+final policies over the benchmark's items, as by tools/compare.py.""",
+        ]
+    )
 
 
 def main(args: argparse.Namespace) -> None:
@@ -266,8 +345,12 @@ def main(args: argparse.Namespace) -> None:
             check(job, MAY_CHANGE | ({*JudgeOptions.model_fields} if args.table else set()))
         for job in found:
             if args.commands:
-                start = shlex.join(["torchrun", *launcher(args.gpus)[2:]] if args.gpus > 1 else ["python"])
-                print(f"{start} train.py {shlex.join(job.train)}\n{start} eval.py {shlex.join(job.evaluate)}")
+                start = shlex.join(
+                    ["torchrun", *launcher(args.gpus)[2:]] if args.gpus > 1 else ["python"]
+                )
+                print(
+                    f"{start} train.py {shlex.join(job.train)}\n{start} eval.py {shlex.join(job.evaluate)}"
+                )
             elif not args.table:
                 work(job, args.gpus)
         if not args.commands:

@@ -16,8 +16,9 @@ def chat(messages: object, where: str) -> list[dict]:
     if not isinstance(messages, (list, tuple)) or not all(isinstance(m, dict) for m in messages):
         messages = []
     if not messages:
-        raise InputError(f"{where} has no prompt: it must be a list of "
-                         '{"role": ..., "content": ...}')
+        raise InputError(
+            f'{where} has no prompt: it must be a list of {{"role": ..., "content": ...}}'
+        )
     checked = [_message(message, where, f"message {i}") for i, message in enumerate(messages)]
     if all(message["role"] == "assistant" for message in checked):
         raise InputError(f"{where} has no prompt: all of its messages are the assistant's")
@@ -43,11 +44,14 @@ def _message(given: dict, where: str, which: str) -> dict:
             calls = _objects(value, where, f"tool_calls in {which}")
             made[name] = [_with_arguments(call) for call in calls]
         elif name not in TEXTS:
-            raise InputError(f"{where} has {name!r} in {which}, which no chat template is given: a "
-                             f"message may have role, content, tool_calls, {', '.join(TEXTS)}")
+            raise InputError(
+                f"{where} has {name!r} in {which}, which no chat template is given: a "
+                f"message may have role, content, tool_calls, {', '.join(TEXTS)}"
+            )
         elif not isinstance(value, str):
-            raise InputError(f"{where} has a {name} in {which} that is no text: "
-                             f"{str(value)[:40]!r}")
+            raise InputError(
+                f"{where} has a {name} in {which} that is no text: {str(value)[:40]!r}"
+            )
         else:
             made[name] = value
     if made["content"] is None and "tool_calls" not in made:
@@ -70,8 +74,9 @@ def _content(content: object, where: str, which: str) -> str | None:
     for part in content:  # {"type": "text", "text": ...}
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text" or not isinstance(part.get("text"), str):
-            raise InputError(f"{where} has content of type {kind!r} in {which}: a policy reads "
-                             "nothing but text")
+            raise InputError(
+                f"{where} has content of type {kind!r} in {which}: a policy reads nothing but text"
+            )
         texts.append(part["text"])
     return "\n".join(texts)
 
@@ -83,8 +88,9 @@ def _objects(value: object, where: str, what: str) -> list[dict]:
     except (TypeError, ValueError, RecursionError):
         found = None
     if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
-        raise InputError(f"{where} has {what} that are no list of JSON objects: "
-                         f"{str(value)[:40]!r}")
+        raise InputError(
+            f"{where} has {what} that are no list of JSON objects: {str(value)[:40]!r}"
+        )
     return found
 
 

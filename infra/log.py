@@ -37,20 +37,26 @@ def channel_stats(groups: "list[Group]", beta: float) -> dict[str, dict[str, flo
     not vary. binding: share of rollouts in which the channel (one with this name) has the largest soft-min weight (ties
     are shared). weight: its (their summed) soft-min weight. The last two are over rollouts with signal.
     """
-    values, constant, binding, weight = ({c.name: [] for group in groups for c in group.channels} for _ in range(4))
+    values, constant, binding, weight = (
+        {c.name: [] for group in groups for c in group.channels} for _ in range(4)
+    )
     rollouts = 0  # with signal
     for group in groups:
         weights = torch.tensor([channel.weight for channel in group.channels])
         signal = has_signal(group)
         z = rvpo.zscore(group.rewards).requires_grad_()
-        shares, = torch.autograd.grad(rvpo.soft_min(z, beta, weights).sum(), z)  # (G, K), each rollout's sum to 1
+        (shares,) = torch.autograd.grad(
+            rvpo.soft_min(z, beta, weights).sum(), z
+        )  # (G, K), each rollout's sum to 1
         largest = (shares == shares.amax(-1, keepdim=True)).to(shares)
         largest = largest / largest.sum(-1, keepdim=True)
         rollouts += signal.sum().item()
         for k, channel in enumerate(group.channels):
             values[channel.name].append(group.rewards[:, k])
             present = group.rewards[~group.rewards[:, k].isnan(), k]
-            constant[channel.name] += [float(present.amax() == present.amin())] if len(present) else []
+            constant[channel.name] += (
+                [float(present.amax() == present.amin())] if len(present) else []
+            )
             binding[channel.name].append(largest[signal, k])
             weight[channel.name].append(shares[signal, k])
     stats = {}
@@ -58,9 +64,12 @@ def channel_stats(groups: "list[Group]", beta: float) -> dict[str, dict[str, flo
         column = torch.cat(columns)
         present = column[~column.isnan()]
         stats[name] = {
-            "mean": present.mean().item(), "min": present.min().item() if len(present) else math.nan,
+            "mean": present.mean().item(),
+            "min": present.min().item() if len(present) else math.nan,
             "max": present.max().item() if len(present) else math.nan,
-            "std": present.std(correction=min(1, len(present) - 1)).item() if len(present) else math.nan,
+            "std": present.std(correction=min(1, len(present) - 1)).item()
+            if len(present)
+            else math.nan,
             "missing": 1 - len(present) / len(column),
             "constant": sum(constant[name]) / len(constant[name]) if constant[name] else math.nan,
             "binding": torch.cat(binding[name]).sum().item() / rollouts if rollouts else math.nan,
@@ -112,21 +121,38 @@ class Log:
         records = []
         for group in groups:
             example = group.prompt.example
-            names = [f"{k} {c.text}" for k, c in enumerate(example.criteria, 1)] or [c.name for c in group.channels]
-            for response, rewards, advantage in zip(group.responses, group.rewards.tolist(), group.advantages.tolist(),
-                                                    strict=True):
-                records.append({"step": step, "prompt": example.messages, "response": response.text,
-                                "finish": response.finish, "rewards": dict(zip(names, rewards, strict=True)),
-                                "advantage": advantage})
+            names = [f"{k} {c.text}" for k, c in enumerate(example.criteria, 1)] or [
+                c.name for c in group.channels
+            ]
+            for response, rewards, advantage in zip(
+                group.responses, group.rewards.tolist(), group.advantages.tolist(), strict=True
+            ):
+                records.append(
+                    {
+                        "step": step,
+                        "prompt": example.messages,
+                        "response": response.text,
+                        "finish": response.finish,
+                        "rewards": dict(zip(names, rewards, strict=True)),
+                        "advantage": advantage,
+                    }
+                )
         self.samples(records)
 
-    def evaluation(self, step: int, scores: list[dict[str, float]], report: dict,
-                   full: dict[str, float] | None = None) -> None:
+    def evaluation(
+        self,
+        step: int,
+        scores: list[dict[str, float]],
+        report: dict,
+        full: dict[str, float] | None = None,
+    ) -> None:
         """Mean and standard error over prompts of every channel and of the joint rate (all channels
         satisfied), NaN if all are missing. scores: of each prompt, by name, NaN if missing. report:
         the judge's. full: the value that satisfies a channel, by its name."""
         result = {}
-        for name in sorted(dict.fromkeys(name for row in scores for name in row), key=lambda name: name == "joint"):
+        for name in sorted(
+            dict.fromkeys(name for row in scores for name in row), key=lambda name: name == "joint"
+        ):
             x = scored(name, scores)
             error = np.std(x, ddof=1) / math.sqrt(len(x)) if len(x) > 1 else math.nan
             result[name] = (np.mean(x) if x else math.nan), error
@@ -136,33 +162,54 @@ class Log:
 
     def step(self, step: int, groups: "list[Group]", metrics: dict) -> None:
         """A step's metrics, with what can be said of its groups. metrics: with beta, and the seconds of its phases."""
-        responses, seconds = [response for group in groups for response in group.responses], metrics["seconds"]
+        responses, seconds = (
+            [response for group in groups for response in group.responses],
+            metrics["seconds"],
+        )
         lengths = [len(response.tokens) for response in responses]
-        joint = np.concatenate([satisfied(group.channels, group.rewards.numpy()) for group in groups])
+        joint = np.concatenate(
+            [satisfied(group.channels, group.rewards.numpy()) for group in groups]
+        )
         advantages = torch.stack([group.advantages for group in groups])
         total = sum(seconds.values()) - seconds["save"]
         credits = credit(groups)
         metrics |= {
-            "joint": torch.from_numpy(joint).nanmean().item(), "advantage_std": advantages.std().item(),
-            "no_signal": 1 - torch.cat([has_signal(group) for group in groups]).double().mean().item(),
+            "joint": torch.from_numpy(joint).nanmean().item(),
+            "advantage_std": advantages.std().item(),
+            "no_signal": 1
+            - torch.cat([has_signal(group) for group in groups]).double().mean().item(),
             "truncated": np.mean([response.finish == "length" for response in responses]),
-            "length_mean": np.mean(lengths), "length_max": max(lengths), "tokens_per_second": sum(lengths) / total,
-            "channels": {name: {**stats, "credit": credits[name]}
-                         for name, stats in channel_stats(groups, metrics["beta"]).items()}}
+            "length_mean": np.mean(lengths),
+            "length_max": max(lengths),
+            "tokens_per_second": sum(lengths) / total,
+            "channels": {
+                name: {**stats, "credit": credits[name]}
+                for name, stats in channel_stats(groups, metrics["beta"]).items()
+            },
+        }
         if judge := metrics.get("judge"):
             judge["share_of_step"] = judge["seconds"] / total
         self.metrics({"step": step, **metrics})
-        self.say(f"step {step}: joint {shown(metrics['joint'])} | "
-                 + " ".join(f"{name} {shown(stats['mean'])}"
-                            for name, stats in metrics["channels"].items())
-                 + "".join(f" | works against {name} ({x:.2f})" for name, x in credits.items() if x < 0)
-                 + f" | grad {metrics['grad_norm']:.2f} entropy {metrics['entropy']:.2f}"
-                 + f" length {np.mean(lengths):.0f} | "
-                 + " ".join(f"{phase} {t:.1f}s" for phase, t in seconds.items() if t >= 0.05)
-                 + (f" | judge {judge['requests']} requests {judge['seconds']:.1f}s, yes to "
-                    f"{judge['yes'] / max(1, judge['verdicts']):.0%}" if judge else ""))
+        self.say(
+            f"step {step}: joint {shown(metrics['joint'])} | "
+            + " ".join(
+                f"{name} {shown(stats['mean'])}" for name, stats in metrics["channels"].items()
+            )
+            + "".join(f" | works against {name} ({x:.2f})" for name, x in credits.items() if x < 0)
+            + f" | grad {metrics['grad_norm']:.2f} entropy {metrics['entropy']:.2f}"
+            + f" length {np.mean(lengths):.0f} | "
+            + " ".join(f"{phase} {t:.1f}s" for phase, t in seconds.items() if t >= 0.05)
+            + (
+                f" | judge {judge['requests']} requests {judge['seconds']:.1f}s, yes to "
+                f"{judge['yes'] / max(1, judge['verdicts']):.0%}"
+                if judge
+                else ""
+            )
+        )
         if metrics["bad_updates"]:
-            self.say(f"step {step}: a loss or gradient is not finite; updates left out: {metrics['bad_updates']}")
+            self.say(
+                f"step {step}: a loss or gradient is not finite; updates left out: {metrics['bad_updates']}"
+            )
 
 
 def open_tracker(run: Path, config: dict, resumed: bool):
@@ -185,11 +232,25 @@ class RunLog(Log):
     write_policy: writes the policy into a directory; each evaluation's is then kept, in runs/NAME/policies/step-N.
     tracker: what `open_tracker` returned."""
 
-    def __init__(self, run: Path, steps: int = 0, begun: int = 0,
-                 write_policy: Callable | None = None, tracker=None):
+    def __init__(
+        self,
+        run: Path,
+        steps: int = 0,
+        begun: int = 0,
+        write_policy: Callable | None = None,
+        tracker=None,
+    ):
         self.write_policy, self.tracker = write_policy, tracker
-        self.run, self.bar = run, tqdm(total=steps, initial=begun, disable=RANK > 0 or not steps, unit="step",
-                                       dynamic_ncols=True)
+        self.run, self.bar = (
+            run,
+            tqdm(
+                total=steps,
+                initial=begun,
+                disable=RANK > 0 or not steps,
+                unit="step",
+                dynamic_ncols=True,
+            ),
+        )
         # What `watch` has seen: steps of this process, the judge's verdicts, each channel's least
         # and largest value of each step. Then the channels that were pointed out.
         self.steps = self.yes = self.verdicts = 0
@@ -212,6 +273,7 @@ class RunLog(Log):
 
     def _write(self, name: str, records: list[dict]) -> None:
         """Appends JSON lines. NaN and infinity, which are no JSON, become null. Raises InputError on all ranks."""
+
         def plain(value):
             if isinstance(value, dict):
                 return {key: plain(x) for key, x in value.items()}
@@ -228,8 +290,13 @@ class RunLog(Log):
         except OSError as error:
             raise InputError(f"{self.run / name} cannot be written: {error}") from error
 
-    def evaluation(self, step: int, scores: list[dict[str, float]], report: dict,
-                   full: dict[str, float] | None = None) -> None:
+    def evaluation(
+        self,
+        step: int,
+        scores: list[dict[str, float]],
+        report: dict,
+        full: dict[str, float] | None = None,
+    ) -> None:
         super().evaluation(step, scores, report, full)
         if step == 0 and full and len(scores) > 1:
             values = {name: [row.get(name) for row in scores] for name in full}
@@ -241,7 +308,9 @@ class RunLog(Log):
 
     def step(self, step: int, groups: "list[Group]", metrics: dict) -> None:
         super().step(step, groups, metrics)
-        self.bar.set_postfix(joint=f"{metrics['joint']:.2f}", grad=f"{metrics['grad_norm']:.2f}", refresh=False)
+        self.bar.set_postfix(
+            joint=f"{metrics['joint']:.2f}", grad=f"{metrics['grad_norm']:.2f}", refresh=False
+        )
         self.bar.update()
         if self.steps < CONSTANT:
             self.watch(groups, metrics)
@@ -263,11 +332,18 @@ class RunLog(Log):
         share = self.yes / max(1, self.verdicts)
         one_sided = self.verdicts > 0 and not ONE_SIDED < share < 1 - ONE_SIDED
         if self.steps == CONSTANT and one_sided:
-            self.say(f"warning: the judge said yes to {self.yes} of {self.verdicts} questions in "
-                     f"{CONSTANT} steps: it may not be grading at all, see docs/rubrics.md")
+            self.say(
+                f"warning: the judge said yes to {self.yes} of {self.verdicts} questions in "
+                f"{CONSTANT} steps: it may not be grading at all, see docs/rubrics.md"
+            )
 
-    def point_out(self, values: dict[str, list[float]], full: dict[str, float], when: str,
-                  even_full: bool = False) -> None:
+    def point_out(
+        self,
+        values: dict[str, list[float]],
+        full: dict[str, float],
+        when: str,
+        even_full: bool = False,
+    ) -> None:
         """Says, once, of each reward with only one value, or none, that it teaches nothing. values:
         of each, NaN if missing. even_full: also of one that was always full."""
         for name, found in values.items():
@@ -278,8 +354,10 @@ class RunLog(Log):
             if math.isnan(value):
                 advice = "; see why its function or its judge gives NaN"
             elif value < full[name] - 1e-6:
-                advice = (" until a response does better; show one in the prompt, pay for a part of "
-                          "what it asks, or begin with an easier task")
+                advice = (
+                    " until a response does better; show one in the prompt, pay for a part of "
+                    "what it asks, or begin with an easier task"
+                )
             elif even_full:
                 advice = ""
             else:
@@ -298,13 +376,18 @@ class RunLog(Log):
 
     def lengths(self) -> dict[str, int]:
         """Bytes of the run's logs."""
-        return {name: (self.run / name).stat().st_size if (self.run / name).exists() else 0 for name in LOGS}
+        return {
+            name: (self.run / name).stat().st_size if (self.run / name).exists() else 0
+            for name in LOGS
+        }
 
     def _truncate(self, lengths: dict[str, int]) -> None:
         for name in LOGS:
             file, size = self.run / name, lengths.get(name, 0)
             bytes_now = file.stat().st_size if file.exists() else 0
             if bytes_now < size:
-                raise OSError(f"{name} has {bytes_now} bytes, at the checkpoint it had {size}: it was changed since")
+                raise OSError(
+                    f"{name} has {bytes_now} bytes, at the checkpoint it had {size}: it was changed since"
+                )
             if bytes_now > size:
                 os.truncate(file, size)

@@ -20,7 +20,13 @@ from infra.ranks import RANK, InputError
 transformers_logging.disable_progress_bar()
 
 
-TRAINABLE = "llama", "mistral", "phi3", "qwen2", "qwen3"  # model types whose log-probs tests compare with transformers'
+TRAINABLE = (
+    "llama",
+    "mistral",
+    "phi3",
+    "qwen2",
+    "qwen3",
+)  # model types whose log-probs tests compare with transformers'
 POINTER = b"version https://git-lfs"
 NARROW = re.compile(r"[FIU][1-8](_\w+)?")  # dtypes of less than 16 bits in safetensors: F8_E4M3, I8
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
@@ -37,8 +43,10 @@ def readable(name: str):
         reason = (str(error).strip() or "no reason given").splitlines()[0]
         with tempfile.NamedTemporaryFile("w", prefix="rvpo-", suffix=".txt", delete=False) as file:
             traceback.print_exc(file=file)
-        raise InputError(f"--model {name} cannot be loaded ({type(error).__name__}: {reason}); all of it is in "
-                         f"{file.name}") from error
+        raise InputError(
+            f"--model {name} cannot be loaded ({type(error).__name__}: {reason}); all of it is in "
+            f"{file.name}"
+        ) from error
 
 
 def announce(name: str) -> None:
@@ -68,22 +76,30 @@ def check_directory(name: str, path: Path) -> None:
     for file in filter(Path.is_file, path.iterdir()):
         with file.open("rb") as opened:
             if opened.read(len(POINTER)) == POINTER:
-                raise InputError(f"--model {name}: {file} is only git-lfs's pointer to the file: "
-                                 "run `git lfs pull` there")
+                raise InputError(
+                    f"--model {name}: {file} is only git-lfs's pointer to the file: "
+                    "run `git lfs pull` there"
+                )
     config = path / "config.json"
     if config.is_file() and "data_sha256" in json.loads(config.read_text()):
-        raise InputError(f"--model {name}: this run of train.py is not finished and has no "
-                         f"checkpoint/ yet: go on with `python train.py --resume {path}`, or name "
-                         f"a policy that it has kept, {path}/policies/step-N")
+        raise InputError(
+            f"--model {name}: this run of train.py is not finished and has no "
+            f"checkpoint/ yet: go on with `python train.py --resume {path}`, or name "
+            f"a policy that it has kept, {path}/policies/step-N"
+        )
     if (path / "adapter_config.json").is_file():
         remove = ", or remove adapter_config.json and adapter_model.safetensors"
-        raise InputError(f"--model {name}: {path} has an adapter (adapter_config.json), which is "
-                         "not applied here: merge it into its model (peft's merge_and_unload) and "
-                         f"name the result{remove if config.is_file() else ''}")
+        raise InputError(
+            f"--model {name}: {path} has an adapter (adapter_config.json), which is "
+            "not applied here: merge it into its model (peft's merge_and_unload) and "
+            f"name the result{remove if config.is_file() else ''}"
+        )
     if not config.is_file() or not weight_files(path):
-        raise InputError(f"--model {name}: {path} needs a config.json and weights "
-                         "(model.safetensors, or model.safetensors.index.json and its files); name "
-                         "the directory of a checkpoint, such as runs/NAME/checkpoint")
+        raise InputError(
+            f"--model {name}: {path} needs a config.json and weights "
+            "(model.safetensors, or model.safetensors.index.json and its files); name "
+            "the directory of a checkpoint, such as runs/NAME/checkpoint"
+        )
     weights(path)  # a truncated file is found now
 
 
@@ -100,15 +116,20 @@ def weight_files(path: Path) -> list[Path]:
         raise InputError(f"{path} lacks {min(missing)}, which model.safetensors.index.json names")
     of_vllm = named or {*path.glob("*.safetensors")}
     if chosen and (others := of_vllm - chosen):
-        raise InputError(f"{path} has two sets of weights, transformers would load {single.name} "
-                         f"and vLLM {min(others).name}: remove the files that are not the model's")
+        raise InputError(
+            f"{path} has two sets of weights, transformers would load {single.name} "
+            f"and vLLM {min(others).name}: remove the files that are not the model's"
+        )
     return sorted(chosen)
 
 
 def weights(path: Path) -> dict:
     """{name of a tensor: its open file} of a checkpoint. Only the headers are read."""
-    return {name: file for file in (safe_open(file, "pt") for file in weight_files(path))
-            for name in file.keys()}  # noqa: SIM118 (no mapping)
+    return {
+        name: file
+        for file in (safe_open(file, "pt") for file in weight_files(path))
+        for name in file.keys()
+    }
 
 
 def refuse_quantized(path: Path) -> None:
@@ -120,8 +141,10 @@ def refuse_quantized(path: Path) -> None:
         if not narrow:
             return
         why = f"{narrow[0]} is {dtypes[narrow[0]]}"
-    raise InputError(f"{path} is quantized ({why}) and cannot be trained: name the model that it "
-                     "was made from, such as Qwen/Qwen3-8B for Qwen/Qwen3-8B-FP8")
+    raise InputError(
+        f"{path} is quantized ({why}) and cannot be trained: name the model that it "
+        "was made from, such as Qwen/Qwen3-8B for Qwen/Qwen3-8B-FP8"
+    )
 
 
 def has_own_head(path: Path) -> bool:
@@ -132,8 +155,9 @@ def has_own_head(path: Path) -> bool:
         return False
     head, embeddings = files[HEAD].get_slice(HEAD), files[EMBEDDINGS].get_slice(EMBEDDINGS)
     return head.get_shape() != embeddings.get_shape() or not all(
-        torch.equal(head[row:row + 4096].float(), embeddings[row:row + 4096].float())
-        for row in range(0, head.get_shape()[0], 4096))
+        torch.equal(head[row : row + 4096].float(), embeddings[row : row + 4096].float())
+        for row in range(0, head.get_shape()[0], 4096)
+    )
 
 
 def _download(name: str) -> Path:
@@ -141,23 +165,37 @@ def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise InputError(f"--model {name}: no such file or directory, and no hub id (those look like Qwen/Qwen2.5-7B)")
+        raise InputError(
+            f"--model {name}: no such file or directory, and no hub id (those look like Qwen/Qwen2.5-7B)"
+        )
     try:
-        return Path(snapshot_download(
-            name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"],
-            ignore_patterns=["*consolidated*.safetensors"]))  # Mistral's second copy of all weights
+        return Path(
+            snapshot_download(
+                name,
+                allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"],
+                ignore_patterns=["*consolidated*.safetensors"],
+            )
+        )  # Mistral's second copy of all weights
     except (OSError, ValueError, httpx.HTTPError) as error:
-        raise InputError(f"--model {name}: no such directory, and the hub did not deliver it "
-                         f"({type(error).__name__}: {str(error).splitlines()[0]})") from error
+        raise InputError(
+            f"--model {name}: no such directory, and the hub did not deliver it "
+            f"({type(error).__name__}: {str(error).splitlines()[0]})"
+        ) from error
 
 
 def load_tokenizer(path: Path):
     tokenizer = AutoTokenizer.from_pretrained(path)
-    if "hello" not in tokenizer.decode(tokenizer("hello").input_ids):  # transformers makes do with an empty one
-        raise InputError(f"{path}: the tokenizer cannot encode 'hello'; is its tokenizer.json missing?")
+    if "hello" not in tokenizer.decode(
+        tokenizer("hello").input_ids
+    ):  # transformers makes do with an empty one
+        raise InputError(
+            f"{path}: the tokenizer cannot encode 'hello'; is its tokenizer.json missing?"
+        )
     if tokenizer.chat_template is None:
-        raise InputError(f"{path}: the tokenizer has no chat template, so a chat cannot become a prompt: choose a "
-                         "model that has one")
+        raise InputError(
+            f"{path}: the tokenizer has no chat template, so a chat cannot become a prompt: choose a "
+            "model that has one"
+        )
     return tokenizer
 
 
@@ -168,10 +206,13 @@ def stop_tokens(path: Path, tokenizer) -> list[int]:
         configured = GenerationConfig.from_pretrained(path).eos_token_id
     except OSError:  # the file is optional
         configured = None
-    turn = tokenizer.apply_chat_template([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}],
-                                         tokenize=False)
+    turn = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}], tokenize=False
+    )
     after = tokenizer(turn.rpartition("!")[2], add_special_tokens=False).input_ids[:1]
-    ends_turn = [i for i in after if i in tokenizer.all_special_ids or i in tokenizer.added_tokens_decoder]
+    ends_turn = [
+        i for i in after if i in tokenizer.all_special_ids or i in tokenizer.added_tokens_decoder
+    ]
     configured = configured if isinstance(configured, list) else [configured]
     return sorted({tokenizer.eos_token_id, *configured, *ends_turn} - {None})
 
@@ -197,17 +238,28 @@ def describe(name: str, max_tokens: int, trained: bool = False) -> Pretrained:
         window = getattr(config, "sliding_window", None) or math.inf
         room = min(config.max_position_embeddings, window) - max_tokens
     if room < 1:
-        raise InputError(f"--max-tokens {max_tokens}: the model's context has no room for a prompt beside them")
+        raise InputError(
+            f"--max-tokens {max_tokens}: the model's context has no room for a prompt beside them"
+        )
     if not stops:
-        raise InputError(f"--model {name}: nothing would end a response: set eos_token in "
-                         "tokenizer_config.json, or eos_token_id in generation_config.json")
+        raise InputError(
+            f"--model {name}: nothing would end a response: set eos_token in "
+            "tokenizer_config.json, or eos_token_id in generation_config.json"
+        )
     check_ids(stops, tokenizer, config.vocab_size, f"--model {name}: what ends a response")
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
-    if trained and rope in ("longrope", "dynamic"):  # they depend on the longest sequence of a micro-batch
-        raise InputError(f"--model {name}: training with {rope} position embeddings is not supported")
+    if trained and rope in (
+        "longrope",
+        "dynamic",
+    ):  # they depend on the longest sequence of a micro-batch
+        raise InputError(
+            f"--model {name}: training with {rope} position embeddings is not supported"
+        )
     if trained and config.model_type not in TRAINABLE:
-        raise InputError(f"--model {name}: training {config.model_type} models is not supported; "
-                         f"{', '.join(TRAINABLE)} are")
+        raise InputError(
+            f"--model {name}: training {config.model_type} models is not supported; "
+            f"{', '.join(TRAINABLE)} are"
+        )
     dtype = config.dtype or torch.float32
     return Pretrained(path, tokenizer, stops, dtype, room, config.vocab_size)
 
@@ -216,6 +268,8 @@ def check_ids(ids: list[int], tokenizer, embeddings: int, what: str) -> None:
     """Raises InputError for a token id that the model has no embedding for. A tokenizer may have
     such ids, for they cannot be sampled."""
     if (largest := max(ids)) >= embeddings:
-        raise InputError(f"{what} has the token {tokenizer.decode([largest])!r}, id {largest}, but "
-                         f"the model has only {embeddings} embeddings: take the tokenizer that "
-                         "belongs to it, or resize them (transformers' resize_token_embeddings)")
+        raise InputError(
+            f"{what} has the token {tokenizer.decode([largest])!r}, id {largest}, but "
+            f"the model has only {embeddings} embeddings: take the tokenizer that "
+            "belongs to it, or resize them (transformers' resize_token_embeddings)"
+        )

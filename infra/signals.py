@@ -10,8 +10,10 @@ from collections.abc import Callable
 from infra.ranks import RANK, gather
 
 AGAIN = 2.0  # seconds: whoever signals a whole job reaches a rank twice, by torchrun, too, and means it once
-STOPPING = (b"\nstopping, and saving the state; a second signal (Ctrl-C again) ends the run at "
-            b"once, without saving\n")
+STOPPING = (
+    b"\nstopping, and saving the state; a second signal (Ctrl-C again) ends the run at "
+    b"once, without saving\n"
+)
 CAUGHT = signal.SIGTERM, signal.SIGINT
 _signals: list[int] = []  # the first that this rank has got
 _working = False  # in `interruptible`
@@ -31,6 +33,7 @@ def catch_signals() -> None:
     The main thread may be in one call of a library for long, waiting for other ranks, say. Python
     runs `keep` only after it. What has to happen at once happens in a thread, `watch_signals`.
     """
+
     def keep(number: int, frame) -> None:
         if not _signals:
             _signals.append(number)
@@ -43,9 +46,11 @@ def catch_signals() -> None:
     os.set_blocking(wakeup, False)
     signal.set_wakeup_fd(wakeup)  # each signal's number is written there when it arrives
     threading.Thread(target=watch_signals, args=(arrived,), daemon=True, name="signals").start()
-    os.register_at_fork(before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, CAUGHT),
-                        after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, CAUGHT),
-                        after_in_child=leave_signals)
+    os.register_at_fork(
+        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, CAUGHT),
+        after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, CAUGHT),
+        after_in_child=leave_signals,
+    )
 
 
 def watch_signals(arrived: int) -> None:
@@ -53,7 +58,7 @@ def watch_signals(arrived: int) -> None:
     arrived: the pipe that has their numbers."""
     first = None
     while True:
-        number, = os.read(arrived, 1)
+        (number,) = os.read(arrived, 1)
         if number not in CAUGHT:  # others with a handler in Python
             continue
         if first is None:

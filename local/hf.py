@@ -15,7 +15,9 @@ def load(path: Path, device: torch.device, dtype: torch.dtype = torch.float32):
     """As transformers has it, for sampling with its `generate`."""
     model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
     if info["missing_keys"]:  # transformers fills them with random numbers
-        raise InputError(f"{path} lacks weights that its config.json asks for, {min(info['missing_keys'])} for one")
+        raise InputError(
+            f"{path} lacks weights that its config.json asks for, {min(info['missing_keys'])} for one"
+        )
     return model.to(device).eval()
 
 
@@ -32,13 +34,23 @@ class HFEngine:
     def __init__(self, model, decoding: Decoding):
         """model: the checkpoint as transformers loads it."""
         self.model, self.decoding, self.dtype = model, decoding, model.dtype
-        sampling = {"temperature": decoding.temperature, "top_k": 0} if decoding.temperature > 0 else {}
+        sampling = (
+            {"temperature": decoding.temperature, "top_k": 0} if decoding.temperature > 0 else {}
+        )
         self.config = GenerationConfig(
-            do_sample=decoding.temperature > 0, max_new_tokens=decoding.max_tokens, eos_token_id=decoding.stops,
-            pad_token_id=decoding.stops[0], return_dict_in_generate=True, output_scores=True, **sampling)
+            do_sample=decoding.temperature > 0,
+            max_new_tokens=decoding.max_tokens,
+            eos_token_id=decoding.stops,
+            pad_token_id=decoding.stops[0],
+            return_dict_in_generate=True,
+            output_scores=True,
+            **sampling,
+        )
 
     @torch.no_grad()
-    def generate(self, prompts: list[list[int]], group: int, seeds: list[int]) -> Iterator[tuple[int, list[Response]]]:
+    def generate(
+        self, prompts: list[list[int]], group: int, seeds: list[int]
+    ) -> Iterator[tuple[int, list[Response]]]:
         """As rollout.VLLMEngine.generate."""
         device, stops = self.model.device, self.decoding.stops
         for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
@@ -46,14 +58,23 @@ class HFEngine:
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
                 # generate fills up what a config leaves open from the checkpoint's own: Qwen2.5's has top_k = 20
-                checkpoints, self.model.generation_config = self.model.generation_config, self.config
-                result = self.model.generate(ids, attention_mask=torch.ones_like(ids),
-                                             logits_processor=[finite])
+                checkpoints, self.model.generation_config = (
+                    self.model.generation_config,
+                    self.config,
+                )
+                result = self.model.generate(
+                    ids, attention_mask=torch.ones_like(ids), logits_processor=[finite]
+                )
                 self.model.generation_config = checkpoints
-            sampled = result.sequences[:, len(prompt):]
+            sampled = result.sequences[:, len(prompt) :]
             # scores: T tensors (G, V), already at the temperature
-            logp = torch.stack([s.float().log_softmax(-1).gather(-1, sampled[:, t:t + 1]).squeeze(-1)
-                                for t, s in enumerate(result.scores)], dim=-1).tolist()
+            logp = torch.stack(
+                [
+                    s.float().log_softmax(-1).gather(-1, sampled[:, t : t + 1]).squeeze(-1)
+                    for t, s in enumerate(result.scores)
+                ],
+                dim=-1,
+            ).tolist()
             responses = []
             for tokens, values in zip(sampled.tolist(), logp, strict=True):
                 end = next((i + 1 for i, token in enumerate(tokens) if token in stops), len(tokens))

@@ -34,8 +34,10 @@ def missing_library() -> str | None:
     try:
         ctypes.CDLL("libnuma.so.1")
     except OSError:
-        return ("vLLM needs the library libnuma.so.1, and this machine lacks it: install it (Debian, Ubuntu: "
-                "apt-get install libnuma1; Fedora: dnf install numactl-libs)")
+        return (
+            "vLLM needs the library libnuma.so.1, and this machine lacks it: install it (Debian, Ubuntu: "
+            "apt-get install libnuma1; Fedora: dnf install numactl-libs)"
+        )
     return None
 
 
@@ -43,13 +45,19 @@ def problem(vllm: bool) -> str | None:
     """The first thing that is missing, and what to do; None if the set-up can begin."""
     version, (oldest, newest) = sys.version_info[:2], PYTHONS
     if not oldest <= version <= newest:
-        return (f"this is Python {version[0]}.{version[1]}, and 3.{oldest[1]} to 3.{newest[1]} are supported: "
-                f"name another one, such as make PYTHON=python3.{newest[1] - 1}")
+        return (
+            f"this is Python {version[0]}.{version[1]}, and 3.{oldest[1]} to 3.{newest[1]} are supported: "
+            f"name another one, such as make PYTHON=python3.{newest[1] - 1}"
+        )
     if importlib.util.find_spec("ensurepip") is None:
-        return ("Python's module ensurepip is missing, which makes environments: install it (Debian, Ubuntu: "
-                "apt-get install python3-venv)")
+        return (
+            "Python's module ensurepip is missing, which makes environments: install it (Debian, Ubuntu: "
+            "apt-get install python3-venv)"
+        )
     missing = missing_library() if vllm else None
-    return missing and f"{missing}, or leave vLLM out with make VLLM=no, and transformers will sample"
+    return (
+        missing and f"{missing}, or leave vLLM out with make VLLM=no, and transformers will sample"
+    )
 
 
 if __name__ == "__main__":

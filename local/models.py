@@ -14,21 +14,38 @@ from tasks import tools
 
 
 def _make_tiny(out: Path) -> None:
-    texts = [message["content"] for example in tools.examples(200, "train") for message in example.messages]
+    texts = [
+        message["content"]
+        for example in tools.examples(200, "train")
+        for message in example.messages
+    ]
     bpe = ByteLevelBPETokenizer()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     bpe.train_from_iterator(texts, vocab_size=1024, special_tokens=special)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token=special[2], pad_token=special[0])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, eos_token=special[2], pad_token=special[0]
+    )
     tokenizer.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
     tokenizer.save_pretrained(out)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         # head_dim is 32: vLLM's CPU attention has no 16
-        config = Qwen2Config(vocab_size=1024, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
-                             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
-                             tie_word_embeddings=True, bos_token_id=None, eos_token_id=2, pad_token_id=0)
+        config = Qwen2Config(
+            vocab_size=1024,
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=4096,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=2,
+            pad_token_id=0,
+        )
         AutoModelForCausalLM.from_config(config).save_pretrained(out)
 
 
@@ -39,9 +56,16 @@ def tiny() -> Path:
 
 def qwen(size: str) -> Qwen2Config:
     layers, hidden, heads, kv_heads, intermediate, vocabulary, tied = QWEN[size]
-    return Qwen2Config(num_hidden_layers=layers, hidden_size=hidden, num_attention_heads=heads,
-                       num_key_value_heads=kv_heads, intermediate_size=intermediate, vocab_size=vocabulary,
-                       tie_word_embeddings=tied, max_position_embeddings=32768)
+    return Qwen2Config(
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        intermediate_size=intermediate,
+        vocab_size=vocabulary,
+        tie_word_embeddings=tied,
+        max_position_embeddings=32768,
+    )
 
 
 def skeleton(config):

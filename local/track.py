@@ -45,8 +45,9 @@ class Tracker:
             self.package.init(project="rvpo", name=run, config=config, resume="allow", **same)
         except Exception as error:
             if not resumed:
-                raise InputError(f"--track {name}: {one_line(error)}; log in there first, or leave "
-                                 "it out") from error
+                raise InputError(
+                    f"--track {name}: {one_line(error)}; log in there first, or leave it out"
+                ) from error
             self._give_up(error)
 
     def metrics(self, record: dict) -> None:
@@ -56,8 +57,16 @@ class Tracker:
 
     def samples(self, records: list[dict]) -> None:
         """The lines of samples.jsonl of one step, the first ROWS of them as a table."""
-        columns = ["prompt", "response", "advantage", *dict.fromkeys(name for r in records for name in r["rewards"])]
-        rows = [{**record["rewards"], **record, "prompt": json.dumps(record["prompt"])} for record in records[:ROWS]]
+        columns = [
+            "prompt",
+            "response",
+            "advantage",
+            *dict.fromkeys(name for r in records for name in r["rewards"]),
+        ]
+        rows = [
+            {**record["rewards"], **record, "prompt": json.dumps(record["prompt"])}
+            for record in records[:ROWS]
+        ]
         data = [[row.get(name) for name in columns] for row in rows]
 
         def send() -> None:
@@ -79,5 +88,7 @@ class Tracker:
 
     def _give_up(self, error: Exception) -> None:
         self.failed = True
-        tqdm.write(f"warning: --track {self.name} failed: {one_line(error)}; the run goes on "
-                   "without it, everything is in metrics.jsonl and samples.jsonl")
+        tqdm.write(
+            f"warning: --track {self.name} failed: {one_line(error)}; the run goes on "
+            "without it, everything is in metrics.jsonl and samples.jsonl"
+        )

@@ -1,6 +1,6 @@
 """docs/method.png: what the mean, the soft minimum and the minimum make of two rewards.
 
-    python study/method.py
+python study/method.py
 """
 
 import argparse
@@ -49,18 +49,24 @@ def draw(axis, name: str, beta: float) -> None:
     axis.plot(*EVEN, "o", color="black", markersize=6)
     axis.plot(*NEGLECT, "X", color="black", markersize=7)
     sign = ">" if neglect > even else "<"
-    axis.set_title(f"{name}\n✕ {neglect:+.2f} {sign} ● {even:+.2f}".replace("+0.00", "0"), fontsize=9)
+    axis.set_title(
+        f"{name}\n✕ {neglect:+.2f} {sign} ● {even:+.2f}".replace("+0.00", "0"), fontsize=9
+    )
     axis.set(aspect="equal", xticks=[-2, 0, 2], yticks=[-2, 0, 2])
     axis.tick_params(labelsize=8)
 
 
 def main() -> None:
-    figure, axes = plt.subplots(1, 5, figsize=(style.WIDTH, 2.35), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(
+        1, 5, figsize=(style.WIDTH, 2.35), sharey=True, layout="constrained"
+    )
     for axis, (name, beta) in zip(axes, PANELS.items(), strict=True):
         draw(axis, name, beta)
     axes[0].set_ylabel("z-score of reward 2", fontsize=9)
     axes[2].set_xlabel("z-score of reward 1", fontsize=9)
-    figure.suptitle("The mean pays for giving one reward up (✕). A soft minimum does not.", fontsize=11)
+    figure.suptitle(
+        "The mean pays for giving one reward up (✕). A soft minimum does not.", fontsize=11
+    )
     style.save(figure, ROOT / "docs" / "method.png")
 
 

@@ -13,11 +13,17 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":  # before torch is imported: --help must not wait for it
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--file", type=Path, default=Path(__file__).with_name("more.jsonl"), help="the runs")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--file", type=Path, default=Path(__file__).with_name("more.jsonl"), help="the runs"
+    )
     parser.add_argument("--tables", action="store_true", help="run nothing, print the tables")
     OPTIONS = parser.parse_args()
-sys.path.insert(0, str(Path(__file__).parent.parent))  # the code that is studied; a script sees its own folder only
+sys.path.insert(
+    0, str(Path(__file__).parent.parent)
+)  # the code that is studied; a script sees its own folder only
 
 from collections.abc import Iterator
 
@@ -34,15 +40,26 @@ SEEDS = range(study.HELD_OUT)
 RATES = study.RATES[1:]  # study.py never chose 1e-4
 KNOWN = "rvpo", "gdpo", "grpo", "softmin", "hardmin"
 OTHERS = "geometric", "dara", "dvao", "gd2po"
-OURS = "blend full",
+OURS = ("blend full",)
 CLIPPED = "grpo full", "gdpo full", "softmin full", "geometric full", "rvpo full", "hardmin full"
 METHODS = *KNOWN, *OTHERS, *CLIPPED, *OURS
 LOST = 0.05  # a joint rate that is not followed up
-LONGER = *CLIPPED[:5], "softmin", "geometric", "rvpo", "grpo", "hardmin"  # run that long; gdpo is lost before
-HARDER = {"K = 17": ("K = 17", {}),  # title: task, what is done to it
-          "no conflict, `safe` inverted in 30%": ("no conflict", {"channel": "safe", "wrong": 0.3})}
+LONGER = (
+    *CLIPPED[:5],
+    "softmin",
+    "geometric",
+    "rvpo",
+    "grpo",
+    "hardmin",
+)  # run that long; gdpo is lost before
+HARDER = {
+    "K = 17": ("K = 17", {}),  # title: task, what is done to it
+    "no conflict, `safe` inverted in 30%": ("no conflict", {"channel": "safe", "wrong": 0.3}),
+}
 ROBUST = *OURS, *CLIPPED[:5], *KNOWN[:4], "geometric"  # run there, too
-study.BETAS |= {name: study.BETAS.get(name.split()[0], "0") for name in METHODS} | {"blend full": "2"}
+study.BETAS |= {name: study.BETAS.get(name.split()[0], "0") for name in METHODS} | {
+    "blend full": "2"
+}
 
 
 def find(done: dict[Run, dict], run: Run) -> dict | None:
@@ -50,7 +67,10 @@ def find(done: dict[Run, dict], run: Run) -> dict | None:
     for times in (run.times, LONG):
         if out := done.get(run._replace(times=times)):
             evaluations = run.times * study.STEPS // study.EVERY + 1
-            return {**out, "eval": {name: curve[:evaluations] for name, curve in out["eval"].items()}}
+            return {
+                **out,
+                "eval": {name: curve[:evaluations] for name, curve in out["eval"].items()},
+            }
     return None
 
 
@@ -62,8 +82,14 @@ def rate_of(done: dict[Run, dict], task: str, method: str) -> tuple[float | None
     outs = {lr: [find(done, run) for run in pair] for lr, pair in runs.items()}
     if missing := [runs[lr][0] for lr in RATES if not outs[lr][0]]:
         return None, missing
-    merits = {lr: (np.mean([last(out) for out in pair]), np.mean([[*shares(out).values()] for out in pair]))
-              for lr, pair in outs.items() if all(pair)}
+    merits = {
+        lr: (
+            np.mean([last(out) for out in pair]),
+            np.mean([[*shares(out).values()] for out in pair]),
+        )
+        for lr, pair in outs.items()
+        if all(pair)
+    }
     promise = {lr: (last(outs[lr][0]) + 1) / 2 for lr in RATES if lr not in merits}
     if not merits and max(promise.values()) < (LOST + 1) / 2:
         return None, []
@@ -81,29 +107,41 @@ def rates_of(done: dict[Run, dict], task: str, methods) -> dict[str, float]:
     return {m: rate for m, rate in chosen.items() if rate}
 
 
-def held_out(done: dict[Run, dict], task: str, methods, n: int = study.HELD_OUT, **change) -> dict[str, list[Run]]:
+def held_out(
+    done: dict[Run, dict], task: str, methods, n: int = study.HELD_OUT, **change
+) -> dict[str, list[Run]]:
     """{method: its runs on the first n held-out seeds} for methods whose learning rate is decided."""
-    return {m: [Run(task, m, seed, rate, **change) for seed in SEEDS[:n]]
-            for m, rate in rates_of(done, task, methods).items()}
+    return {
+        m: [Run(task, m, seed, rate, **change) for seed in SEEDS[:n]]
+        for m, rate in rates_of(done, task, methods).items()
+    }
 
 
 def stages(done: dict[Run, dict]) -> Iterator[list[Run]]:
     """Runs, the most important first. `done` has those of each stage when the next one is asked for."""
+
     def tuned(task: str, methods) -> Iterator[list[Run]]:
         while todo := [run for m in methods for run in rate_of(done, task, m)[1]]:
             yield todo
 
     def counted(task: str, methods, n: int = study.HELD_OUT, **change) -> list[Run]:
         runs = held_out(done, task, methods, n, **change).values()
-        return [run for same_seed in zip(*runs, strict=True) for run in same_seed]  # a seed after the other
+        return [
+            run for same_seed in zip(*runs, strict=True) for run in same_seed
+        ]  # a seed after the other
 
     for task in study.TASKS:  # without conflict clipping changes nothing
         methods = *OURS, *(() if task == "no conflict" else CLIPPED[:5]), *OTHERS, *KNOWN
         yield from tuned(task, methods)
         yield counted(task, methods)
     for n in (study.FEW, study.HELD_OUT):
-        yield [run for task, change in reversed(HARDER.values()) for run in counted(task, ROBUST, n, **change)
-               if n == study.FEW or max(map(last, outcomes(done, task, [run.method], **change)[run.method])) >= LOST]
+        yield [
+            run
+            for task, change in reversed(HARDER.values())
+            for run in counted(task, ROBUST, n, **change)
+            if n == study.FEW
+            or max(map(last, outcomes(done, task, [run.method], **change)[run.method])) >= LOST
+        ]
     for n in range(2, study.HELD_OUT + 1):
         yield counted("conflict", LONGER, n, times=LONG)
     yield from tuned("conflict", CLIPPED)
@@ -118,7 +156,10 @@ def against_rvpo(values: dict[str, list[float]], n: int) -> dict[str, list[str]]
         differences = {m: np.subtract(full["rvpo"], full[m]) for m in family if m in full}
         p = {m: sign_flip(d) for m, d in differences.items()}
         corrected = dict(zip(p, holm([*p.values()]), strict=True))
-        out |= {m: [f"{np.mean(d):+.3f}", f"{p[m]:.4f}", f"{corrected[m]:.3f}"] for m, d in differences.items()}
+        out |= {
+            m: [f"{np.mean(d):+.3f}", f"{p[m]:.4f}", f"{corrected[m]:.3f}"]
+            for m, d in differences.items()
+        }
     return out
 
 
@@ -128,7 +169,7 @@ def outcomes(done: dict[Run, dict], task: str, methods, **change) -> dict[str, l
     for m, runs in held_out(done, task, methods, **change).items():
         found = [find(done, run) for run in runs]
         if found[0]:
-            out[m] = found[:found.index(None)] if None in found else found
+            out[m] = found[: found.index(None)] if None in found else found
     return out
 
 
@@ -141,44 +182,99 @@ def compare(done: dict[Run, dict], task: str) -> str:
         ends = {name: np.mean([shares(out)[name] for out in some]) for name in some[0]["full"]}
         worst = min(ends, key=ends.get)
         curves = np.array([out["eval"]["joint"] for out in some])
-        rows.append([m, f"{rates[m]:g}", str(len(some)), spread(finals[m]),
-                     f"{curves[:, (curves.shape[1] - 1) // 3].mean():.3f}", f"{worst} {ends[worst]:.2f}",
-                     str(sum(x >= 0.5 for x in finals[m])), *tests.get(m, ["", "", ""])])
-    return table("| aggregation | lr | seeds | joint rate ± sd | after a third | worst channel | joint >= .5 "
-                 "| rvpo - it | p | Holm's p |", rows)
+        rows.append(
+            [
+                m,
+                f"{rates[m]:g}",
+                str(len(some)),
+                spread(finals[m]),
+                f"{curves[:, (curves.shape[1] - 1) // 3].mean():.3f}",
+                f"{worst} {ends[worst]:.2f}",
+                str(sum(x >= 0.5 for x in finals[m])),
+                *tests.get(m, ["", "", ""]),
+            ]
+        )
+    return table(
+        "| aggregation | lr | seeds | joint rate ± sd | after a third | worst channel | joint >= .5 "
+        "| rvpo - it | p | Holm's p |",
+        rows,
+    )
 
 
 def longer(done: dict[Run, dict]) -> str:
     """The table of the long runs."""
     outs = outcomes(done, "conflict", METHODS, times=LONG)
-    tests, rows = against_rvpo({m: [last(out) for out in some] for m, some in outs.items()}, study.HELD_OUT), []
+    tests, rows = (
+        against_rvpo({m: [last(out) for out in some] for m, some in outs.items()}, study.HELD_OUT),
+        [],
+    )
     for m, some in outs.items():
         early = study.STEPS // study.EVERY
-        at = {name: [np.mean([np.mean(out["eval"][name][i - 1:i + 1]) for out in some]) for i in (early, LONG * early)]
-              for name in ("joint", "length14", "values")}
+        at = {
+            name: [
+                np.mean([np.mean(out["eval"][name][i - 1 : i + 1]) for out in some])
+                for i in (early, LONG * early)
+            ]
+            for name in ("joint", "length14", "values")
+        }
         ends, peaks = [last(out) for out in some], [best(out) for out in some]
-        rows.append([m, str(len(some)), f"{at['joint'][0]:.3f}", f"{np.mean(peaks):.3f}", f"{np.mean(ends):.3f}",
-                     " ".join(f"{x:.2f}" for x in ends), f"{np.mean(np.subtract(peaks, ends)):.3f}",
-                     *(" → ".join(f"{x:.2f}" for x in at[name]) for name in ("length14", "values")),
-                     *tests.get(m, ["", "", ""])])
-    return table(f"| aggregation | seeds | after {study.STEPS} | best | after {LONG * study.STEPS} | of each seed "
-                 "| best - final | length14 | values | rvpo - it | p | Holm's p |", rows)
+        rows.append(
+            [
+                m,
+                str(len(some)),
+                f"{at['joint'][0]:.3f}",
+                f"{np.mean(peaks):.3f}",
+                f"{np.mean(ends):.3f}",
+                " ".join(f"{x:.2f}" for x in ends),
+                f"{np.mean(np.subtract(peaks, ends)):.3f}",
+                *(" → ".join(f"{x:.2f}" for x in at[name]) for name in ("length14", "values")),
+                *tests.get(m, ["", "", ""]),
+            ]
+        )
+    return table(
+        f"| aggregation | seeds | after {study.STEPS} | best | after {LONG * study.STEPS} | of each seed "
+        "| best - final | length14 | values | rvpo - it | p | Holm's p |",
+        rows,
+    )
 
 
 def clipping(done: dict[Run, dict]) -> str:
     """What clipping changed, over the seeds that both have. Corrected within a task, where all eight are there."""
     rows = []
     for task, times in (("conflict", 1), ("precision", 1), ("conflict", LONG)):
-        ends = {m: [last(out) for out in some] for m, some in outcomes(done, task, METHODS, times=times).items()}
-        pairs = {m: [x[:min(len(ends[m]), len(ends[m.split()[0]]))] for x in (ends[m.split()[0]], ends[m])]
-                 for m in CLIPPED if m in ends and m.split()[0] in ends}
+        ends = {
+            m: [last(out) for out in some]
+            for m, some in outcomes(done, task, METHODS, times=times).items()
+        }
+        pairs = {
+            m: [
+                x[: min(len(ends[m]), len(ends[m.split()[0]]))]
+                for x in (ends[m.split()[0]], ends[m])
+            ]
+            for m in CLIPPED
+            if m in ends and m.split()[0] in ends
+        }
         p = {m: sign_flip(np.subtract(*pair)) for m, pair in pairs.items()}
         counted = [m for m, pair in pairs.items() if len(pair[0]) == study.HELD_OUT]
         corrected = dict(zip(counted, holm([p[m] for m in counted]), strict=True))
-        rows += [[m, task, str(times * study.STEPS), str(len(clip)), f"{np.mean(without):.3f}", f"{np.mean(clip):.3f}",
-                  f"{np.mean(np.subtract(clip, without)):+.3f}", f"{p[m]:.4f}",
-                  f"{corrected[m]:.3f}" if m in corrected else ""] for m, (without, clip) in pairs.items()]
-    return table("| aggregation | task | steps | seeds | without | clipped | difference | p | Holm's p |", rows)
+        rows += [
+            [
+                m,
+                task,
+                str(times * study.STEPS),
+                str(len(clip)),
+                f"{np.mean(without):.3f}",
+                f"{np.mean(clip):.3f}",
+                f"{np.mean(np.subtract(clip, without)):+.3f}",
+                f"{p[m]:.4f}",
+                f"{corrected[m]:.3f}" if m in corrected else "",
+            ]
+            for m, (without, clip) in pairs.items()
+        ]
+    return table(
+        "| aggregation | task | steps | seeds | without | clipped | difference | p | Holm's p |",
+        rows,
+    )
 
 
 def overall(done: dict[Run, dict]) -> str:
@@ -190,11 +286,17 @@ def overall(done: dict[Run, dict]) -> str:
         outs = outcomes(done, task, METHODS, **change)
         means[title] = {m: float(np.mean([*map(last, some)])) for m, some in outs.items()}
         if task == "no conflict":
-            means[title] |= {f"{m} full": mean for m, mean in means[title].items() if f"{m} full" in means["conflict"]}
+            means[title] |= {
+                f"{m} full": mean
+                for m, mean in means[title].items()
+                if f"{m} full" in means["conflict"]
+            }
     rows = []
     for m in METHODS:
         cells = [f"{means[title][m]:.3f}" if m in means[title] else "" for title in settings]
-        gap = max((max(found.values()) - found.get(m, 0) for found in means.values() if found), default=0)
+        gap = max(
+            (max(found.values()) - found.get(m, 0) for found in means.values() if found), default=0
+        )
         if any(cells):
             rows.append([m, *cells, "" if "" in cells else f"{gap:.3f}"])
     return table("| aggregation | " + " | ".join(settings) + " | below the best, at most |", rows)
@@ -205,7 +307,10 @@ def tried(done: dict[Run, dict]) -> str:
     rows = []
     for m in METHODS:
         for task in study.TASKS:
-            found = [[last(done[run]) for seed in TUNING if (run := Run(task, m, seed, lr)) in done] for lr in RATES]
+            found = [
+                [last(done[run]) for seed in TUNING if (run := Run(task, m, seed, lr)) in done]
+                for lr in RATES
+            ]
             if any(found):
                 rows.append([m, task, *(" ".join(f"{x:.2f}" for x in some) for some in found)])
     return table("| aggregation | task | " + " | ".join(f"{lr:g}" for lr in RATES) + " |", rows)
@@ -231,18 +336,25 @@ clipping changes nothing there, nor where that task has noise. In the harder set
 
 def tables(done: dict[Run, dict]) -> str:
     """docs/more.md."""
-    parts = {f"{task} (K = {len(toy.SUITE[task][0])}), {study.STEPS} steps": compare(done, task)
-             for task in study.TASKS}
-    parts[f"conflict, {LONG * study.STEPS} steps (best: of the means of two evaluations in a row)"] = longer(done)
+    parts = {
+        f"{task} (K = {len(toy.SUITE[task][0])}), {study.STEPS} steps": compare(done, task)
+        for task in study.TASKS
+    }
+    parts[
+        f"conflict, {LONG * study.STEPS} steps (best: of the means of two evaluations in a row)"
+    ] = longer(done)
     parts["What clipping changes"] = clipping(done)
     harder = {}
     for title, (task, change) in HARDER.items():
         for m, some in outcomes(done, task, (*ROBUST, *OURS), **change).items():
             ends = [last(out) for out in some]
-            harder.setdefault(m, {})[title] = f"{np.mean(ends):.3f} ({' '.join(f'{x:.2f}' for x in ends)})"
+            harder.setdefault(m, {})[title] = (
+                f"{np.mean(ends):.3f} ({' '.join(f'{x:.2f}' for x in ends)})"
+            )
     parts["Harder, joint rate (of each seed)"] = table(
         "| aggregation | " + " | ".join(HARDER) + " |",
-        ([m, *(cells.get(title, "") for title in HARDER)] for m, cells in harder.items()))
+        ([m, *(cells.get(title, "") for title in HARDER)] for m, cells in harder.items()),
+    )
     parts["Does one never lose? Joint rate in every setting"] = overall(done)
     parts["Tuning seeds: joint rates of each at three learning rates"] = tried(done)
     return INTRODUCTION + "\n".join(f"## {title}\n\n{text}" for title, text in parts.items())

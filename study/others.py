@@ -45,7 +45,9 @@ def gd2po(rewards: Tensor, beta: float = 0.0, weights=None) -> Tensor:
     the others' z-scores is multiplied by the share of their group that is left; the authors multiply the loss."""
     z = rvpo.zscore(rewards)
     kept = ~((z > 1e-8).any(-1) & (z < -1e-8).any(-1))
-    return neutral(z.sum(-1) * kept.double().mean(-1, keepdim=True), kept & rvpo.has_signal(rewards))
+    return neutral(
+        z.sum(-1) * kept.double().mean(-1, keepdim=True), kept & rvpo.has_signal(rewards)
+    )
 
 
 def dvao(rewards: Tensor, beta: float = 0.0, weights=None) -> Tensor:
@@ -79,23 +81,46 @@ def satisfaction(channels: list[Channel], rewards: Tensor) -> Tensor:
     return torch.where(unit < full, unit / full, 1.0)
 
 
-def clipped(aggregation: Callable, channels: list[Channel], rewards: Tensor, beta: float, weights) -> Tensor:
+def clipped(
+    aggregation: Callable, channels: list[Channel], rewards: Tensor, beta: float, weights
+) -> Tensor:
     """The aggregation of `satisfaction`. A group in which only what is beyond `full` varies has nothing to teach."""
     r = satisfaction(channels, rewards)
     return neutral(aggregation(r, beta, weights), rvpo.has_signal(r))
 
 
-def heavy(aggregation: Callable, factor: int, channels: list[Channel], rewards: Tensor, beta: float, weights) -> Tensor:
+def heavy(
+    aggregation: Callable,
+    factor: int,
+    channels: list[Channel],
+    rewards: Tensor,
+    beta: float,
+    weights,
+) -> Tensor:
     """The aggregation with the constraint weighing `factor` times as much as another channel: --weights, by hand."""
-    return aggregation(rewards, beta, torch.tensor([factor if channel.name == LIMIT else 1 for channel in channels]))
+    return aggregation(
+        rewards,
+        beta,
+        torch.tensor([factor if channel.name == LIMIT else 1 for channel in channels]),
+    )
 
 
 def forms(channels: list[Channel]) -> dict[str, Callable]:
     """{name: aggregation of the rewards of these channels}; "X full" is X, clipped, "X x3" has three times the weight
     on the constraint."""
     new = {"dara": dara, "gd2po": gd2po, "dvao": dvao, "geometric": geometric, "blend": blend}
-    known = {name: rvpo.AGGREGATIONS[name] for name in ("rvpo", "gdpo", "grpo", "hardmin", "softmin")}
-    return ({name: lambda r, beta, w, f=f: f(to_unit(channels, r), beta, w) for name, f in new.items()}
-            | {f"{name} full": functools.partial(clipped, f, channels) for name, f in (known | new).items()}
-            | {f"{name} x{factor}": functools.partial(heavy, rvpo.AGGREGATIONS[name], factor, channels)
-               for name in ("rvpo", "gdpo") for factor in (3, 10)})
+    known = {
+        name: rvpo.AGGREGATIONS[name] for name in ("rvpo", "gdpo", "grpo", "hardmin", "softmin")
+    }
+    return (
+        {name: lambda r, beta, w, f=f: f(to_unit(channels, r), beta, w) for name, f in new.items()}
+        | {
+            f"{name} full": functools.partial(clipped, f, channels)
+            for name, f in (known | new).items()
+        }
+        | {
+            f"{name} x{factor}": functools.partial(heavy, rvpo.AGGREGATIONS[name], factor, channels)
+            for name in ("rvpo", "gdpo")
+            for factor in (3, 10)
+        }
+    )

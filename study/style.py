@@ -23,11 +23,19 @@ def color(method: str) -> str:
     return COLORS.get(method.split()[0], "#999999")
 
 
-def label_end(axis, x: list[float], y: list[float], text: str, method: str, shift: float = 0.0) -> None:
+def label_end(
+    axis, x: list[float], y: list[float], text: str, method: str, shift: float = 0.0
+) -> None:
     """Names a line at its right end, in its colour, in place of a legend. shift: upwards, in points."""
     axis.annotate(
-        text, (x[-1], y[-1]), xytext=(5, shift), textcoords="offset points",
-        color=color(method), fontsize=9, va="center", annotation_clip=False,
+        text,
+        (x[-1], y[-1]),
+        xytext=(5, shift),
+        textcoords="offset points",
+        color=color(method),
+        fontsize=9,
+        va="center",
+        annotation_clip=False,
     )
 
 

@@ -14,11 +14,17 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":  # before torch is imported: --help must not wait for it
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after as many")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="begin no run after as many"
+    )
     parser.add_argument("--repeat", metavar="NAME", help="a run of study/text.jsonl")
     OPTIONS = parser.parse_args()
-sys.path.insert(0, str(Path(__file__).parent.parent))  # the code that is studied; a script sees its own folder only
+sys.path.insert(
+    0, str(Path(__file__).parent.parent)
+)  # the code that is studied; a script sees its own folder only
 
 import json
 import os
@@ -37,10 +43,21 @@ from local.machine import cores, processor
 ROOT = Path(__file__).parent.parent
 RESULTS, RUNS = Path(__file__).with_suffix(".jsonl"), ROOT / "runs"
 STEPS, LONG, EVERY = 15, 45, 3
-METHODS = {"rvpo": "2", "rvpo 0.5:2": "0.5:2", "rvpo 10": "10", "gdpo": "", "grpo": "", "softmin": "1",
-           "hardmin": "", "explicit": "1"}  # name: beta, if it has one; the aggregation is the first word
+METHODS = {
+    "rvpo": "2",
+    "rvpo 0.5:2": "0.5:2",
+    "rvpo 10": "10",
+    "gdpo": "",
+    "grpo": "",
+    "softmin": "1",
+    "hardmin": "",
+    "explicit": "1",
+}  # name: beta, if it has one; the aggregation is the first word
 MOST = "rvpo", "gdpo", "grpo", "softmin", "hardmin"  # five seeds, the others three
-GRID, TUNING = ("1e-5", "2e-5", "4e-5"), 100  # learning rates; the seed they were chosen on, on the task reply
+GRID, TUNING = (
+    ("1e-5", "2e-5", "4e-5"),
+    100,
+)  # learning rates; the seed they were chosen on, on the task reply
 LOCK, TAKEN = Lock(), set()  # what a process of this study has begun
 TUNED = {"rvpo 0.5:2": "rvpo", "rvpo 10": "rvpo"}  # take the other's rate
 
@@ -60,10 +77,23 @@ class Run(NamedTuple):
 
     def options(self) -> list[str]:
         beta = METHODS[self.method]
-        return ["--task", self.task, "--agg", self.method.split()[0],
-                *(["--beta", beta] if beta else []),
-                "--lr", self.lr, "--lr-schedule", self.schedule, "--seed", str(self.seed),
-                "--steps", str(self.steps), "--eval-every", str(EVERY)]
+        return [
+            "--task",
+            self.task,
+            "--agg",
+            self.method.split()[0],
+            *(["--beta", beta] if beta else []),
+            "--lr",
+            self.lr,
+            "--lr-schedule",
+            self.schedule,
+            "--seed",
+            str(self.seed),
+            "--steps",
+            str(self.steps),
+            "--eval-every",
+            str(EVERY),
+        ]
 
 
 def read() -> dict[str, dict]:
@@ -103,8 +133,14 @@ def ten_seeds(done: dict[str, dict]) -> Iterator[Run]:
 
 def plan(done: dict[str, dict]) -> Iterator[Run]:
     """All runs that can be named, the most important first: a method's own come once its rates have been tried."""
-    def runs(methods: tuple[str, ...], seeds: tuple[int, ...], task: str = "reply", steps: int = STEPS,
-             schedule: str = "constant") -> Iterator[Run]:
+
+    def runs(
+        methods: tuple[str, ...],
+        seeds: tuple[int, ...],
+        task: str = "reply",
+        steps: int = STEPS,
+        schedule: str = "constant",
+    ) -> Iterator[Run]:
         found = [(seed, method, rate(method, done)) for seed in seeds for method in methods]
         return (Run(task, method, lr, seed, steps, schedule) for seed, method, lr in found if lr)
 
@@ -166,19 +202,36 @@ def paid(file: Path) -> dict[str, list[float | None]]:
             step["short"].append(sample["advantage"])
         if sample["finish"] == "length":
             step["cut off"].append(sample["advantage"])
-    return {name: [float(np.mean(step[name])) if step[name] else None for step in steps.values()]
-            for name in ("short", "cut off")}
+    return {
+        name: [float(np.mean(step[name])) if step[name] else None for step in steps.values()]
+        for name in ("short", "cut off")
+    }
 
 
 def execute(run: Run, name: str) -> dict:
     """Trains, or goes on with what was begun, on one core. Returns what is kept of the run."""
-    command = [sys.executable, str(ROOT / "train.py"), *run.options(), "--name", name, "--save-every", "5",
-               "--resume", "auto"]
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        *run.options(),
+        "--name",
+        name,
+        "--save-every",
+        "5",
+        "--resume",
+        "auto",
+    ]
     RUNS.mkdir(exist_ok=True)
     log = RUNS / f"{name}.log"
     with log.open("w") as out:
-        status = subprocess.run(command, cwd=RUNS.parent, stdout=out, stderr=out, check=False,
-                                env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
+        status = subprocess.run(
+            command,
+            cwd=RUNS.parent,
+            stdout=out,
+            stderr=out,
+            check=False,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        ).returncode
     if status:
         sys.exit(f"error: {name} ended with status {status}, see {log}")
     folder = RUNS / name
@@ -191,16 +244,30 @@ def execute(run: Run, name: str) -> dict:
     def curve(values) -> list:
         return [None if x is None else round(x, 4) for x in values]
 
-    evals = [{"step": x["step"], **{k: curve(v) for k, v in x["eval"].items()}} for x in lines if "eval" in x]
-    return {"name": run.name, **run._asdict(), "options": " ".join(run.options()), "cpu": processor(),
-            "versions": versions,
-            "minutes": round(sum(sum(line["seconds"].values()) for line in steps) / 60, 1),
-            "eval": evals, "longer": curve(longer(folder / "samples.jsonl")),
-            "paid": {name: curve(values) for name, values in paid(folder / "samples.jsonl").items()},
-            "train": {**{key: curve(line[key] for line in steps)
-                         for key in ("joint", "length_mean", "entropy", "truncated", "no_signal")},
-                      **{c: curve(line["channels"][c]["mean"] for line in steps) for c in channels}},
-            "credit": {c: curve(line["channels"][c]["credit"] for line in steps) for c in channels}}
+    evals = [
+        {"step": x["step"], **{k: curve(v) for k, v in x["eval"].items()}}
+        for x in lines
+        if "eval" in x
+    ]
+    return {
+        "name": run.name,
+        **run._asdict(),
+        "options": " ".join(run.options()),
+        "cpu": processor(),
+        "versions": versions,
+        "minutes": round(sum(sum(line["seconds"].values()) for line in steps) / 60, 1),
+        "eval": evals,
+        "longer": curve(longer(folder / "samples.jsonl")),
+        "paid": {name: curve(values) for name, values in paid(folder / "samples.jsonl").items()},
+        "train": {
+            **{
+                key: curve(line[key] for line in steps)
+                for key in ("joint", "length_mean", "entropy", "truncated", "no_signal")
+            },
+            **{c: curve(line["channels"][c]["mean"] for line in steps) for c in channels},
+        },
+        "credit": {c: curve(line["channels"][c]["credit"] for line in steps) for c in channels},
+    }
 
 
 def work(end: float) -> None:
@@ -229,7 +296,9 @@ def again(name: str) -> None:
     run = Run(**{key: first[key] for key in Run._fields})
     second = execute(run, f"{name}-again-{time.strftime('%H%M%S')}")
     for key in ("eval", "train", "credit", "longer", "cpu", "versions"):
-        print(f"{key}: {'the same' if first[key] == second[key] else f'{first[key]}, now {second[key]}'}")
+        print(
+            f"{key}: {'the same' if first[key] == second[key] else f'{first[key]}, now {second[key]}'}"
+        )
 
 
 def main(minutes: float) -> None:

@@ -24,8 +24,18 @@ from rewards import Channel, Example
 from rollout import Response
 
 EXTRAS = "please", "detail", "cite"
-WORDS = ["<stop>", "<prompt>", "<answer>", "call", "end", *EXTRAS, "forbidden", *(f"tool{i}" for i in range(8)),
-         *(f"name{i}" for i in range(10)), *(str(i) for i in range(10))]
+WORDS = [
+    "<stop>",
+    "<prompt>",
+    "<answer>",
+    "call",
+    "end",
+    *EXTRAS,
+    "forbidden",
+    *(f"tool{i}" for i in range(8)),
+    *(f"name{i}" for i in range(10)),
+    *(str(i) for i in range(10)),
+]
 ID = {word: i for i, word in enumerate(WORDS)}
 LONGEST = 20  # words of an answer
 CPU = torch.device("cpu")
@@ -38,12 +48,15 @@ def make_prompts(n: int, seed: str) -> list[Prompt]:
         arguments = " ".join(f"name{name} {rng.randrange(10)}" for name in rng.sample(range(10), 3))
         prompt = f"tool{rng.randrange(8)} {arguments}"
         ids = [ID["<prompt>"], *(ID[word] for word in prompt.split()), ID["<answer>"]]
-        out.append(Prompt(ids, Example([{"role": "user", "content": prompt}], f"call {prompt} end")))
+        out.append(
+            Prompt(ids, Example([{"role": "user", "content": prompt}], f"call {prompt} end"))
+        )
     return out
 
 
 def demonstration(rng: random.Random, prompt: str, faults: dict[str, float]) -> list[int]:
     """A noisy answer to imitate before the training proper. faults: the probability of each."""
+
     def happens(fault: str) -> bool:
         return rng.random() < faults.get(fault, 0.0)
 
@@ -54,9 +67,13 @@ def demonstration(rng: random.Random, prompt: str, faults: dict[str, float]) -> 
     for name, value in zip(arguments[::2], arguments[1::2], strict=True):
         if not happens("left out"):
             words.append(f"name{rng.randrange(10)}" if happens("name") else name)
-            words += [] if happens("no value") else [str(rng.randrange(10)) if happens("value") else value]
+            words += (
+                []
+                if happens("no value")
+                else [str(rng.randrange(10)) if happens("value") else value]
+            )
     words += ["forbidden"] * happens("forbidden") + ["end"] * (not happens("no end"))
-    return [ID[word] for word in words[:LONGEST - 1]] + [ID["<stop>"]]
+    return [ID[word] for word in words[: LONGEST - 1]] + [ID["<stop>"]]
 
 
 @functools.lru_cache(4096)
@@ -64,13 +81,26 @@ def channels(prompt: str, response: str) -> dict[str, float]:
     """Every channel that a task may have, each in [0, 1]."""
     words, (tool, *arguments) = response.split(), prompt.split()
     wanted = dict(zip(arguments[::2], arguments[1::2], strict=True))
-    follows = dict(reversed([*itertools.pairwise([*words, ""])]))  # the word after the first occurrence of each
-    tools, names, values = (sum(map(kind, words)) for kind in (
-        lambda word: word.startswith("tool"), lambda word: word.startswith("name"), str.isdigit))
-    present, right = sum(name in follows for name in wanted), sum(follows.get(n) == v for n, v in wanted.items())
+    follows = dict(
+        reversed([*itertools.pairwise([*words, ""])])
+    )  # the word after the first occurrence of each
+    tools, names, values = (
+        sum(map(kind, words))
+        for kind in (
+            lambda word: word.startswith("tool"),
+            lambda word: word.startswith("name"),
+            str.isdigit,
+        )
+    )
+    present, right = (
+        sum(name in follows for name in wanted),
+        sum(follows.get(n) == v for n, v in wanted.items()),
+    )
     once = words.count("call") == words.count("end") == 1
     return {
-        "format": float(once and words[0] == "call" and words[-1] == "end" and len(words) < LONGEST),
+        "format": float(
+            once and words[0] == "call" and words[-1] == "end" and len(words) < LONGEST
+        ),
         "tool": float(tools == 1 and words[1:2] == [tool]),
         "names": present / 3,
         "values": right / 3,
@@ -89,8 +119,13 @@ def reward(name: str, full: float = 1.0, scale: float = 1.0, wrong: float = 0.0)
     rng = random.Random(0)
 
     def fn(prompts: list[str], responses: list[str], references: list[str]) -> list[float]:
-        values = (channels(prompt, response)[name] for prompt, response in zip(prompts, responses, strict=True))
-        noise = wrong * (len(responses) > 1)  # none in evaluations, which have one response a prompt
+        values = (
+            channels(prompt, response)[name]
+            for prompt, response in zip(prompts, responses, strict=True)
+        )
+        noise = wrong * (
+            len(responses) > 1
+        )  # none in evaluations, which have one response a prompt
         return [scale * (1 - value if rng.random() < noise else value) for value in values]
 
     return Channel(name, fn, full * scale, (0.0, scale))
@@ -101,10 +136,26 @@ ONE = 1 / 3 - 1e-6  # an extra is satisfied when it is there once; its reward go
 VERBOSE = reward("length14"), *(reward(extra, ONE) for extra in EXTRAS)
 # How demonstrations go wrong: what is hard at the start.
 FAULTS = {
-    "verbose": {"value": 0.1, "left out": 0.07, "tool": 0.1, "name": 0.05, "extra": 0.33, "forbidden": 0.1,
-                "no end": 0.05, "no value": 0.03},
-    "plain": {"value": 0.6, "left out": 0.15, "tool": 0.2, "name": 0.15, "extra": 0.05, "forbidden": 0.1,
-              "no end": 0.1, "no value": 0.1},
+    "verbose": {
+        "value": 0.1,
+        "left out": 0.07,
+        "tool": 0.1,
+        "name": 0.05,
+        "extra": 0.33,
+        "forbidden": 0.1,
+        "no end": 0.05,
+        "no value": 0.03,
+    },
+    "plain": {
+        "value": 0.6,
+        "left out": 0.15,
+        "tool": 0.2,
+        "name": 0.15,
+        "extra": 0.05,
+        "forbidden": 0.1,
+        "no end": 0.1,
+        "no value": 0.1,
+    },
 }
 # {task: (channels, demonstrations)}
 SUITE: dict[str, tuple[list[Channel], str]] = {
@@ -113,13 +164,25 @@ SUITE: dict[str, tuple[list[Channel], str]] = {
     # Everything can be had together; right values are rare at the start.
     "no conflict": ([*map(reward, CALL), reward("length10")], "plain"),
     # Leaving arguments out satisfies three of the channels.
-    "precision": ([*map(reward, CALL), reward("no other names"), reward("no other values"), reward("brief", 0.2)],
-                  "plain"),
+    "precision": (
+        [
+            *map(reward, CALL),
+            reward("no other names"),
+            reward("no other values"),
+            reward("brief", 0.2),
+        ],
+        "plain",
+    ),
     # The conflict with fewer channels, and with more: each extra once, twice and three times, of which once is enough.
     "K = 2": ([*VERBOSE[:2]], "verbose"),
     "K = 4": ([*VERBOSE], "verbose"),
-    "K = 17": ([*map(reward, (*CALL, "length14", "no other names", "no other values")),
-                *(reward(f"{extra} {n}", float(n == 1)) for extra in EXTRAS for n in (1, 2, 3))], "verbose"),
+    "K = 17": (
+        [
+            *map(reward, (*CALL, "length14", "no other names", "no other values")),
+            *(reward(f"{extra} {n}", float(n == 1)) for extra in EXTRAS for n in (1, 2, 3)),
+        ],
+        "verbose",
+    ),
 }
 
 
@@ -127,25 +190,51 @@ def random_task(seed: str) -> tuple[list[Channel], str]:
     """2 to 9 channels of which an answer can satisfy all, and demonstrations."""
     rng = random.Random(seed)
     while True:
-        chosen = rng.sample([*map(reward, CALL), *(reward(f"length{n}") for n in (10, 12, 14)), *VERBOSE[1:],
-                             reward("no other names"), reward("no other values"), reward("brief", 0.2)],
-                            rng.randint(2, 9))
-        prompt, extras = "tool0 name0 0 name1 1 name2 2", [c.name for c in chosen if c.name in EXTRAS]
+        chosen = rng.sample(
+            [
+                *map(reward, CALL),
+                *(reward(f"length{n}") for n in (10, 12, 14)),
+                *VERBOSE[1:],
+                reward("no other names"),
+                reward("no other values"),
+                reward("brief", 0.2),
+            ],
+            rng.randint(2, 9),
+        )
+        prompt, extras = (
+            "tool0 name0 0 name1 1 name2 2",
+            [c.name for c in chosen if c.name in EXTRAS],
+        )
         best = channels(prompt, " ".join(["call", prompt, *extras, "end"]))
         if all(best[c.name] >= c.full for c in chosen):
             return chosen, rng.choice([*FAULTS])
 
 
-def attend(module, query, key, value, attention_mask, scaling: float, sequences: policies.Sequences, **kwargs):
+def attend(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling: float,
+    sequences: policies.Sequences,
+    **kwargs,
+):
     """policy._prompt_once for hundreds of sequences of a dozen tokens: one padded call is faster."""
     n, seen = sequences.query_ends.diff().long(), sequences.key_ends.diff().long()
     rows, columns = torch.arange(sequences.queries), torch.arange(sequences.keys)
     # Where in the row queries and keys are: (sequences, longest), padded with the last of each.
     queries = (n.cumsum(0) - n)[:, None] + rows.clamp(max=n[:, None] - 1)
     keys = sequences.at[(seen.cumsum(0) - seen)[:, None] + columns.clamp(max=seen[:, None] - 1)]
-    query, key, value = query[0][:, queries], key[0][:, keys], value[0][:, keys]  # (heads, sequences, longest, D)
+    query, key, value = (
+        query[0][:, queries],
+        key[0][:, keys],
+        value[0][:, keys],
+    )  # (heads, sequences, longest, D)
     key, value = (x.repeat_interleave(len(query) // len(x), 0) for x in (key, value))
-    mask = columns <= rows[:, None] + (seen - n)[:, None, None]  # causal, aligned at the end of each
+    mask = (
+        columns <= rows[:, None] + (seen - n)[:, None, None]
+    )  # causal, aligned at the end of each
     out = scaled_dot_product_attention(query, key, value, mask, scale=scaling)
     return out[:, rows < n[:, None]].transpose(0, 1)[None], None
 
@@ -161,11 +250,19 @@ class Engine(HFEngine):
         self.model, self.dtype = lm, lm.dtype
 
     @torch.no_grad()
-    def generate(self, prompts: list[list[int]], group: int, seeds: list[int]) -> Iterator[tuple[int, list[Response]]]:
+    def generate(
+        self, prompts: list[list[int]], group: int, seeds: list[int]
+    ) -> Iterator[tuple[int, list[Response]]]:
         """As HFEngine.generate, at temperature 1."""
-        uniform = torch.cat([torch.rand(group, LONGEST, generator=torch.Generator().manual_seed(seed))
-                             for seed in seeds])
-        out = self.model(input_ids=torch.tensor(prompts).repeat_interleave(group, 0), use_cache=True)
+        uniform = torch.cat(
+            [
+                torch.rand(group, LONGEST, generator=torch.Generator().manual_seed(seed))
+                for seed in seeds
+            ]
+        )
+        out = self.model(
+            input_ids=torch.tensor(prompts).repeat_interleave(group, 0), use_cache=True
+        )
         tokens, logps, done = [], [], torch.zeros(len(uniform), dtype=torch.bool)
         for t in range(LONGEST):
             logp = out.logits[:, -1].log_softmax(-1)
@@ -175,23 +272,42 @@ class Engine(HFEngine):
             done |= token == 0
             if done.all() or t == LONGEST - 1:
                 break
-            out = self.model(input_ids=token[:, None], past_key_values=out.past_key_values, use_cache=True)
+            out = self.model(
+                input_ids=token[:, None], past_key_values=out.past_key_values, use_cache=True
+            )
         responses = []
-        for row, logp in zip(torch.stack(tokens, 1).tolist(), torch.stack(logps, 1).tolist(), strict=True):
+        for row, logp in zip(
+            torch.stack(tokens, 1).tolist(), torch.stack(logps, 1).tolist(), strict=True
+        ):
             end = row.index(0) + 1 if 0 in row else len(row)
             text = " ".join(WORDS[token] for token in row[:end] if token)
-            responses.append(Response(row[:end], logp[:end], [1] * end, "stop" if 0 in row else "length", text))
+            responses.append(
+                Response(row[:end], logp[:end], [1] * end, "stop" if 0 in row else "length", text)
+            )
         for i in range(len(prompts)):
-            yield i, responses[i * group:(i + 1) * group]
+            yield i, responses[i * group : (i + 1) * group]
 
 
 def make_policy(seed: int) -> policies.Policy:
     """A Qwen2 of 2 layers, random."""
     torch.manual_seed(seed)
-    lm = AutoModelForCausalLM.from_config(Qwen2Config(
-        vocab_size=len(WORDS), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True, initializer_range=0.08,
-        bos_token_id=None, eos_token_id=0, pad_token_id=0), attn_implementation="toy")
+    lm = AutoModelForCausalLM.from_config(
+        Qwen2Config(
+            vocab_size=len(WORDS),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            tie_word_embeddings=True,
+            initializer_range=0.08,
+            bos_token_id=None,
+            eos_token_id=0,
+            pad_token_id=0,
+        ),
+        attn_implementation="toy",
+    )
     return policies.Policy(lm.eval(), Path())
 
 
@@ -201,11 +317,16 @@ def engine(policy: policies.Policy) -> Engine:
     return Engine(AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval())
 
 
-def warm_start(seed: int, demonstrations: str, steps: int = 300, batch: int = 128) -> policies.Policy:
+def warm_start(
+    seed: int, demonstrations: str, steps: int = 300, batch: int = 128
+) -> policies.Policy:
     """A policy that has imitated noisy demonstrations (a key of FAULTS), and is right now and then."""
     policy, rng, faults = make_policy(seed), random.Random(seed), FAULTS[demonstrations]
     prompts = make_prompts(4000, f"demonstrations {seed}")
-    demos = [(ids, [demonstration(rng, example.messages[0]["content"], faults)]) for ids, example in prompts]
+    demos = [
+        (ids, [demonstration(rng, example.messages[0]["content"], faults)])
+        for ids, example in prompts
+    ]
     optimizer = torch.optim.AdamW(policy.parameters(), fused=True)
     for step in range(steps):
         for group in optimizer.param_groups:

@@ -32,7 +32,9 @@ def task_module(name: str):
         return importlib.import_module(f"tasks.{FILES[name]}")
     path = Path(name)
     if path.suffix != ".py":
-        raise InputError(f"--task {name}: choose one of {', '.join(FILES)}, or name a file such as mine.py")
+        raise InputError(
+            f"--task {name}: choose one of {', '.join(FILES)}, or name a file such as mine.py"
+        )
     if not path.is_file():
         raise InputError(f"--task {name}: there is no such file")
     # A name that no other module has, for the file may be called json.py or rewards.py.
@@ -43,27 +45,34 @@ def task_module(name: str):
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise InputError(f"--task {name} cannot be imported: {type(error).__name__}: {error}") from error
+        raise InputError(
+            f"--task {name} cannot be imported: {type(error).__name__}: {error}"
+        ) from error
     return module
 
 
 def load_task(config) -> Task:
     """The task that --task names, made for this configuration. Raises InputError."""
     if config.trains and config.task in BENCHMARKS:
-        raise InputError(f"--task {config.task}: a benchmark is not for training; use eval.py --task {config.task}, "
-                         "and train on another task")
+        raise InputError(
+            f"--task {config.task}: a benchmark is not for training; use eval.py --task {config.task}, "
+            "and train on another task"
+        )
     make = getattr(task_module(config.task), "task", lambda config: None)
     with users_code(f"--task {config.task}: task(config)"):
         task = make(config)
     if not isinstance(task, Task):
-        raise InputError(f"--task {config.task}: its function `task(config)` must return a rewards.Task")
+        raise InputError(
+            f"--task {config.task}: its function `task(config)` must return a rewards.Task"
+        )
     if config.trains and config.weights:
         task.weigh(config.weights)
     return task
 
 
-def load_prompts(task: Task, name: str, n_train: int,
-                 n_test: int | None) -> tuple[list[Example], list[Example]]:
+def load_prompts(
+    task: Task, name: str, n_train: int, n_test: int | None
+) -> tuple[list[Example], list[Example]]:
     """What the task trains on and holds out, checked. name: its --task. Raises InputError."""
     call = f"--task {name}: prompts({n_train}, {n_test})"
     with users_code(call):
@@ -74,8 +83,10 @@ def load_prompts(task: Task, name: str, n_train: int,
     checked = []
     for part, examples in zip(("training", "held-out"), made, strict=True):
         if not isinstance(examples, (list, tuple)):
-            raise InputError(f"{call}: the {part} examples must be a list of rewards.Example, and "
-                             f"not a {type(examples).__name__}")
+            raise InputError(
+                f"{call}: the {part} examples must be a list of rewards.Example, and "
+                f"not a {type(examples).__name__}"
+            )
         where = f"--task {name}: {part} example"
         checked.append([check_example(x, f"{where} {i}") for i, x in enumerate(examples)])
     train, held_out = checked

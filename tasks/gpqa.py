@@ -35,7 +35,10 @@ def letter(response: str) -> str | None:
 
 
 def accuracy(prompts: list[str], responses: list[str], references: list[str]) -> list[float]:
-    return [float(letter(response) == truth) for response, truth in zip(responses, references, strict=True)]
+    return [
+        float(letter(response) == truth)
+        for response, truth in zip(responses, references, strict=True)
+    ]
 
 
 def answered(prompts: list[str], responses: list[str], references: list[str]) -> list[float]:
@@ -46,8 +49,10 @@ class GPQA(Task):
     temperature, max_tokens = 0.5, 2048
 
     def __init__(self, config):
-        super().__init__(rows.only_evaluated(self.load),
-                         [Channel("accuracy", accuracy), Channel("answered", answered)])
+        super().__init__(
+            rows.only_evaluated(self.load),
+            [Channel("accuracy", accuracy), Channel("answered", answered)],
+        )
         self.path, self.repeats, self.seed = config.eval_data or URL, config.repeats, config.seed
 
     def load(self, n: int | None) -> list[Example]:
@@ -55,23 +60,36 @@ class GPQA(Task):
         permutation from one generator, in order: example k of row i has permutation k * number of rows + i."""
         questions, rng = rows.read_rows(self.path), random.Random(self.seed)
         for i, row in enumerate(questions):
-            if not all(isinstance(row.get(name), str) and row[name].strip() for name in ("Question", *CHOICES)):
-                raise InputError(f"{self.path}: row {i} lacks a column: Question, {', '.join(CHOICES)} must be texts")
+            if not all(
+                isinstance(row.get(name), str) and row[name].strip()
+                for name in ("Question", *CHOICES)
+            ):
+                raise InputError(
+                    f"{self.path}: row {i} lacks a column: Question, {', '.join(CHOICES)} must be texts"
+                )
         questions = questions[:n]
         ids = [str(row.get("Record ID") or i) for i, row in enumerate(questions)]
         rows.check_ids(ids, self.path)
         orders = [rng.sample(range(4), 4) for _ in range(self.repeats * len(questions))]
         examples = []
         for i, row in enumerate(questions):
-            for order in orders[i::len(questions)]:
-                text = PROMPT.format(question=row["Question"], choices=[row[CHOICES[k]] for k in order])
-                examples.append(Example([{"role": "user", "content": text}], "ABCD"[order.index(0)], id=ids[i]))
+            for order in orders[i :: len(questions)]:
+                text = PROMPT.format(
+                    question=row["Question"], choices=[row[CHOICES[k]] for k in order]
+                )
+                examples.append(
+                    Example([{"role": "user", "content": text}], "ABCD"[order.index(0)], id=ids[i])
+                )
         return examples
 
-    def result(self, example: Example, response: str, rewards: np.ndarray) -> tuple[dict[str, float], dict]:
+    def result(
+        self, example: Example, response: str, rewards: np.ndarray
+    ) -> tuple[dict[str, float], dict]:
         encoded = base64.b64encode(response.encode()).decode()
-        return (dict(zip(("accuracy", "answered"), rewards.tolist(), strict=True)),
-                {"letter": letter(response), "correct": example.reference, "base64": encoded})
+        return (
+            dict(zip(("accuracy", "answered"), rewards.tolist(), strict=True)),
+            {"letter": letter(response), "correct": example.reference, "base64": encoded},
+        )
 
 
 def task(config) -> Task:

@@ -16,8 +16,11 @@ from tasks.rubrics import Judged
 
 OPTIONS = "eval_data", "subset", *JudgeOptions.model_fields
 _BLOB = "https://openaipublic.blob.core.windows.net/simple-evals/healthbench/"
-SUBSETS = {"full": _BLOB + "2025-05-07-06-14-12_oss_eval.jsonl", "hard": _BLOB + "hard_2025-05-08-21-00-10.jsonl",
-           "consensus": _BLOB + "consensus_2025-05-09-20-00-46.jsonl"}
+SUBSETS = {
+    "full": _BLOB + "2025-05-07-06-14-12_oss_eval.jsonl",
+    "hard": _BLOB + "hard_2025-05-08-21-00-10.jsonl",
+    "consensus": _BLOB + "consensus_2025-05-09-20-00-46.jsonl",
+}
 
 
 class Item(NamedTuple):
@@ -39,17 +42,37 @@ def score(points: list[float], met: np.ndarray) -> float:
 def from_row(row: dict, where: str) -> Example:
     messages, tools = chats.chat(row.get("prompt"), where), chats.tools(row.get("tools"), where)
     rubrics, themes = row.get("rubrics"), row.get("example_tags") or []
-    if not isinstance(rubrics, list) or not all(
-            isinstance(r, dict) and isinstance(r.get("criterion"), str) and type(r.get("points")) in (int, float)
-            and abs(r["points"]) <= 1e6 for r in rubrics) or not any(r["points"] > 0 for r in rubrics):
-        raise InputError(f'{where} has no rubrics: a list of {{"criterion": text, "points": number, "tags": [...]}}, '
-                         "one of them with positive points")
+    if (
+        not isinstance(rubrics, list)
+        or not all(
+            isinstance(r, dict)
+            and isinstance(r.get("criterion"), str)
+            and type(r.get("points")) in (int, float)
+            and abs(r["points"]) <= 1e6
+            for r in rubrics
+        )
+        or not any(r["points"] > 0 for r in rubrics)
+    ):
+        raise InputError(
+            f'{where} has no rubrics: a list of {{"criterion": text, "points": number, "tags": [...]}}, '
+            "one of them with positive points"
+        )
     for tags in [themes, *(r.get("tags") or [] for r in rubrics)]:
-        if not isinstance(tags, list) or not all(isinstance(tag, str) and tag.isprintable() for tag in tags):
+        if not isinstance(tags, list) or not all(
+            isinstance(tag, str) and tag.isprintable() for tag in tags
+        ):
             raise InputError(f"{where} has tags that are no list of texts: {str(tags)[:40]!r}")
-    items = (Item(f"[{r['points']:g}] {r['criterion']}", r["points"], tuple(r.get("tags") or [])) for r in rubrics)
-    return Example(messages, json.dumps([tag for tag in themes if tag.startswith("theme:")]), tuple(items),
-                   str(row.get("prompt_id") or where), tools=tools)
+    items = (
+        Item(f"[{r['points']:g}] {r['criterion']}", r["points"], tuple(r.get("tags") or []))
+        for r in rubrics
+    )
+    return Example(
+        messages,
+        json.dumps([tag for tag in themes if tag.startswith("theme:")]),
+        tuple(items),
+        str(row.get("prompt_id") or where),
+        tools=tools,
+    )
 
 
 class HealthBench(Judged):
@@ -76,19 +99,25 @@ class HealthBench(Judged):
     def start(self, example: Example, responses: list[str]) -> Callable[[], np.ndarray]:
         return self.ask(example, responses, [item.text for item in example.criteria])
 
-    def result(self, example: Example, response: str, rewards: np.ndarray) -> tuple[dict[str, float], dict]:
+    def result(
+        self, example: Example, response: str, rewards: np.ndarray
+    ) -> tuple[dict[str, float], dict]:
         """The score over all criteria, again under the name of each theme, and over the criteria of each axis."""
         points = [item.points for item in example.criteria]
         overall = score(points, rewards)
         scores = {"overall": overall} | dict.fromkeys(json.loads(example.reference), overall)
-        for axis in sorted({tag for item in example.criteria for tag in item.tags if tag.startswith("axis:")}):
+        for axis in sorted(
+            {tag for item in example.criteria for tag in item.tags if tag.startswith("axis:")}
+        ):
             of_axis = [i for i, item in enumerate(example.criteria) if axis in item.tags]
             scores[axis] = score([points[i] for i in of_axis], rewards[of_axis])
         return scores, {"response": response, "met": rewards.tolist()}
 
     def report(self, rewards: list[np.ndarray]) -> dict:
         """rows_missing: the share of rows that lack a verdict, and so have no score."""
-        return super().report(rewards) | {"rows_missing": np.mean([np.isnan(x).any() for x in rewards])}
+        return super().report(rewards) | {
+            "rows_missing": np.mean([np.isnan(x).any() for x in rewards])
+        }
 
 
 def task(config) -> Task:

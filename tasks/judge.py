@@ -24,8 +24,17 @@ from config import JudgeOptions
 from infra.ranks import RANK, WORLD, InputError, gather, on_rank_0
 from tasks.verdicts import PROMPT, Completion, judge_prompt, parse_verdicts, response_format
 
-COUNTS = ("requests", "retries", "cached", "failed", "verdicts", "yes", "prompt_tokens", "completion_tokens",
-          "seconds")
+COUNTS = (
+    "requests",
+    "retries",
+    "cached",
+    "failed",
+    "verdicts",
+    "yes",
+    "prompt_tokens",
+    "completion_tokens",
+    "seconds",
+)
 
 # A hundred verdicts and an explanation take a thousand tokens, brief thoughts as many; a context of 8,192 has room for
 # 6,000 tokens of conversation beside it. Without a limit, an answer that repeats itself would fill the context.
@@ -89,23 +98,41 @@ class Judge:
 
     def __init__(self, options: JudgeOptions, explain: bool = False):
         self.parameters = {"temperature": 0, "max_tokens": MAX_TOKENS}  # of every question
-        self.model, self.each, self.explain = options.judge_model, options.judge_mode == "each", explain
-        self.timeout, self.concurrency = options.judge_timeout, max(1, options.judge_concurrency // WORLD)
+        self.model, self.each, self.explain = (
+            options.judge_model,
+            options.judge_mode == "each",
+            explain,
+        )
+        self.timeout, self.concurrency = (
+            options.judge_timeout,
+            max(1, options.judge_concurrency // WORLD),
+        )
         self.key = os.environ.get("JUDGE_API_KEY", "")
         # Verdicts by their question's hash, 300 bytes each: 1 GB for all of RaR.
-        self.file, self.answers = open_cache(options.judge_cache) if options.judge_cache else (None, {})
+        self.file, self.answers = (
+            open_cache(options.judge_cache) if options.judge_cache else (None, {})
+        )
         self.under_way: dict[str, asyncio.Future] = {}  # those that are being asked for
-        self.error = self.said = ""  # why a verdict is missing, what a failed request was told: the last of each
+        self.error = self.said = (
+            ""  # why a verdict is missing, what a failed request was told: the last of each
+        )
         self.counts, self.failed_in_a_row, self.busy_since = dict.fromkeys(COUNTS, 0), 0, 0.0
         self.slots, self.loop = asyncio.Semaphore(self.concurrency), asyncio.new_event_loop()
         self.run = functools.partial(asyncio.run_coroutine_threadsafe, loop=self.loop)
         http = openai.DefaultAioHttpClient()  # aiohttp takes half the time of httpx
-        http.send = functools.partial(self._send, http.send)  # so that each request, retries too, passes there
+        http.send = functools.partial(
+            self._send, http.send
+        )  # so that each request, retries too, passes there
         try:
             self.url = completions(options.judge_url)
             # The deadline in `_ask` ends requests and retries alike.
-            self.client = openai.AsyncOpenAI(base_url=self.url, api_key=self.key or "none", max_retries=10**6,
-                                             timeout=None, http_client=http)
+            self.client = openai.AsyncOpenAI(
+                base_url=self.url,
+                api_key=self.key or "none",
+                max_retries=10**6,
+                timeout=None,
+                http_client=http,
+            )
         except (httpx2.InvalidURL, ValueError) as error:
             raise InputError(f"--judge-url {options.judge_url} is no URL: {error}") from error
         threading.Thread(target=self.loop.run_forever, daemon=True, name="judge").start()
@@ -122,8 +149,10 @@ class Judge:
         if RANK == 0 and self.parameters != first:
             refused = " and ".join(name for name in first if name not in self.parameters)
             used = " and ".join(f"{name} {value}" for name, value in self.parameters.items())
-            print(f"the judge {self.model} refuses {refused}: all of its questions go with {used}",
-                  flush=True)
+            print(
+                f"the judge {self.model} refuses {refused}: all of its questions go with {used}",
+                flush=True,
+            )
 
     def _find_parameters(self) -> None:
         """Asks until no parameter is refused."""
@@ -138,12 +167,16 @@ class Judge:
                 accepted = without_refused(self.parameters, error.__cause__)
                 if accepted == self.parameters:
                     reason = str(error) or f"no answer within --judge-timeout {self.timeout:g} s"
-                    raise InputError(f"the judge at {self.url}, model {self.model}, cannot be "
-                                     f"used: {reason}; see --judge-url, --judge-model and the "
-                                     "environment variable JUDGE_API_KEY") from error
+                    raise InputError(
+                        f"the judge at {self.url}, model {self.model}, cannot be "
+                        f"used: {reason}; see --judge-url, --judge-model and the "
+                        "environment variable JUDGE_API_KEY"
+                    ) from error
                 self.parameters = accepted
 
-    def start(self, messages: list[dict], responses: list[str], items: list[str]) -> Callable[[], np.ndarray]:
+    def start(
+        self, messages: list[dict], responses: list[str], items: list[str]
+    ) -> Callable[[], np.ndarray]:
         """Begins to judge G responses to a chat by K items. Returns a function that waits for and returns (G, K): 1.0
         for an item met, 0.0 otherwise, NaN where no verdict could be had."""
         named = {f"criterion_{k}": text for k, text in enumerate(items, start=1)}
@@ -152,9 +185,14 @@ class Judge:
         questions = [(response, part) for response in responses for part in parts]
 
         async def grade() -> np.ndarray:
-            answers = await asyncio.gather(*[self._answer(messages, *question) for question in questions])
-            met = [answer.get(name, np.nan) for (_, part), answer in zip(questions, answers, strict=True)
-                   for name in part]
+            answers = await asyncio.gather(
+                *[self._answer(messages, *question) for question in questions]
+            )
+            met = [
+                answer.get(name, np.nan)
+                for (_, part), answer in zip(questions, answers, strict=True)
+                for name in part
+            ]
             self.counts["verdicts"] += len(met) - int(np.isnan(met).sum())
             self.counts["yes"] += int(np.nansum(met))
             return np.array(met, dtype=np.float64).reshape(len(responses), len(items))
@@ -167,13 +205,20 @@ class Judge:
         the last reason for a missing verdict. A judge that was given up is asked again from now."""
         ranks = gather([(self.counts, self.error)])
         self.counts, self.failed_in_a_row = dict.fromkeys(COUNTS, 0), 0
-        counts = {name: (max if name == "seconds" else sum)(counts[name] for counts, _ in ranks) for name in COUNTS}
+        counts = {
+            name: (max if name == "seconds" else sum)(counts[name] for counts, _ in ranks)
+            for name in COUNTS
+        }
         return {**counts, "last_error": next((error for _, error in ranks if error), "")}
 
-    async def _answer(self, messages: list[dict], response: str, items: dict[str, str]) -> dict[str, bool]:
+    async def _answer(
+        self, messages: list[dict], response: str, items: dict[str, str]
+    ) -> dict[str, bool]:
         """The verdicts on items, {name: text}: from the cache, of the same question if it is under way, or asked for.
         Those that cannot be had are left out, and then none is kept."""
-        text = json.dumps([PROMPT, self.model, self.explain, messages, response, items])  # a file may outlive PROMPT
+        text = json.dumps(
+            [PROMPT, self.model, self.explain, messages, response, items]
+        )  # a file may outlive PROMPT
         key = hashlib.sha256(text.encode()).hexdigest()[:32]
         if key in self.answers or key in self.under_way:
             self.counts["cached"] += len(items)
@@ -181,7 +226,9 @@ class Judge:
         self.busy_since = self.busy_since if self.under_way else time.monotonic()
         self.under_way[key] = self.loop.create_future()
         async with self.slots:
-            verdicts = await self._ask(judge_prompt(messages, response, items, self.explain), tuple(items))
+            verdicts = await self._ask(
+                judge_prompt(messages, response, items, self.explain), tuple(items)
+            )
         self.under_way.pop(key).set_result(verdicts)
         self.counts["seconds"] += 0 if self.under_way else time.monotonic() - self.busy_since
         if len(verdicts) < len(items):
@@ -208,20 +255,29 @@ class Judge:
                     except ValueError as error:
                         self.error = f"a malformed answer: {error}"
         except TimeoutError:
-            self.error = f"no verdict within {self.timeout:g} s; its last reply: {self.said or 'none'}"
+            self.error = (
+                f"no verdict within {self.timeout:g} s; its last reply: {self.said or 'none'}"
+            )
             self.failed_in_a_row += 1
         except ConnectionError as error:
             self.error = str(error)
         return verdicts
 
-    async def _post(self, prompt: str, names: tuple[str, ...], verdicts: dict[str, bool], **options) -> None:
+    async def _post(
+        self, prompt: str, names: tuple[str, ...], verdicts: dict[str, bool], **options
+    ) -> None:
         """Adds the verdicts of one answer to those given. Raises ConnectionError if there is no answer, ValueError if
         it is of no use or if verdicts are missing still."""
-        body = {"model": self.model, **self.parameters,
-                "messages": [{"role": "user", "content": prompt}],
-                "response_format": response_format(names, self.explain)}
+        body = {
+            "model": self.model,
+            **self.parameters,
+            "messages": [{"role": "user", "content": prompt}],
+            "response_format": response_format(names, self.explain),
+        }
         try:  # chat.completions.create converts what it sends and gets, and takes twice the time
-            reply = await self.client.post(self.url, body=body, cast_to=httpx2.Response, options=options)
+            reply = await self.client.post(
+                self.url, body=body, cast_to=httpx2.Response, options=options
+            )
             self.failed_in_a_row, text = 0, self._text(reply)
             completion = Completion.model_validate_json(text)
         except openai.OpenAIError as error:
@@ -237,7 +293,9 @@ class Judge:
             raise ValueError(f"cut off after {limit} tokens: {message[:80]!r}")
         verdicts.update(parse_verdicts(message, names))
         if len(verdicts) < len(names):
-            raise ValueError(f"no verdict in its answer, or one neither true nor false: {message[:80]!r}")
+            raise ValueError(
+                f"no verdict in its answer, or one neither true nor false: {message[:80]!r}"
+            )
 
     async def _send(self, send: Callable, request: httpx2.Request, **options) -> httpx2.Response:
         """One request of the HTTP client. openai retries without a word: what is sent and what fails is noted here."""
@@ -250,7 +308,9 @@ class Judge:
             self.said = " ".join(f"{type(cause).__name__}: {cause}".split())
             raise httpx2.TransportError(self.said) from error  # openai would not retry all of them
         if response.status_code != 200:
-            self.said = " ".join(f"HTTP {response.status_code}: {self._text(response)}".split())[:200]
+            self.said = " ".join(f"HTTP {response.status_code}: {self._text(response)}".split())[
+                :200
+            ]
             if wait := response.headers.get("retry-after"):
                 self.said += f" (Retry-After: {wait})"
         return response

@@ -13,27 +13,53 @@ from tasks.tools import VALUES, examples
 
 OPTIONS = ()
 LIMITS = {"reply": 35, "reply-25": 25, "reply-capped": 35}  # words
-ITEMS = ("blender lamp jacket kettle phone tent chair watch camera backpack toaster drill bicycle keyboard mattress "
-         "speaker vacuum heater sofa radio").split()
-FAULTS = ("arrived broken", "never arrived", "has the wrong color", "stopped working", "is missing a part",
-          "is too small", "makes a strange noise", "arrived late", "was charged twice", "has no manual")
-ANSWERS = ("Sorry {name}, we will send you a new {item} today.",
-           "Thank you {name}, we will check the {item} and call you.",
-           "Please accept our apology {name}, we will refund the {item}.")
-POLITE = {*"sorry thank thanks please apologize apologies apology appreciate welcome kindly happy glad help".split()}
+ITEMS = (
+    "blender lamp jacket kettle phone tent chair watch camera backpack toaster drill bicycle keyboard mattress "
+    "speaker vacuum heater sofa radio"
+).split()
+FAULTS = (
+    "arrived broken",
+    "never arrived",
+    "has the wrong color",
+    "stopped working",
+    "is missing a part",
+    "is too small",
+    "makes a strange noise",
+    "arrived late",
+    "was charged twice",
+    "has no manual",
+)
+ANSWERS = (
+    "Sorry {name}, we will send you a new {item} today.",
+    "Thank you {name}, we will check the {item} and call you.",
+    "Please accept our apology {name}, we will refund the {item}.",
+)
+POLITE = {
+    *"sorry thank thanks please apologize apologies apology appreciate welcome kindly happy glad help".split()
+}
 YOU, WE = {"you", "your", "yours"}, {"we", "our", "us", "i", "my", "we'll", "i'll", "i'm", "we're"}
 
 
 def example(rng: random.Random) -> Example:
     """One worked exchange, and a complaint to answer. The reference is the customer's name."""
+
     def complaint() -> tuple[str, str, str]:
         name, item, day = rng.choice(VALUES["name"]), rng.choice(ITEMS), rng.choice(VALUES["day"])
-        return f"Hi, I am {name}. The {item} that I ordered on {day} {rng.choice(FAULTS)}.", name, item
+        return (
+            f"Hi, I am {name}. The {item} that I ordered on {day} {rng.choice(FAULTS)}.",
+            name,
+            item,
+        )
 
     text, name, item = complaint()
-    messages = [{"role": "system", "content": "You are polite customer support. Reply in one short sentence."},
-                {"role": "user", "content": text},
-                {"role": "assistant", "content": rng.choice(ANSWERS).format(name=name, item=item)}]
+    messages = [
+        {
+            "role": "system",
+            "content": "You are polite customer support. Reply in one short sentence.",
+        },
+        {"role": "user", "content": text},
+        {"role": "assistant", "content": rng.choice(ANSWERS).format(name=name, item=item)},
+    ]
     text, name, _ = complaint()
     return Example([*messages, {"role": "user", "content": text}], name)
 
@@ -53,7 +79,10 @@ def values(response: str, name: str, limit: int, most: int = 3) -> dict[str, flo
 
 
 def prompts(n_train: int, n_test: int | None) -> tuple[list[Example], list[Example]]:
-    return (examples(n_train, "train", draw=example), examples(200 if n_test is None else n_test, "test", draw=example))
+    return (
+        examples(n_train, "train", draw=example),
+        examples(200 if n_test is None else n_test, "test", draw=example),
+    )
 
 
 def task(config) -> Task:
@@ -67,6 +96,8 @@ def task(config) -> Task:
         full = 1.0 if name in ("short", "name") else 1 / most - 1e-6  # one satisfies
         return Channel(name, fn, full)
 
-    made = Task(prompts, [channel(name) for name in ("short", "name", "polite", "you", "we", "sentences")])
+    made = Task(
+        prompts, [channel(name) for name in ("short", "name", "polite", "you", "we", "sentences")]
+    )
     made.temperature, made.max_tokens = 1.0, 64  # in an evaluation
     return made

@@ -1,5 +1,4 @@
-"""ToolRL (arXiv 2504.13958; github qiancheng0/ToolRL): its data set rlla_4k in its public schema, and its two rewards.
-"""
+"""ToolRL (arXiv 2504.13958; github qiancheng0/ToolRL): its data set rlla_4k in its public schema, and its two rewards."""
 
 import re
 from collections import Counter
@@ -19,14 +18,18 @@ def from_row(row: dict, where: str) -> Example:
     messages, reward_model = chats.chat(row.get("prompt"), where), row.get("reward_model")
     reference = reward_model.get("ground_truth") if isinstance(reward_model, dict) else None
     if not isinstance(reference, str) or not reference.strip():
-        raise InputError(f'{where} has no reference answer: reward_model must have a text "ground_truth"')
+        raise InputError(
+            f'{where} has no reference answer: reward_model must have a text "ground_truth"'
+        )
     # Only the answer counts: in the distilled variant of the data one thought in twenty talks about <tool_call> tags.
     reference = reference.rpartition("</think>")[2].strip()
     if "<tool_call>" in reference:
         try:
             calls = tool_calls(reference)
         except ValueError as error:
-            raise InputError(f"{where} has a reference answer that cannot be parsed: {error}") from error
+            raise InputError(
+                f"{where} has a reference answer that cannot be parsed: {error}"
+            ) from error
         if not all(isinstance(call.get("parameters"), dict) for call in calls):
             raise InputError(f'{where} has a reference call without an object "parameters"')
     return Example(messages, reference, tools=chats.tools(row.get("tools"), where))
@@ -49,7 +52,9 @@ def format_reward(prompts: list[str], responses: list[str], references: list[str
             once += ["<response>", "</response>"]
         # Counted first: with each tag there once the lazy pattern cannot backtrack more than linearly.
         well_formed = all(response.count(tag) == 1 for tag in once)
-        out.append(float(well_formed and re.fullmatch(pattern, response.strip(), re.DOTALL) is not None))
+        out.append(
+            float(well_formed and re.fullmatch(pattern, response.strip(), re.DOTALL) is not None)
+        )
     return out
 
 
@@ -75,7 +80,9 @@ def _score(true: list[dict], predicted: list[dict]) -> float:
             if candidate["name"] != call["name"]:
                 continue
             want, got = call["parameters"], candidate["parameters"]
-            total = _overlap(list(want.keys()), list(got.keys())) + sum(k in got and got[k] == want[k] for k in want)
+            total = _overlap(list(want.keys()), list(got.keys())) + sum(
+                k in got and got[k] == want[k] for k in want
+            )
             if total > best:
                 best, match = total, candidate
         if match is not None:
@@ -103,5 +110,7 @@ def correctness(prompts: list[str], responses: list[str], references: list[str])
 
 
 def task(config) -> Task:
-    return Task(rows.prompts(config, PUBLIC, from_row),
-                [Channel("format", format_reward), Channel("correctness", correctness, 3.0, (-3.0, 3.0))])
+    return Task(
+        rows.prompts(config, PUBLIC, from_row),
+        [Channel("format", format_reward), Channel("correctness", correctness, 3.0, (-3.0, 3.0))],
+    )

@@ -19,8 +19,14 @@ def _hub_split(path: str) -> list[str]:
 
     owner, name, split = path.removeprefix("hf://").split("/")
     pattern = f"*/{split}/*.parquet"
-    folder = Path(snapshot_download(f"{owner}/{name}", repo_type="dataset", revision="refs/convert/parquet",
-                                    allow_patterns=pattern))
+    folder = Path(
+        snapshot_download(
+            f"{owner}/{name}",
+            repo_type="dataset",
+            revision="refs/convert/parquet",
+            allow_patterns=pattern,
+        )
+    )
     files = sorted(map(str, folder.glob(pattern)))
     if not files:
         raise OSError(f"the data set has no split '{split}'")
@@ -50,8 +56,9 @@ def _contents(path: str) -> list[bytes]:
         return [Path(path).read_bytes()]
     except (OSError, ValueError, http.client.HTTPException, httpx.HTTPError) as error:
         if "://" in path:
-            raise InputError(f"{path} could not be downloaded ({_reason(error)}): name a local "
-                             "copy with --data") from error
+            raise InputError(
+                f"{path} could not be downloaded ({_reason(error)}): name a local copy with --data"
+            ) from error
         raise InputError(f"{path} cannot be read: {_reason(error)}") from error
 
 
@@ -75,8 +82,9 @@ def _parse(content: bytes, path: str) -> list:
                 rows.append(json.loads(line))
         return rows
     except (OSError, ValueError, RecursionError, csv.Error, pyarrow.ArrowException) as error:
-        raise InputError(f"{where} cannot be read as parquet, JSON (a list), JSONL or CSV: "
-                         f"{_reason(error)}") from error
+        raise InputError(
+            f"{where} cannot be read as parquet, JSON (a list), JSONL or CSV: {_reason(error)}"
+        ) from error
 
 
 def _reason(error: Exception) -> str:
@@ -117,7 +125,9 @@ def prompts(config, public: str | None, from_row: Callable[[dict, str], Example]
 
     def load(n_train: int | None, n_test: int | None) -> tuple[list[Example], list[Example]]:
         if not public and not train_data and (n_train != 0 or not config.eval_data):
-            raise InputError(f"--task {config.task} needs {'--data' if config.trains else '--eval-data'} FILE, see docs/rubrics.md for its schema")
+            raise InputError(
+                f"--task {config.task} needs {'--data' if config.trains else '--eval-data'} FILE, see docs/rubrics.md for its schema"
+            )
         train_path = train_data or (public and public.format(split="train"))
         if train_data and not config.eval_data:
             rows = read(train_path, from_row)
@@ -130,8 +140,10 @@ def prompts(config, public: str | None, from_row: Callable[[dict, str], Example]
                 raise InputError(f"{test_path} has no rows to evaluate on")
             train = read(train_path, from_row) if n_train != 0 else []
         if not train and n_train != 0:
-            raise InputError(f"{train_path}: no rows are left for training after {len(held_out)} were held out; give "
-                             "more rows, or lower --eval-prompts")
+            raise InputError(
+                f"{train_path}: no rows are left for training after {len(held_out)} were held out; give "
+                "more rows, or lower --eval-prompts"
+            )
         return train, held_out
 
     return load
@@ -139,6 +151,7 @@ def prompts(config, public: str | None, from_row: Callable[[dict, str], Example]
 
 def only_evaluated(load: Callable[[int | None], list[Example]]) -> Callable:
     """A benchmark's `prompts`. load: (n_test) -> examples."""
+
     def held_out(n_train: int, n_test: int | None) -> tuple[list[Example], list[Example]]:
         return [], load(n_test)
 

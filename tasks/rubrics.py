@@ -22,7 +22,12 @@ PUBLIC = {  # 17,926 + 2,242 and 18,333 + 2,292 rows
     "rar-science": "hf://anisha2102/RaR-Science/{split}",
 }
 # RaR's categories: the weights of its explicit aggregation, and the smallest row weight, for rows that lack the prefix.
-CATEGORIES = {"essential": (1.0, 5), "important": (0.7, 3), "optional": (0.3, 0), "pitfall": (0.9, -math.inf)}
+CATEGORIES = {
+    "essential": (1.0, 5),
+    "important": (0.7, 3),
+    "optional": (0.3, 0),
+    "pitfall": (0.9, -math.inf),
+}
 WEIGHTS = "uniform", "category", "row"
 
 # Most pitfalls of RaR-Medicine are worded as the mistake ("Fails to mention ..."), most of RaR-Science as avoiding it:
@@ -31,7 +36,9 @@ PITFALL = "The response makes this mistake (the text names the mistake, or how t
 
 
 class Criterion(NamedTuple):
-    text: str  # the item that the judge decides; of a pitfall the mistake, so that meeting it is bad
+    text: (
+        str  # the item that the judge decides; of a pitfall the mistake, so that meeting it is bad
+    )
     label: str  # criteria with the same label are one line in the logs
     category: str  # of CATEGORIES
     weight: float = 1.0  # the row's, without its sign
@@ -39,20 +46,35 @@ class Criterion(NamedTuple):
 
 def criterion(item: object, where: str, by_title: bool) -> Criterion:
     """One item of a rubric: {description, weight?, title?}. by_title: the title is its label. Raises InputError."""
-    text, weight = (item.get("description"), item.get("weight")) if isinstance(item, dict) else (None, None)
-    prefix = re.match(r"\s*(essential|important|optional|pitfall) criteria:\s*", str(text), re.IGNORECASE)
-    if not isinstance(text, str) or not text[prefix.end() if prefix else 0:].strip():
+    text, weight = (
+        (item.get("description"), item.get("weight")) if isinstance(item, dict) else (None, None)
+    )
+    prefix = re.match(
+        r"\s*(essential|important|optional|pitfall) criteria:\s*", str(text), re.IGNORECASE
+    )
+    if not isinstance(text, str) or not text[prefix.end() if prefix else 0 :].strip():
         raise InputError(f'{where} has an item of its rubric without a text "description"')
     if weight is not None and not (type(weight) in (int, float) and 1e-6 <= abs(weight) <= 1e6):
-        raise InputError(f"{where} has an item with weight {str(weight)[:40]!r}: it must be a number up to 1e6, other "
-                         "than 0, negative for a pitfall")
+        raise InputError(
+            f"{where} has an item with weight {str(weight)[:40]!r}: it must be a number up to 1e6, other "
+            "than 0, negative for a pitfall"
+        )
     by_weight = next(name for name, (_, low) in CATEGORIES.items() if (weight or 5) >= low)
     category = prefix[1].lower() if prefix and by_weight != "pitfall" else by_weight
     label = item["title"] if by_title and item.get("title") is not None else category
-    if not isinstance(label, str) or not label.strip() or not label.isprintable() or label == "joint":
-        raise InputError(f"{where} has an item with title {label!r}: it must be one line of text, and not 'joint', the "
-                         "logs' name for all together")
-    return Criterion(text[prefix.end() if prefix else 0:].strip(), label, category, abs(weight or 1.0))
+    if (
+        not isinstance(label, str)
+        or not label.strip()
+        or not label.isprintable()
+        or label == "joint"
+    ):
+        raise InputError(
+            f"{where} has an item with title {label!r}: it must be one line of text, and not 'joint', the "
+            "logs' name for all together"
+        )
+    return Criterion(
+        text[prefix.end() if prefix else 0 :].strip(), label, category, abs(weight or 1.0)
+    )
 
 
 def from_row(row: dict, where: str, by_title: bool) -> Example:
@@ -65,21 +87,31 @@ def from_row(row: dict, where: str, by_title: bool) -> Example:
     messages = chats.chat(prompt, where)
     items = row.get("rubric")
     if not isinstance(items, list) or not items:
-        raise InputError(f'{where} has no rubric: it must be a list of {{"description": ..., "weight": ...}}')
-    return Example(messages, criteria=tuple(criterion(item, where, by_title) for item in items),
-                   tools=chats.tools(row.get("tools"), where))
+        raise InputError(
+            f'{where} has no rubric: it must be a list of {{"description": ..., "weight": ...}}'
+        )
+    return Example(
+        messages,
+        criteria=tuple(criterion(item, where, by_title) for item in items),
+        tools=chats.tools(row.get("tools"), where),
+    )
 
 
 class Judged(Task):
     """Its rewards are the verdicts of a judge."""
 
-    limited = "missing", "the judge's verdicts are"  # by --judge-max-missing: a share in the report, and what it is of
+    limited = (
+        "missing",
+        "the judge's verdicts are",
+    )  # by --judge-max-missing: a share in the report, and what it is of
 
     def __init__(self, config, explain: bool = False):
         """explain: the judge gives a reason before each verdict."""
         if not re.match(r"https?://[^/\s]+", config.judge_url or ""):
-            raise InputError(f"--judge-url {config.judge_url}: --task {config.task} needs a judge; name an "
-                             "OpenAI-compatible endpoint, such as http://localhost:8000/v1")
+            raise InputError(
+                f"--judge-url {config.judge_url}: --task {config.task} needs a judge; name an "
+                "OpenAI-compatible endpoint, such as http://localhost:8000/v1"
+            )
         if not config.judge_model:
             raise InputError("--judge-model: name the judge's model as its endpoint calls it")
         self.judge, self.max_missing = Judge(config, explain), config.judge_max_missing
@@ -88,8 +120,9 @@ class Judged(Task):
         """Raises InputError if the judge does not answer a question."""
         self.judge.check()
 
-    def ask(self, example: Example, responses: list[str],
-            items: list[str]) -> Callable[[], np.ndarray]:
+    def ask(
+        self, example: Example, responses: list[str], items: list[str]
+    ) -> Callable[[], np.ndarray]:
         """As Judge.start, of what the responses say without their thoughts. An assistant's turn at
         the end of the chat is how each of them begins."""
         messages, opening = example.messages, ""
@@ -107,8 +140,10 @@ class Judged(Task):
     def check(self, report: dict) -> None:
         name, what = self.limited
         if report[name] > self.max_missing:
-            raise InputError(f"{report[name]:.0%} of {what} missing, more than --judge-max-missing "
-                             f"{self.max_missing:g} allows; the last reason was: {report['last_error']}")
+            raise InputError(
+                f"{report[name]:.0%} of {what} missing, more than --judge-max-missing "
+                f"{self.max_missing:g} allows; the last reason was: {report['last_error']}"
+            )
 
 
 class Rubrics(Judged):
@@ -118,7 +153,9 @@ class Rubrics(Judged):
 
     def __init__(self, config):
         by_title = config.task not in PUBLIC  # RaR's titles are others in every row
-        self.prompts = rows.prompts(config, PUBLIC.get(config.task), functools.partial(from_row, by_title=by_title))
+        self.prompts = rows.prompts(
+            config, PUBLIC.get(config.task), functools.partial(from_row, by_title=by_title)
+        )
         super().__init__(config)
 
     def weigh(self, text: str) -> None:
@@ -128,7 +165,9 @@ class Rubrics(Judged):
 
     def channels(self, example: Example) -> list[Channel]:
         def weight(c: Criterion) -> float:
-            return {"uniform": 1.0, "category": CATEGORIES[c.category][0], "row": c.weight}[self.weights]
+            return {"uniform": 1.0, "category": CATEGORIES[c.category][0], "row": c.weight}[
+                self.weights
+            ]
 
         return [Channel(c.label, weight=weight(c)) for c in example.criteria]
 
@@ -143,10 +182,15 @@ class Rubrics(Judged):
 
         return rewards
 
-    def result(self, example: Example, response: str, rewards: np.ndarray) -> tuple[dict[str, float], dict]:
+    def result(
+        self, example: Example, response: str, rewards: np.ndarray
+    ) -> tuple[dict[str, float], dict]:
         scores, _ = super().result(example, response, rewards)
         texts = [f"{k} {c.text}" for k, c in enumerate(example.criteria, start=1)]
-        return scores, {"response": response, "rewards": dict(zip(texts, rewards.tolist(), strict=True))}
+        return scores, {
+            "response": response,
+            "rewards": dict(zip(texts, rewards.tolist(), strict=True)),
+        }
 
 
 def task(config) -> Task:

@@ -15,10 +15,22 @@ VALUES = {
     "name": "Anna Ben Carla David Emma Felix Grace Henry Iris Jack Kate Leo Mia Noah Olga Paul".split(),
     "food": "pizza sushi pasta tacos curry salad soup noodles burgers steak".split(),
     "day": "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split(),
-    "song": ["Yesterday", "Imagine", "Thriller", "Hello", "Hey Jude", "Let It Be", "Purple Rain", "Africa"],
+    "song": [
+        "Yesterday",
+        "Imagine",
+        "Thriller",
+        "Hello",
+        "Hey Jude",
+        "Let It Be",
+        "Purple Rain",
+        "Africa",
+    ],
     "word": "hello house water friend winter garden bread music light river".split(),
     "language": "French Spanish German Italian Dutch Polish Greek Swedish".split(),
-    "days": range(2, 15), "minutes": range(5, 60), "people": range(2, 13), "amount": range(10, 500),
+    "days": range(2, 15),
+    "minutes": range(5, 60),
+    "people": range(2, 13),
+    "amount": range(10, 500),
 }
 TOOLS = {  # name: (description, request)
     "get_weather": ("weather forecast", "What is the weather in {city} for the next {days} days?"),
@@ -37,9 +49,13 @@ TOOLS = {  # name: (description, request)
 def _request(rng: random.Random, tool: str) -> tuple[str, str]:
     """A user's request for the tool, and the answer to it."""
     template = TOOLS[tool][1]
-    parameters = {key: rng.choice(values) for key, values in VALUES.items() if "{" + key + "}" in template}
+    parameters = {
+        key: rng.choice(values) for key, values in VALUES.items() if "{" + key + "}" in template
+    }
     call = json.dumps({"name": tool, "parameters": parameters})
-    return template.format(**parameters), f"<think> I will use {tool}. </think>\n<tool_call>\n{call}\n</tool_call>"
+    return template.format(
+        **parameters
+    ), f"<think> I will use {tool}. </think>\n<tool_call>\n{call}\n</tool_call>"
 
 
 def example(rng: random.Random) -> Example:
@@ -48,7 +64,9 @@ def example(rng: random.Random) -> Example:
     names, lines = rng.sample(sorted(TOOLS), 3), ["Answer every request with one tool call. Tools:"]
     for name in names:
         description, template = TOOLS[name]
-        lines.append(f"{name}({', '.join(key for key in VALUES if '{' + key + '}' in template)}): {description}")
+        lines.append(
+            f"{name}({', '.join(key for key in VALUES if '{' + key + '}' in template)}): {description}"
+        )
     messages = [{"role": "system", "content": "\n".join(lines)}]
     for name in rng.sample(names, 2):
         request, answer = _request(rng, name)
@@ -95,7 +113,11 @@ def _call(text: str) -> tuple[str | None, dict]:
         call = tool_calls(text)[0]
     except ValueError:
         call = {}
-    return (call["name"], call["parameters"]) if isinstance(call.get("parameters"), dict) else (None, {})
+    return (
+        (call["name"], call["parameters"])
+        if isinstance(call.get("parameters"), dict)
+        else (None, {})
+    )
 
 
 @functools.lru_cache(256)  # every channel of a response asks for all
@@ -103,15 +125,24 @@ def values(response: str, reference: str) -> dict[str, float]:
     """The value of every channel. A response without a call has 0 in the four that are about the call."""
     (name, parameters), (true_name, true) = _call(response), _call(reference)
     blocks = BLOCKS.search(response) if all(response.count(tag) == 1 for tag in TAGS) else None
-    right = [key for key in true if key in parameters and parameters[key] == true[key]
-             and type(parameters[key]) is type(true[key])]
+    right = [
+        key
+        for key in true
+        if key in parameters
+        and parameters[key] == true[key]
+        and type(parameters[key]) is type(true[key])
+    ]
     return {
-        "format": float(blocks is not None),  # think, newline, tool_call, each tag once; `clean` sees to text around
+        "format": float(
+            blocks is not None
+        ),  # think, newline, tool_call, each tag once; `clean` sees to text around
         "tool": float(name == true_name),
         "arg_names": sum(key in parameters for key in true) / len(true),
         "arg_values": len(right) / len(true),
-        "no_invented": (name is not None) - sum(key not in true for key in parameters) / max(1, len(parameters)),
-        "clean": len(blocks.group() if blocks else "") / max(1, len(response.strip())),  # share that is in the blocks
+        "no_invented": (name is not None)
+        - sum(key not in true for key in parameters) / max(1, len(parameters)),
+        "clean": len(blocks.group() if blocks else "")
+        / max(1, len(response.strip())),  # share that is in the blocks
         "brief": min(1.0, max(0.0, 2 - len(response) / BRIEF)),  # falls to 0 at twice BRIEF
     }
 
@@ -122,7 +153,17 @@ def prompts(n_train: int, n_test: int | None) -> tuple[list[Example], list[Examp
 
 def task(config) -> Task:
     names = "format", "tool", "arg_names", "arg_values", "no_invented", "clean", "brief"
-    made = Task(prompts, [Channel(name, lambda _, *pairs, name=name: [values(*pair)[name] for pair in
-                                                                      zip(*pairs, strict=True)]) for name in names])
+    made = Task(
+        prompts,
+        [
+            Channel(
+                name,
+                lambda _, *pairs, name=name: [
+                    values(*pair)[name] for pair in zip(*pairs, strict=True)
+                ],
+            )
+            for name in names
+        ],
+    )
     made.max_tokens = 256  # in an evaluation
     return made

@@ -55,22 +55,31 @@ def judge_prompt(messages: list[dict], response: str, items: dict[str, str], exp
         conversation="\n".join(map(quote_message, messages)),
         response=quote(response),
         items="\n".join(f"{name}: {quote(text)}" for name, text in items.items()),
-        answer=json.dumps(answer | dict.fromkeys(items, "true or false")).replace('"true or false"', "true or false"))
+        answer=json.dumps(answer | dict.fromkeys(items, "true or false")).replace(
+            '"true or false"', "true or false"
+        ),
+    )
 
 
 @functools.cache
 def answer_model(names: tuple[str, ...], explain: bool) -> type[BaseModel]:
     """The judge's answer: one object of booleans, the explanation before them."""
     fields = ({"explanation": str} if explain else {}) | dict.fromkeys(names, bool)
-    return create_model("Verdicts", __config__=ConfigDict(strict=True, extra="forbid"),
-                        **{name: (kind, ...) for name, kind in fields.items()})
+    return create_model(
+        "Verdicts",
+        __config__=ConfigDict(strict=True, extra="forbid"),
+        **{name: (kind, ...) for name, kind in fields.items()},
+    )
 
 
 @functools.cache
 def response_format(names: tuple[str, ...], explain: bool) -> dict:
     """By which an endpoint constrains the answer to `answer_model`."""
     schema = answer_model(names, explain).model_json_schema()
-    return {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": schema}}
+    return {
+        "type": "json_schema",
+        "json_schema": {"name": "verdict", "strict": True, "schema": schema},
+    }
 
 
 def parse_verdicts(message: str, names: tuple[str, ...]) -> dict[str, bool]:
@@ -83,14 +92,20 @@ def parse_verdicts(message: str, names: tuple[str, ...]) -> dict[str, bool]:
         if text.startswith("```") and text.endswith("```"):
             text = re.sub(r"^json", "", text.strip("`"), flags=re.IGNORECASE)
         with contextlib.suppress(ValueError):
-            reply = jiter.from_json(text.encode(), catch_duplicate_keys=True)  # json and pydantic would take the last
+            reply = jiter.from_json(
+                text.encode(), catch_duplicate_keys=True
+            )  # json and pydantic would take the last
             break
     try:
-        answer_model(names, isinstance(reply, dict) and "explanation" in reply).model_validate(reply)
+        answer_model(names, isinstance(reply, dict) and "explanation" in reply).model_validate(
+            reply
+        )
     except ValidationError as error:
         wrong = {fault["loc"][:1] for fault in error.errors()}  # (name,), or () if it is no object
     if wrong - {(name,) for name in names}:
-        raise ValueError(f"not the JSON object with {', '.join(names)} that was asked for: {message[:80]!r}")
+        raise ValueError(
+            f"not the JSON object with {', '.join(names)} that was asked for: {message[:80]!r}"
+        )
     return {name: reply[name] for name in names if (name,) not in wrong}
 
 

@@ -13,18 +13,24 @@ import hypothesis
 import pytest
 import torch
 
-hypothesis.settings.register_profile("same", derandomize=True, deadline=None)  # `make test` says the same each time, also when busy
+hypothesis.settings.register_profile(
+    "same", derandomize=True, deadline=None
+)  # `make test` says the same each time, also when busy
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # ranks of tests are on one machine, whatever its name resolves to
+os.environ.setdefault(
+    "GLOO_SOCKET_IFNAME", "lo"
+)  # ranks of tests are on one machine, whatever its name resolves to
 
 
 def _on_rank(environ: dict, module: str, *args: Path) -> None:
     os.environ |= environ
     torch.set_num_threads(1)
     torch._C._set_print_stack_traces_on_fatal_signal(True)
-    importlib.import_module("infra.ranks").run_program(importlib.import_module(module).main, *args)  # only now: it reads the environment
+    importlib.import_module("infra.ranks").run_program(
+        importlib.import_module(module).main, *args
+    )  # only now: it reads the environment
 
 
 def on_ranks(total: int, node: int, *args: Path, module: str = "updates") -> None:
@@ -33,7 +39,10 @@ def on_ranks(total: int, node: int, *args: Path, module: str = "updates") -> Non
     (pytorch/gloo#514, pytorch#190489), and takes the process with it. What the code does wrong it does twice."""
     codes = _once(total, node, *args, module=module)
     if -signal.SIGABRT in codes:
-        warnings.warn(f"a rank aborted, its stack is on stderr: the ranks' exit codes are {codes}; tried again", stacklevel=2)
+        warnings.warn(
+            f"a rank aborted, its stack is on stderr: the ranks' exit codes are {codes}; tried again",
+            stacklevel=2,
+        )
         codes = _once(total, node, *args, module=module)
     assert codes == [0] * total  # None: a rank that waited for another
 
@@ -43,13 +52,33 @@ def _once(total: int, node: int, *args: Path, module: str) -> list[int | None]:
     context.set_forkserver_preload(["accelerate", "transformers", "torch.distributed.fsdp"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        environ = {"WORLD_SIZE": total, "LOCAL_WORLD_SIZE": node, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
-    ranks = [context.Process(target=_on_rank, args=({name: str(x) for name, x in environ.items()} | {"RANK": str(rank), "LOCAL_RANK": str(rank % node)},
-                                                    module, *args), daemon=True) for rank in range(total)]
+        environ = {
+            "WORLD_SIZE": total,
+            "LOCAL_WORLD_SIZE": node,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": free.getsockname()[1],
+        }
+    ranks = [
+        context.Process(
+            target=_on_rank,
+            args=(
+                {name: str(x) for name, x in environ.items()}
+                | {"RANK": str(rank), "LOCAL_RANK": str(rank % node)},
+                module,
+                *args,
+            ),
+            daemon=True,
+        )
+        for rank in range(total)
+    ]
     for process in ranks:
         process.start()
     deadline = time.monotonic() + 300
-    while None in (codes := [process.exitcode for process in ranks]) and {*codes} <= {None, 0} and time.monotonic() < deadline:
+    while (
+        None in (codes := [process.exitcode for process in ranks])
+        and {*codes} <= {None, 0}
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.05)
     if any(codes):  # others may have an end of their own to come
         time.sleep(1)
@@ -74,7 +103,9 @@ def own_head(tiny, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("own") / "head"
     shutil.copytree(tiny, path)
     weights = load_file(path / "model.safetensors")
-    weights["lm_head.weight"] = torch.randn(1024, 128, generator=torch.Generator().manual_seed(1)) * 0.3
+    weights["lm_head.weight"] = (
+        torch.randn(1024, 128, generator=torch.Generator().manual_seed(1)) * 0.3
+    )
     save_file(weights, path / "model.safetensors", {"format": "pt"})
     return path
 
@@ -113,9 +144,20 @@ def llama(tmp_path_factory, vocabulary) -> Path:
     path = tmp_path_factory.mktemp("llama")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, hidden_size=64, intermediate_size=9, num_hidden_layers=2,
-                                     num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
-                                     bos_token_id=None, eos_token_id=2, pad_token_id=0)).save_pretrained(path)
+        LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=vocabulary,
+                hidden_size=64,
+                intermediate_size=9,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=2048,
+                bos_token_id=None,
+                eos_token_id=2,
+                pad_token_id=0,
+            )
+        ).save_pretrained(path)
     return path
 
 
@@ -124,10 +166,18 @@ def graded(monkeypatch):
     """Rewards on which random text differs: the built-in ones are nearly constant for a model that has learned nothing."""
     from rewards import Channel
 
-    set_channels(monkeypatch, [
-        Channel("vowels", lambda p, responses, ref: [sum(c in "aeiou" for c in r) / max(1, len(r)) for r in responses]),
-        Channel("short", lambda p, responses, ref: [1 / (1 + len(r)) for r in responses]),
-    ])
+    set_channels(
+        monkeypatch,
+        [
+            Channel(
+                "vowels",
+                lambda p, responses, ref: [
+                    sum(c in "aeiou" for c in r) / max(1, len(r)) for r in responses
+                ],
+            ),
+            Channel("short", lambda p, responses, ref: [1 / (1 + len(r)) for r in responses]),
+        ],
+    )
 
 
 def set_channels(monkeypatch, channels: list, name: str = "tools") -> None:

@@ -14,7 +14,13 @@ class Server:
     reply, or seconds to stall for and then say nothing. delay: seconds before every answer."""
 
     def __init__(self, answer: Callable, delay: float = 0.0):
-        self.answer, self.delay, self.requests, self.in_flight, self.most_in_flight = answer, delay, [], 0, 0
+        self.answer, self.delay, self.requests, self.in_flight, self.most_in_flight = (
+            answer,
+            delay,
+            [],
+            0,
+            0,
+        )
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
         self.port = asyncio.run_coroutine_threadsafe(self._start(), self.loop).result()
@@ -34,7 +40,13 @@ class Server:
 
     async def _handle(self, request: web.Request) -> web.Response:
         body = await request.json()
-        self.requests.append({"body": body, "key": request.headers.get("Authorization"), "query": request.query_string})
+        self.requests.append(
+            {
+                "body": body,
+                "key": request.headers.get("Authorization"),
+                "query": request.query_string,
+            }
+        )
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         try:
@@ -44,9 +56,17 @@ class Server:
                 await asyncio.sleep(reply)
                 reply = (500, "late")
             if isinstance(reply, tuple):
-                return web.Response(status=reply[0], body=reply[1].encode(), headers=reply[2] if len(reply) > 2 else None)
-            return web.json_response({"choices": [{"message": {"role": "assistant", "content": reply}}],
-                                      "usage": {"prompt_tokens": 100, "completion_tokens": 10}})
+                return web.Response(
+                    status=reply[0],
+                    body=reply[1].encode(),
+                    headers=reply[2] if len(reply) > 2 else None,
+                )
+            return web.json_response(
+                {
+                    "choices": [{"message": {"role": "assistant", "content": reply}}],
+                    "usage": {"prompt_tokens": 100, "completion_tokens": 10},
+                }
+            )
         finally:
             self.in_flight -= 1
 
@@ -65,6 +85,11 @@ def graded(body: dict) -> str:
     return json.dumps({name: name.removeprefix("criterion_") in met for name in names(body)})
 
 
-if __name__ == "__main__":  # in a process of its own, for measuring: every verdict is true, after 50 ms
-    print(Server(lambda body, n: json.dumps(dict.fromkeys(names(body), True)), delay=0.05).url, flush=True)
+if (
+    __name__ == "__main__"
+):  # in a process of its own, for measuring: every verdict is true, after 50 ms
+    print(
+        Server(lambda body, n: json.dumps(dict.fromkeys(names(body), True)), delay=0.05).url,
+        flush=True,
+    )
     threading.Event().wait()

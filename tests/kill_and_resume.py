@@ -45,17 +45,51 @@ def task(options):
 """
 
 
-def start(name: str, cwd: Path, ranks: int, *options, restarts: int = 0, chance: bool = True) -> subprocess.Popen:
+def start(
+    name: str, cwd: Path, ranks: int, *options, restarts: int = 0, chance: bool = True
+) -> subprocess.Popen:
     sys.path.insert(0, str(ROOT))
     from local import models
 
     (cwd / "noisy.py").write_text(TASK.format(chance=chance))
-    launcher = [sys.executable] if ranks == 1 else [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", f"--max-restarts={restarts}"]
-    args = ["--model", models.tiny(), "--task", "noisy.py", "--name", name, "--prompts", 2, "--group", 4, "--lr", 1e-3, "--warmup", 0, "--eval-prompts", 4]
+    launcher = (
+        [sys.executable]
+        if ranks == 1
+        else [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={ranks}",
+            f"--max-restarts={restarts}",
+        ]
+    )
+    args = [
+        "--model",
+        models.tiny(),
+        "--task",
+        "noisy.py",
+        "--name",
+        name,
+        "--prompts",
+        2,
+        "--group",
+        4,
+        "--lr",
+        1e-3,
+        "--warmup",
+        0,
+        "--eval-prompts",
+        4,
+    ]
     with (cwd / f"{name}.log").open("a") as log:
-        return subprocess.Popen([*launcher, ROOT / "train.py", *map(str, [*args, *options])], cwd=cwd,
-                                env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
+        return subprocess.Popen(
+            [*launcher, ROOT / "train.py", *map(str, [*args, *options])],
+            cwd=cwd,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=log,
+            stderr=log,
+        )
 
 
 def finish(process: subprocess.Popen, log: Path) -> None:
@@ -65,12 +99,21 @@ def finish(process: subprocess.Popen, log: Path) -> None:
 
 def results(run: Path) -> tuple[list, bytes, bytes]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return ([{key: value for key, value in line.items() if key not in TIMES} for line in lines],
-            (run / "samples.jsonl").read_bytes(), (run / "checkpoint/model.safetensors").read_bytes())
+    return (
+        [{key: value for key, value in line.items() if key not in TIMES} for line in lines],
+        (run / "samples.jsonl").read_bytes(),
+        (run / "checkpoint/model.safetensors").read_bytes(),
+    )
 
 
 def differences(a: Path, b: Path) -> list[str]:
-    return [name for name, x, y in zip(("metrics", "samples", "weights"), results(a), results(b), strict=True) if x != y]
+    return [
+        name
+        for name, x, y in zip(
+            ("metrics", "samples", "weights"), results(a), results(b), strict=True
+        )
+        if x != y
+    ]
 
 
 def wait(condition, process: subprocess.Popen) -> None:
@@ -78,7 +121,15 @@ def wait(condition, process: subprocess.Popen) -> None:
         time.sleep(0.0005)
 
 
-def trial(number: int, cwd: Path, ranks: int, seconds: float, saves: int, rng: random.Random, options: list) -> str:
+def trial(
+    number: int,
+    cwd: Path,
+    ranks: int,
+    seconds: float,
+    saves: int,
+    rng: random.Random,
+    options: list,
+) -> str:
     """One run, killed once, at a random time or while it saves, and resumed. Returns what was done."""
     name, run = f"k{number}", cwd / "runs" / f"k{number}"
     process = start(name, cwd, ranks, *options, restarts=1)
@@ -112,7 +163,9 @@ def trial(number: int, cwd: Path, ranks: int, seconds: float, saves: int, rng: r
 
 def main(argv: list[str] | None = None) -> int:
     """Returns how many runs differed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--engine", default="hf")
     parser.add_argument("--ranks", type=int, default=1)
@@ -120,8 +173,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     rng, differ, began = random.Random(args.seed), 0, time.monotonic()
-    options = ["--engine", args.engine, "--steps", args.steps, "--max-tokens", 24, "--eval-every", 2, "--updates", 2,
-               "--save-every", 1, "--resume", "auto"]
+    options = [
+        "--engine",
+        args.engine,
+        "--steps",
+        args.steps,
+        "--max-tokens",
+        24,
+        "--eval-every",
+        2,
+        "--updates",
+        2,
+        "--save-every",
+        1,
+        "--resume",
+        "auto",
+    ]
     with tempfile.TemporaryDirectory() as folder:
         cwd = Path(folder)
         process = start("alone", cwd, args.ranks, *options)
@@ -134,8 +201,13 @@ def main(argv: list[str] | None = None) -> int:
             moment = trial(number, cwd, args.ranks, seconds, args.steps, rng, options)
             wrong = differences(cwd / "runs/alone", cwd / "runs" / f"k{number}")
             differ += bool(wrong)
-            print(f"{number}: killed {moment}: {'DIFFERENT ' + ' '.join(wrong) if wrong else 'identical'}", flush=True)
-    print(f"{args.kills - differ} of {args.kills} identical, {args.engine}, {args.ranks} ranks, {time.monotonic() - began:.0f} s")
+            print(
+                f"{number}: killed {moment}: {'DIFFERENT ' + ' '.join(wrong) if wrong else 'identical'}",
+                flush=True,
+            )
+    print(
+        f"{args.kills - differ} of {args.kills} identical, {args.engine}, {args.ranks} ranks, {time.monotonic() - began:.0f} s"
+    )
     return differ
 
 

@@ -19,13 +19,59 @@ from tasks.verdicts import judge_prompt, parse_verdicts
 
 RESPONSES, LONG = 40_000, 250  # one in LONG has about a megabyte
 SECONDS = 0.25  # a busy, slow machine needed 0.053 for a megabyte
-TAGS = "<think>", "</think>", "<tool_call>", "</tool_call>", "<response>", "</response>", "\n", "<think> </think>\n<tool_call>\n", "\n</tool_call>", "```json"
-SCALARS = ("NaN", "Infinity", "-Infinity", "1e999", "-1e-999", "9" * 400, "9" * 5000, "-0", "0.1", "true", "null", '""', '"\\ud800"', '"\ud800"', '"Paris"',
-           '"\\u0000"', "7", "[]", "{}", "'x'", "tru", '"name"')
-KEYS = '"name"', '"parameters"', '"city"', '"days"', '"criterion_1"', '"criterion_2"', '"explanation"', '"\ud834"', "1", '""'
-TRUE = ('<think> t </think>\n<tool_call>\n{"name": "get_weather", "parameters": {"city": "Paris", "days": 7}}\n</tool_call>',
-        '<think> t </think>\n<tool_call>\n{"name": "a", "parameters": {}}\n{"name": "a", "parameters": {"x": [1, {"y": null}]}}\n</tool_call>\n<response> r </response>',
-        "<think> t </think>\n<response> yes </response>")
+TAGS = (
+    "<think>",
+    "</think>",
+    "<tool_call>",
+    "</tool_call>",
+    "<response>",
+    "</response>",
+    "\n",
+    "<think> </think>\n<tool_call>\n",
+    "\n</tool_call>",
+    "```json",
+)
+SCALARS = (
+    "NaN",
+    "Infinity",
+    "-Infinity",
+    "1e999",
+    "-1e-999",
+    "9" * 400,
+    "9" * 5000,
+    "-0",
+    "0.1",
+    "true",
+    "null",
+    '""',
+    '"\\ud800"',
+    '"\ud800"',
+    '"Paris"',
+    '"\\u0000"',
+    "7",
+    "[]",
+    "{}",
+    "'x'",
+    "tru",
+    '"name"',
+)
+KEYS = (
+    '"name"',
+    '"parameters"',
+    '"city"',
+    '"days"',
+    '"criterion_1"',
+    '"criterion_2"',
+    '"explanation"',
+    '"\ud834"',
+    "1",
+    '""',
+)
+TRUE = (
+    '<think> t </think>\n<tool_call>\n{"name": "get_weather", "parameters": {"city": "Paris", "days": 7}}\n</tool_call>',
+    '<think> t </think>\n<tool_call>\n{"name": "a", "parameters": {}}\n{"name": "a", "parameters": {"x": [1, {"y": null}]}}\n</tool_call>\n<response> r </response>',
+    "<think> t </think>\n<response> yes </response>",
+)
 
 
 def nested(rng: random.Random, depth: int) -> str:
@@ -36,46 +82,115 @@ def nested(rng: random.Random, depth: int) -> str:
     inner = [nested(rng, depth - 1) for _ in range(rng.randint(0, 3))]
     if kind < 0.6:
         return "[" + ",".join(inner) + rng.choice(["]", "]", "]", ",]", ""])
-    return "{" + ", ".join(f"{rng.choice(KEYS)}: {x}" for x in inner) + rng.choice(["}", "}", "}", "}}", ""])
+    return (
+        "{"
+        + ", ".join(f"{rng.choice(KEYS)}: {x}" for x in inner)
+        + rng.choice(["}", "}", "}", "}}", ""])
+    )
 
 
 def call(rng: random.Random) -> str:
     name = rng.choice(['"get_weather"', '"a"', nested(rng, 1)])
-    return rng.choice(['{"name": %s, "parameters": %s}', '{"parameters": %s, "name": %s}', '{"name": %s}%.0s']) % (name, nested(rng, 3))
+    return rng.choice(
+        ['{"name": %s, "parameters": %s}', '{"parameters": %s, "name": %s}', '{"name": %s}%.0s']
+    ) % (name, nested(rng, 3))
 
 
 def text(rng: random.Random) -> str:
-    return "".join(rng.choices(["a", " ", "\n", "é", "\ud800", "\U0001f600", "\x00", "\u2028", "<", ">", "{", "[", '"', "\\"], k=rng.randint(0, 20)))
+    return "".join(
+        rng.choices(
+            [
+                "a",
+                " ",
+                "\n",
+                "é",
+                "\ud800",
+                "\U0001f600",
+                "\x00",
+                "\u2028",
+                "<",
+                ">",
+                "{",
+                "[",
+                '"',
+                "\\",
+            ],
+            k=rng.randint(0, 20),
+        )
+    )
 
 
 def piece(rng: random.Random) -> str:
-    return rng.choice((lambda: rng.choice(TAGS), lambda: text(rng), lambda: call(rng), lambda: nested(rng, 4)))()
+    return rng.choice(
+        (lambda: rng.choice(TAGS), lambda: text(rng), lambda: call(rng), lambda: nested(rng, 4))
+    )()
 
 
 def response(rng: random.Random) -> str:
     kind = rng.random()
     if kind < 0.3:  # a call with something around it
         calls = "\n".join(call(rng) for _ in range(rng.randint(0, 3)))
-        return rng.choice(["", text(rng)]) + f"<think>{text(rng)}</think>\n<tool_call>\n{calls}\n</tool_call>" + rng.choice(["", text(rng)])
+        return (
+            rng.choice(["", text(rng)])
+            + f"<think>{text(rng)}</think>\n<tool_call>\n{calls}\n</tool_call>"
+            + rng.choice(["", text(rng)])
+        )
     if kind < 0.5:  # something that a judge may say
-        body = ", ".join(f'"criterion_{rng.randint(1, 3)}": {rng.choice(["true", "false", nested(rng, 1)])}' for _ in range(rng.randint(0, 3)))
-        return rng.choice(["", "<think>x</think>", "```json\n", text(rng)]) + "{" + body + "}" + rng.choice(["", "```", text(rng)])
+        body = ", ".join(
+            f'"criterion_{rng.randint(1, 3)}": {rng.choice(["true", "false", nested(rng, 1)])}'
+            for _ in range(rng.randint(0, 3))
+        )
+        return (
+            rng.choice(["", "<think>x</think>", "```json\n", text(rng)])
+            + "{"
+            + body
+            + "}"
+            + rng.choice(["", "```", text(rng)])
+        )
     return "".join(piece(rng) for _ in range(rng.randint(0, 8)))
 
 
 def long(rng: random.Random) -> str:
     """About a megabyte, or nested far deeper than a parser can follow."""
-    unit = rng.choice([*TAGS, "[", '{"a":', "</think>\n", '{"name": "a"}\n', '{"name": "a", "parameters": {}}\n', "9", " ", "\\", '"', "\ud800", call(rng) + "\n", piece(rng)]) or " "
+    unit = (
+        rng.choice(
+            [
+                *TAGS,
+                "[",
+                '{"a":',
+                "</think>\n",
+                '{"name": "a"}\n',
+                '{"name": "a", "parameters": {}}\n',
+                "9",
+                " ",
+                "\\",
+                '"',
+                "\ud800",
+                call(rng) + "\n",
+                piece(rng),
+            ]
+        )
+        or " "
+    )
     many = unit * (1_000_000 // len(unit))
-    return rng.choice([many, f"<think> t </think>\n<tool_call>\n{many}\n</tool_call>", f"<think>{many}</think>\n<tool_call>\n{call(rng)}\n</tool_call>",
-                       '<tool_call>{"name": "a", "parameters": ' + many + "</tool_call>", '{"criterion_1": ' + many])
+    return rng.choice(
+        [
+            many,
+            f"<think> t </think>\n<tool_call>\n{many}\n</tool_call>",
+            f"<think>{many}</think>\n<tool_call>\n{call(rng)}\n</tool_call>",
+            '<tool_call>{"name": "a", "parameters": ' + many + "</tool_call>",
+            '{"criterion_1": ' + many,
+        ]
+    )
 
 
 TOOLS, RLLA = (module.task(TrainConfig(task="x")).channels(None) for module in (tools, rlla))
 
 
 def score(channels: list[rewards.Channel], said: str, reference: str) -> np.ndarray:
-    return rewards.score(channels, rewards.Example([{"role": "user", "content": "p"}], reference), [said])[0]
+    return rewards.score(
+        channels, rewards.Example([{"role": "user", "content": "p"}], reference), [said]
+    )[0]
 
 
 def verdicts(message: str) -> dict[str, float]:
@@ -106,22 +221,57 @@ def test_rewards_of_anything():
 
         values, (form, correct), verdict = quickly(both, said)
         prompt = judge_prompt([], said, {"criterion_1": "c"}, False)
-        assert values.min() >= 0 and values.max() <= 1 and form in (0, 1) and -3 <= correct <= 3, ascii(said[:300])
-        assert set(verdict.values()) <= {0.0, 1.0} and "<" not in prompt.split("Response to grade:\n")[1]
+        assert values.min() >= 0 and values.max() <= 1 and form in (0, 1) and -3 <= correct <= 3, (
+            ascii(said[:300])
+        )
+        assert (
+            set(verdict.values()) <= {0.0, 1.0}
+            and "<" not in prompt.split("Response to grade:\n")[1]
+        )
         seen += 1
-        hits |= {("tools", *np.round(values[:2])), ("correct", correct > -3), ("verdicts", len(verdict)), ("form", form)}
+        hits |= {
+            ("tools", *np.round(values[:2])),
+            ("correct", correct > -3),
+            ("verdicts", len(verdict)),
+            ("form", form),
+        }
     assert seen == RESPONSES and len(hits) >= 9, hits  # the generator reaches right answers, too
 
 
 def content(rng: random.Random) -> list:
     """Rows of a data file: right ones, and ones that are not."""
-    def odd():
-        return rng.choice([None, 1, 1e300, True, "", "x", [], {}, [1], {"role": "user"}, [{"role": "user", "content": "hi"}], [{"role": "user", "content": None}],
-                           [{"description": "d", "weight": rng.choice([1, -1, 0, "1", 1e9, None, True])}], {"ground_truth": rng.choice([*TRUE, response(rng), None, 3])}])
 
-    good = {"prompt": [{"role": "user", "content": "hi"}], "reward_model": {"ground_truth": rng.choice(TRUE)},
-            "rubric": [{"description": "d", "weight": 1}]}
-    return [{**good, **{rng.choice([*good, "question", "x"]): odd() for _ in range(rng.randint(0, 2))}} if rng.random() < 0.9 else odd() for _ in range(rng.randint(0, 4))]
+    def odd():
+        return rng.choice(
+            [
+                None,
+                1,
+                1e300,
+                True,
+                "",
+                "x",
+                [],
+                {},
+                [1],
+                {"role": "user"},
+                [{"role": "user", "content": "hi"}],
+                [{"role": "user", "content": None}],
+                [{"description": "d", "weight": rng.choice([1, -1, 0, "1", 1e9, None, True])}],
+                {"ground_truth": rng.choice([*TRUE, response(rng), None, 3])},
+            ]
+        )
+
+    good = {
+        "prompt": [{"role": "user", "content": "hi"}],
+        "reward_model": {"ground_truth": rng.choice(TRUE)},
+        "rubric": [{"description": "d", "weight": 1}],
+    }
+    return [
+        {**good, **{rng.choice([*good, "question", "x"]): odd() for _ in range(rng.randint(0, 2))}}
+        if rng.random() < 0.9
+        else odd()
+        for _ in range(rng.randint(0, 4))
+    ]
 
 
 def broken(rng: random.Random, content: bytes) -> bytes:
@@ -129,7 +279,7 @@ def broken(rng: random.Random, content: bytes) -> bytes:
     for _ in range(rng.choice([0, 0, 1, 3])):
         if content:
             content[rng.randrange(len(content))] = rng.randrange(256)
-    return bytes(content[:rng.choice([len(content), len(content), rng.randint(0, len(content))])])
+    return bytes(content[: rng.choice([len(content), len(content), rng.randint(0, len(content))])])
 
 
 def test_data_files_of_anything(tmp_path):
@@ -139,14 +289,32 @@ def test_data_files_of_anything(tmp_path):
         path = tmp_path / f"{number % 10}.{kind}"
         if kind == "parquet":
             try:
-                pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row for row in made if isinstance(row, dict)]), path)
-            except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, pyarrow.ArrowNotImplementedError, UnicodeError):
+                pyarrow.parquet.write_table(
+                    pyarrow.Table.from_pylist([row for row in made if isinstance(row, dict)]), path
+                )
+            except (
+                pyarrow.ArrowInvalid,
+                pyarrow.ArrowTypeError,
+                pyarrow.ArrowNotImplementedError,
+                UnicodeError,
+            ):
                 continue  # columns of several types
             path.write_bytes(broken(rng, path.read_bytes()))
         else:
             lines = [json.dumps(row) if rng.random() < 0.95 else response(rng) for row in made]
-            path.write_bytes(broken(rng, ("[" + ",".join(lines) + "]" if kind == "json" else "\n".join(lines)).encode(errors="surrogatepass")))
-        for from_row in (rlla.from_row, functools.partial(rubrics.from_row, by_title=True), functools.partial(rubrics.from_row, by_title=False)):
+            path.write_bytes(
+                broken(
+                    rng,
+                    ("[" + ",".join(lines) + "]" if kind == "json" else "\n".join(lines)).encode(
+                        errors="surrogatepass"
+                    ),
+                )
+            )
+        for from_row in (
+            rlla.from_row,
+            functools.partial(rubrics.from_row, by_title=True),
+            functools.partial(rubrics.from_row, by_title=False),
+        ):
             try:
                 examples = rows.read(str(path), from_row)
             except InputError as error:
@@ -159,13 +327,34 @@ def test_data_files_of_anything(tmp_path):
 
 
 def test_a_parquet_file_with_a_broken_row(tmp_path):
-    good = {"prompt": [{"role": "user", "content": "hi"}], "reward_model": {"ground_truth": TRUE[0]}}
-    for number, (odd, message) in enumerate([({"prompt": None}, 'row 2 has no prompt: it must be a list of {"role": ..., "content": ...}'),
-                                             ({"prompt": [{"role": "user", "content": None}]}, "row 2 has no content in message 0: it must be a text"),
-                                             ({"reward_model": {"ground_truth": None}}, 'row 2 has no reference answer: reward_model must have a text "ground_truth"'),
-                                             ({"reward_model": {"ground_truth": "<tool_call>{</tool_call>"}}, "row 2 has a reference answer that cannot be parsed")]):
+    good = {
+        "prompt": [{"role": "user", "content": "hi"}],
+        "reward_model": {"ground_truth": TRUE[0]},
+    }
+    for number, (odd, message) in enumerate(
+        [
+            (
+                {"prompt": None},
+                'row 2 has no prompt: it must be a list of {"role": ..., "content": ...}',
+            ),
+            (
+                {"prompt": [{"role": "user", "content": None}]},
+                "row 2 has no content in message 0: it must be a text",
+            ),
+            (
+                {"reward_model": {"ground_truth": None}},
+                'row 2 has no reference answer: reward_model must have a text "ground_truth"',
+            ),
+            (
+                {"reward_model": {"ground_truth": "<tool_call>{</tool_call>"}},
+                "row 2 has a reference answer that cannot be parsed",
+            ),
+        ]
+    ):
         path = tmp_path / f"{number}.parquet"
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([good, good, {**good, **odd}, good]), path)
+        pyarrow.parquet.write_table(
+            pyarrow.Table.from_pylist([good, good, {**good, **odd}, good]), path
+        )
         with pytest.raises(InputError) as error:
             rows.read(str(path), rlla.from_row)
         assert str(error.value).startswith(f"{path}: {message}") and "\n" not in str(error.value)

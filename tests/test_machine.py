@@ -15,7 +15,11 @@ from local import cpu, machine
 
 def without(monkeypatch, module: str) -> None:
     real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == module else real(name, *rest))
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == module else real(name, *rest),
+    )
 
 
 def lack_libnuma(monkeypatch) -> None:
@@ -30,15 +34,22 @@ def test_a_machine_without_libnuma(monkeypatch):
     lack_libnuma(monkeypatch)
     assert machine.problem(vllm=False) is None
     said = machine.problem(vllm=True)
-    assert "apt-get install libnuma1" in said and said.endswith("or leave vLLM out with make VLLM=no, and transformers will sample")
-    with pytest.raises(InputError, match=r"libnuma\.so\.1, and this machine lacks it: .*apt-get install libnuma1.*, or take --engine hf"):
+    assert "apt-get install libnuma1" in said and said.endswith(
+        "or leave vLLM out with make VLLM=no, and transformers will sample"
+    )
+    with pytest.raises(
+        InputError,
+        match=r"libnuma\.so\.1, and this machine lacks it: .*apt-get install libnuma1.*, or take --engine hf",
+    ):
         cpu.prepare()
 
 
 @pytest.mark.parametrize("version", [(3, 10, 9), (3, 15, 0)])
 def test_a_python_for_which_the_lists_do_not_resolve(monkeypatch, version):
     monkeypatch.setattr(sys, "version_info", version)
-    assert machine.problem(vllm=False).startswith(f"this is Python 3.{version[1]}, and 3.11 to 3.14 are supported: name another one")
+    assert machine.problem(vllm=False).startswith(
+        f"this is Python 3.{version[1]}, and 3.11 to 3.14 are supported: name another one"
+    )
 
 
 def test_python_without_venv(monkeypatch):
@@ -48,20 +59,43 @@ def test_python_without_venv(monkeypatch):
 
 def test_the_set_up_stops_with_one_sentence(tmp_path):
     """The command of the Makefile, in a Python that cannot load libraries."""
-    (tmp_path / "sitecustomize.py").write_text("import ctypes\ndef refuse(name): raise OSError(name)\nctypes.CDLL = refuse\n")
-    done = subprocess.run([sys.executable, ROOT / "local/machine.py", "yes"], env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("error: vLLM needs the library libnuma.so.1") and done.stderr.count("\n") == 1
+    (tmp_path / "sitecustomize.py").write_text(
+        "import ctypes\ndef refuse(name): raise OSError(name)\nctypes.CDLL = refuse\n"
+    )
+    done = subprocess.run(
+        [sys.executable, ROOT / "local/machine.py", "yes"],
+        env={"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        done.returncode == 1
+        and done.stderr.startswith("error: vLLM needs the library libnuma.so.1")
+        and done.stderr.count("\n") == 1
+    )
 
 
 def test_where_vllm_is_not_installed_transformers_samples(monkeypatch, capsys):
     without(monkeypatch, "vllm")
     assert parse(TrainConfig, "", []).engine == "hf"
-    assert capsys.readouterr().out == "vLLM is not installed: transformers samples (--engine hf), which is slower\n"
+    assert (
+        capsys.readouterr().out
+        == "vLLM is not installed: transformers samples (--engine hf), which is slower\n"
+    )
 
 
-@pytest.mark.parametrize(("work", "code", "said"), [
-    ("pass", 0, ""), ("raise ranks.InputError('no such file')", 1, "error: no such file\n"), ("sys.exit(3)", 3, ""), ("sys.exit()", 0, ""),
-    ("sys.exit('error: no')", 1, "error: no\n"), ("raise KeyboardInterrupt", 130, "stopped by Ctrl-C\n"), ("1 / 0", 1, None)])
+@pytest.mark.parametrize(
+    ("work", "code", "said"),
+    [
+        ("pass", 0, ""),
+        ("raise ranks.InputError('no such file')", 1, "error: no such file\n"),
+        ("sys.exit(3)", 3, ""),
+        ("sys.exit()", 0, ""),
+        ("sys.exit('error: no')", 1, "error: no\n"),
+        ("raise KeyboardInterrupt", 130, "stopped by Ctrl-C\n"),
+        ("1 / 0", 1, None),
+    ],
+)
 def test_a_program_ends_with_the_code_that_it_means(work, code, said):
     """Also where a library would crash while Python is taken down."""
     lines = f"import atexit, os, sys\nfrom infra import ranks\natexit.register(os.abort)\ndef work():\n    {work}\nprint('begun')\nranks.run_program(work)\n"

@@ -29,12 +29,18 @@ def tokens(length: int, first: int = 5) -> list[int]:
     return [3 + (first * i + i * i) % 900 for i in range(first, first + length)]
 
 
-GROUPS = [(tokens(150), [tokens(5), tokens(1), [], tokens(3, 40), tokens(200, 2)]),
-          ([17], [tokens(2), tokens(90, 9)]), (tokens(30, 8), [tokens(1, 50), tokens(300, 4)]), ([20, 21], [[]])]
+GROUPS = [
+    (tokens(150), [tokens(5), tokens(1), [], tokens(3, 40), tokens(200, 2)]),
+    ([17], [tokens(2), tokens(90, 9)]),
+    (tokens(30, 8), [tokens(1, 50), tokens(300, 4)]),
+    ([20, 21], [[]]),
+]
 
 
 def gradient(module) -> dict[str, torch.Tensor]:
-    grads = {name.removeprefix("lm."): parameter.grad for name, parameter in module.named_parameters()}
+    grads = {
+        name.removeprefix("lm."): parameter.grad for name, parameter in module.named_parameters()
+    }
     module.zero_grad()
     return grads
 
@@ -44,8 +50,12 @@ def separate_logp(lm, groups, temperature) -> torch.Tensor:
     out = []
     for prompt, responses in groups:
         for response in filter(None, responses):
-            logits = lm(torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1] / temperature
-            out.append(logits.log_softmax(-1).gather(-1, torch.tensor(response)[:, None]).squeeze(-1))
+            logits = (
+                lm(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / temperature
+            )
+            out.append(
+                logits.log_softmax(-1).gather(-1, torch.tensor(response)[:, None]).squeeze(-1)
+            )
     return torch.cat(out)
 
 
@@ -69,7 +79,10 @@ def test_one_row_is_exactly_separate_sequences(request, architecture, checkpoint
     packed = policies.load(path, CPU)
     if checkpointing:
         packed.recompute("on", 0)
-    for module, logp in ((packed, packed(pack(GROUPS, CPU), 0.7)), (lm := hf.load(path, CPU), separate_logp(lm, GROUPS, 0.7))):
+    for module, logp in (
+        (packed, packed(pack(GROUPS, CPU), 0.7)),
+        (lm := hf.load(path, CPU), separate_logp(lm, GROUPS, 0.7)),
+    ):
         assert logp.dtype == torch.float32
         (weights * logp).mean().backward()
         results.append((logp.detach(), gradient(module)))
@@ -80,17 +93,33 @@ def test_one_row_is_exactly_separate_sequences(request, architecture, checkpoint
         assert (grad - exact_grads[name]).norm() <= 1e-5 * exact_grads[name].norm(), name
 
 
-@pytest.mark.parametrize("config", [Qwen3Config, MistralConfig, Phi3Config], ids=lambda config: config.model_type)
+@pytest.mark.parametrize(
+    "config", [Qwen3Config, MistralConfig, Phi3Config], ids=lambda config: config.model_type
+)
 def test_other_architectures(config, tmp_path):
     """That are not refused (pretrained.TRAINABLE): log-probs."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(config(
-            vocab_size=1003, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-            max_position_embeddings=512, bos_token_id=None, eos_token_id=2, pad_token_id=0)).save_pretrained(tmp_path)
+        AutoModelForCausalLM.from_config(
+            config(
+                vocab_size=1003,
+                hidden_size=64,
+                intermediate_size=96,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=512,
+                bos_token_id=None,
+                eos_token_id=2,
+                pad_token_id=0,
+            )
+        ).save_pretrained(tmp_path)
     assert config.model_type in pretrained.TRAINABLE
     with torch.no_grad():
-        packed, exact = policies.load(tmp_path, CPU)(pack(GROUPS, CPU), 0.7), separate_logp(hf.load(tmp_path, CPU), GROUPS, 0.7)
+        packed, exact = (
+            policies.load(tmp_path, CPU)(pack(GROUPS, CPU), 0.7),
+            separate_logp(hf.load(tmp_path, CPU), GROUPS, 0.7),
+        )
     torch.testing.assert_close(packed, exact, atol=1e-4, rtol=0)
 
 
@@ -99,11 +128,22 @@ def test_a_response_sees_its_prompt_and_nothing_else(tiny_policy):
     responses; of the others, no bit beyond rounding."""
     groups = [(tokens(40), [tokens(9), tokens(6, 30)]), (tokens(10, 70), [tokens(8, 11)])]
     before = logp_of(tiny_policy, groups)
-    for where, changed in (((0, 0), {(0, 0)}), ((0, 1), {(0, 1)}), ((1, 0), {(1, 0)}), ((0, None), {(0, 0), (0, 1)}), ((1, None), {(1, 0)})):
-        other = [(list(prompt), [list(response) for response in responses]) for prompt, responses in groups]
+    for where, changed in (
+        ((0, 0), {(0, 0)}),
+        ((0, 1), {(0, 1)}),
+        ((1, 0), {(1, 0)}),
+        ((0, None), {(0, 0), (0, 1)}),
+        ((1, None), {(1, 0)}),
+    ):
+        other = [
+            (list(prompt), [list(response) for response in responses])
+            for prompt, responses in groups
+        ]
         g, i = where
         (other[g][0] if i is None else other[g][1][i])[4] = 999
-        for (p, row), (_, row_before) in zip(enumerate(logp_of(tiny_policy, other)), enumerate(before), strict=True):
+        for (p, row), (_, row_before) in zip(
+            enumerate(logp_of(tiny_policy, other)), enumerate(before), strict=True
+        ):
             for r, (a, b) in enumerate(zip(row, row_before, strict=True)):
                 moved = (a - b).abs()
                 if (p, r) in changed:
@@ -117,10 +157,13 @@ def test_a_row_without_any_response_token(tiny):
     policy = policies.load(tiny, CPU)
     logp = policy(pack([(tokens(5), [[], []])], CPU), 1.0)
     logp.sum().backward()
-    assert logp.shape == (0,) and all(grad is None or not grad.any() for grad in gradient(policy).values())
+    assert logp.shape == (0,) and all(
+        grad is None or not grad.any() for grad in gradient(policy).values()
+    )
 
 
 # Memory
+
 
 class Vocabulary(TorchDispatchMode):
     """Of all tensors (n, V) that are made, the largest n, and the most bytes that any of them hold at a time."""
@@ -134,8 +177,13 @@ class Vocabulary(TorchDispatchMode):
         for x in out if isinstance(out, (tuple, list)) else [out]:
             if isinstance(x, torch.Tensor) and x.shape[-1:] == (self.size,) and x._base is None:
                 self.rows = max(self.rows, x.numel() // self.size)
-                self.alive[x.untyped_storage()._cdata] = StorageWeakRef(x.untyped_storage()), x.untyped_storage().nbytes()
-        self.alive = {key: (ref, size) for key, (ref, size) in self.alive.items() if not ref.expired()}
+                self.alive[x.untyped_storage()._cdata] = (
+                    StorageWeakRef(x.untyped_storage()),
+                    x.untyped_storage().nbytes(),
+                )
+        self.alive = {
+            key: (ref, size) for key, (ref, size) in self.alive.items() if not ref.expired()
+        }
         self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
         return out
 
@@ -158,14 +206,24 @@ def test_a_compiled_layer_is_compiled_for_the_first_two_rows_alone(monkeypatch, 
     """For the second one with free sizes. What a layer is given has no lists, which would be compiled in."""
     from torch._dynamo.utils import counters
 
-    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)  # set where another test has loaded vLLM (local/cpu.py)
+    monkeypatch.delenv(
+        "TORCHDYNAMO_DISABLE", raising=False
+    )  # set where another test has loaded vLLM (local/cpu.py)
     torch._dynamo.reset()
     counters.clear()
-    monkeypatch.setattr(policies, "_attend_on_cpu", torch.compiler.disable(policies._attend_on_cpu))  # it loops over sequences
+    monkeypatch.setattr(
+        policies, "_attend_on_cpu", torch.compiler.disable(policies._attend_on_cpu)
+    )  # it loops over sequences
     policy, plain, compiled = policies.load(tiny, CPU), policies.load(tiny, CPU), []
     for layer in policy.lm.base_model.layers:
         layer.compile(backend="aot_eager")
-    for prompt, responses in [(30, (4, 5, 9)), (50, (7, 2)), (61, (3, 3, 3, 12)), (13, (40,)), (99, (5, 6, 7, 8, 9))]:
+    for prompt, responses in [
+        (30, (4, 5, 9)),
+        (50, (7, 2)),
+        (61, (3, 3, 3, 12)),
+        (13, (40,)),
+        (99, (5, 6, 7, 8, 9)),
+    ]:
         row = pack([(tokens(prompt), [tokens(n) for n in responses])], CPU)
         logp = policy(row, 1.0)
         logp.sum().backward()
@@ -176,6 +234,7 @@ def test_a_compiled_layer_is_compiled_for_the_first_two_rows_alone(monkeypatch, 
 
 # Checkpoints
 
+
 @pytest.mark.parametrize("architecture", ["tiny", "llama"])
 def test_full_weights_and_a_saved_checkpoint_are_the_policy(request, tmp_path, architecture, tiny):
     """Names and numbers as transformers has them, tied ones under both names."""
@@ -183,15 +242,28 @@ def test_full_weights_and_a_saved_checkpoint_are_the_policy(request, tmp_path, a
     policy, lm = policies.load(path, CPU), hf.load(path, CPU)
     for checkpointed in (False, True):
         if checkpointed:
-            policies.save_policy(policy, AutoTokenizer.from_pretrained(tiny), torch.float32, tmp_path / "saved")
+            policies.save_policy(
+                policy, AutoTokenizer.from_pretrained(tiny), torch.float32, tmp_path / "saved"
+            )
             lm = hf.load(tmp_path / "saved", CPU)
-        full, expected = dict(policies.full_weights(policy, torch.float32)), dict(lm.named_parameters(remove_duplicate=False))
+        full, expected = (
+            dict(policies.full_weights(policy, torch.float32)),
+            dict(lm.named_parameters(remove_duplicate=False)),
+        )
         assert full.keys() == expected.keys() and "lm_head.weight" in full
         assert all(torch.equal(full[name], expected[name]) for name in full)
         assert full["lm_head.weight"].data_ptr() != policy.lm.lm_head.weight.data_ptr()  # copies
-    assert load_file(tmp_path / "saved/model.safetensors").keys() == load_file(path / "model.safetensors").keys()
-    policies.save_policy(policy, AutoTokenizer.from_pretrained(tiny), torch.bfloat16, tmp_path / "half")
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.bfloat16 and policy.lm.dtype == torch.float32
+    assert (
+        load_file(tmp_path / "saved/model.safetensors").keys()
+        == load_file(path / "model.safetensors").keys()
+    )
+    policies.save_policy(
+        policy, AutoTokenizer.from_pretrained(tiny), torch.bfloat16, tmp_path / "half"
+    )
+    assert (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
+        and policy.lm.dtype == torch.float32
+    )
 
 
 def test_a_loaded_policy_is_what_transformers_loads(tiny):
@@ -200,31 +272,61 @@ def test_a_loaded_policy_is_what_transformers_loads(tiny):
         policy, lm = policies.load(tiny, CPU), hf.load(tiny, CPU)
         if checkpointing:
             policy.recompute("on", 0)
-        assert all(torch.equal(value, dict(policy.lm.named_buffers())[name]) for name, value in lm.named_buffers())
+        assert all(
+            torch.equal(value, dict(policy.lm.named_buffers())[name])
+            for name, value in lm.named_buffers()
+        )
         assert logp_of(policy, GROUPS)[0][0].equal(logp_of(policy, GROUPS)[0][0])
-    assert {p.dtype for p in policies.load(tiny, CPU, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in policies.load(tiny, CPU, dtype=torch.bfloat16).parameters()} == {
+        torch.bfloat16
+    }
 
 
 def test_a_checkpoint_that_does_not_fit_its_config(tmp_path, tiny):
     shutil.copytree(tiny, tmp_path / "odd")
     config = (tmp_path / "odd/config.json").read_text()
-    (tmp_path / "odd/config.json").write_text(config.replace('"intermediate_size": 384', '"intermediate_size": 380'))
-    with pytest.raises(InputError, match=r"mlp\.gate_proj\.weight has the shape \[384, 128\], its config.json asks for \[380, 128\]"):
+    (tmp_path / "odd/config.json").write_text(
+        config.replace('"intermediate_size": 384', '"intermediate_size": 380')
+    )
+    with pytest.raises(
+        InputError,
+        match=r"mlp\.gate_proj\.weight has the shape \[384, 128\], its config.json asks for \[380, 128\]",
+    ):
         policies.load(tmp_path / "odd", CPU)
 
 
 def test_a_checkpoint_with_an_odd_generation_config_can_be_saved(tmp_path, tiny):
     """Some models come with a temperature but without do_sample, which transformers reads but refuses to write."""
     shutil.copytree(tiny, tmp_path / "odd")
-    (tmp_path / "odd/generation_config.json").write_text('{"eos_token_id": [2, 0], "temperature": 0.6, "top_p": 0.9}')
-    policies.save_policy(policies.load(tmp_path / "odd", CPU), AutoTokenizer.from_pretrained(tiny), torch.float32, tmp_path / "saved")
+    (tmp_path / "odd/generation_config.json").write_text(
+        '{"eos_token_id": [2, 0], "temperature": 0.6, "top_p": 0.9}'
+    )
+    policies.save_policy(
+        policies.load(tmp_path / "odd", CPU),
+        AutoTokenizer.from_pretrained(tiny),
+        torch.float32,
+        tmp_path / "saved",
+    )
     assert GenerationConfig.from_pretrained(tmp_path / "saved").eos_token_id == [2, 0]
     pretrained.load_tokenizer(tmp_path / "saved")
 
 
 # The kernel for GPUs
 
-def varlen(query, key, value, query_ends, key_ends, longest_query, longest_key, *, scale, window_size, enable_gqa=False):
+
+def varlen(
+    query,
+    key,
+    value,
+    query_ends,
+    key_ends,
+    longest_query,
+    longest_key,
+    *,
+    scale,
+    window_size,
+    enable_gqa=False,
+):
     """What torch's varlen_attn computes, aligned at the end as FlashAttention does it, one token at a time."""
     assert query_ends.dtype == key_ends.dtype == torch.int32 and window_size == (-1, 0)
     assert enable_gqa == bool(policies.GQA)  # torch 2.11 has no such argument
@@ -235,19 +337,29 @@ def varlen(query, key, value, query_ends, key_ends, longest_query, longest_key, 
         for i in range(q1 - q0):
             seen = slice(k0, k1 - (q1 - q0) + i + 1)
             k, v = (x[seen].repeat_interleave(repeat, 1) for x in (key, value))  # (seen, H, D)
-            out[q0 + i] = torch.einsum("khd,kh->hd", v, (scale * torch.einsum("hd,khd->kh", query[q0 + i], k)).softmax(0))
+            out[q0 + i] = torch.einsum(
+                "khd,kh->hd", v, (scale * torch.einsum("hd,khd->kh", query[q0 + i], k)).softmax(0)
+            )
     return out
 
 
 def heads(row, dtype=torch.float32, device=CPU) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(n, row.tokens.shape[1], 32, generator=generator).to(device, dtype).requires_grad_() for n in (4, 2, 2)]
+    return [
+        torch.randn(n, row.tokens.shape[1], 32, generator=generator)
+        .to(device, dtype)
+        .requires_grad_()
+        for n in (4, 2, 2)
+    ]
 
 
 def test_the_gpu_kernel_is_given_the_same_attention(monkeypatch):
     monkeypatch.setattr(policies, "varlen_attn", varlen)
     row = pack([(tokens(7), [tokens(4), tokens(1), tokens(6)]), ([9], [tokens(3)])], CPU)
-    there, here = (attend(*heads(row), 0.2, row.sequences) for attend in (policies._attend_on_cuda, policies._attend_on_cpu))
+    there, here = (
+        attend(*heads(row), 0.2, row.sequences)
+        for attend in (policies._attend_on_cuda, policies._attend_on_cpu)
+    )
     assert there.shape == (1, row.tokens.shape[1], 4, 32)
     torch.testing.assert_close(there, here, atol=1e-5, rtol=0)
 
@@ -257,7 +369,10 @@ def test_the_gpu_kernel_itself():
     device = torch.device("cuda")
     here, there = pack(GROUPS, CPU), pack(GROUPS, device)
     exact, half = heads(here), heads(there, torch.bfloat16, device)
-    for row, inputs, attend in ((here, exact, policies._attend_on_cpu), (there, half, policies._attend_on_cuda)):
+    for row, inputs, attend in (
+        (here, exact, policies._attend_on_cpu),
+        (there, half, policies._attend_on_cuda),
+    ):
         attend(*inputs, 0.2, row.sequences).float().square().sum().backward()
     for a, b in zip(exact, half, strict=True):
         assert (a.grad - b.grad.float().cpu()).norm() < 0.02 * a.grad.norm()

@@ -68,7 +68,15 @@ def at_step(monkeypatch, step: int, what):
     """what() when the rewards of that step are asked for."""
     real = rollout.Sampler.sample
     due = []
-    monkeypatch.setattr(rollout.Sampler, "sample", lambda self, prompts, group, now: (due.clear(), due.extend([1] * (now == step)), real(self, prompts, group, now))[2])
+    monkeypatch.setattr(
+        rollout.Sampler,
+        "sample",
+        lambda self, prompts, group, now: (
+            due.clear(),
+            due.extend([1] * (now == step)),
+            real(self, prompts, group, now),
+        )[2],
+    )
 
     def triggered(p, responses, references):
         if due:
@@ -76,7 +84,14 @@ def at_step(monkeypatch, step: int, what):
         return [len(r) / 100 for r in responses]
 
     for task in ("tools", "rlla"):
-        set_channels(monkeypatch, [Channel("mine", triggered), Channel("vowels", lambda p, rs, ref: [r.count("e") / 9 for r in rs])], task)
+        set_channels(
+            monkeypatch,
+            [
+                Channel("mine", triggered),
+                Channel("vowels", lambda p, rs, ref: [r.count("e") / 9 for r in rs]),
+            ],
+            task,
+        )
 
 
 def same(a: Path, b: Path) -> None:
@@ -84,6 +99,7 @@ def same(a: Path, b: Path) -> None:
 
 
 # Stopped and resumed
+
 
 def test_a_run_that_is_killed_while_it_saves_is_resumed_to_the_bit():
     """One of the twenty of kill_and_resume.py."""
@@ -100,17 +116,29 @@ def test_a_signal_saves_and_the_resumed_run_is_the_same(monkeypatch, tmp_path, c
         with pytest.raises(SystemExit) as ended:
             run(patch, tmp_path, "--eval-every", 2, "--updates", 2, "--save-every", 0)
     assert ended.value.code == 128 + number
-    assert f"stopped by {number.name}; to go on from step 2: python train.py --resume runs/a\n" in capsys.readouterr().err
+    assert (
+        f"stopped by {number.name}; to go on from step 2: python train.py --resume runs/a\n"
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "runs/a/checkpoint").exists()
     signals._signals.clear()
-    run(monkeypatch, tmp_path, "--resume", "runs/a", "--save-every", 3, "--eval-every", 2, name=None)
+    run(
+        monkeypatch, tmp_path, "--resume", "runs/a", "--save-every", 3, "--eval-every", 2, name=None
+    )
     out = capsys.readouterr().out
-    assert "changed: --save-every 3, the run has 0\n" in out and "runs/a goes on from step 2 of 4\n" in out
+    assert (
+        "changed: --save-every 3, the run has 0\n" in out
+        and "runs/a goes on from step 2 of 4\n" in out
+    )
     same(tmp_path / "runs/alone", tmp_path / "runs/a")
     assert not (tmp_path / "runs/a/state").exists()
     with pytest.raises(SystemExit) as ended:
         run(monkeypatch, tmp_path, "--resume", "runs/a", name=None)
-    assert not ended.value.code and capsys.readouterr().out == "runs/a is finished, with all of its 4 steps: nothing is left to do\n"
+    assert (
+        not ended.value.code
+        and capsys.readouterr().out
+        == "runs/a is finished, with all of its 4 steps: nothing is left to do\n"
+    )
 
 
 def test_a_run_that_is_resumed_on_another_day_has_its_own_prompts(monkeypatch, tmp_path, dated):
@@ -129,8 +157,11 @@ def test_a_run_that_is_resumed_on_another_day_has_its_own_prompts(monkeypatch, t
     before, config = template.read_text(), json.loads(file.read_text())
     template.write_text(before + " ")
     assert refused(monkeypatch, "--resume", "runs/a") == (
-        "--resume runs/a: the prompts' tokens are not what they were when it began (SHA-256 in config.json): bring the model's tokenizer and chat template back, or begin a new run")
-    file.write_text(json.dumps({key: value for key, value in config.items() if key != "tokens_sha256"}))
+        "--resume runs/a: the prompts' tokens are not what they were when it began (SHA-256 in config.json): bring the model's tokenizer and chat template back, or begin a new run"
+    )
+    file.write_text(
+        json.dumps({key: value for key, value in config.items() if key != "tokens_sha256"})
+    )
     with monkeypatch.context() as patch:
         patch.setattr(policies, "load", lambda *args, **options: 1 / 0)
         assert "ZeroDivisionError" in refused(patch, "--resume", "runs/a")
@@ -142,7 +173,16 @@ def test_a_run_that_is_resumed_on_another_day_has_its_own_prompts(monkeypatch, t
 
 def test_a_signal_during_the_update(monkeypatch, tmp_path):
     """Before its first optimizer step the step is given up, later it is finished. Either way the rest is the same."""
-    options = ["--prompts", 4, "--updates", 2, "--tokens-per-microbatch", 300, "--steps", 3]  # four micro-batches a step
+    options = [
+        "--prompts",
+        4,
+        "--updates",
+        2,
+        "--tokens-per-microbatch",
+        300,
+        "--steps",
+        3,
+    ]  # four micro-batches a step
     at_step(monkeypatch, -1, None)
     run(monkeypatch, tmp_path, *options, name="alone")
     real = rvpo.policy_loss
@@ -168,16 +208,43 @@ def test_a_signal_during_the_update(monkeypatch, tmp_path):
 def test_a_second_signal_ends_it_at_once(tmp_path):
     """While a save hangs in a library, where Python runs no handler; but not one within two seconds, by which a launcher
     repeats the first. What happens is said at once."""
-    (tmp_path / "hanging.py").write_text(GRADED.replace("def task(options):", """def task(options):
+    (tmp_path / "hanging.py").write_text(
+        GRADED.replace(
+            "def task(options):",
+            """def task(options):
     import hashlib
     from infra import resume
-    resume.save = lambda *args: (print("saving", flush=True), hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1))"""))
-    process = subprocess.Popen([sys.executable, ROOT / "train.py", *TINY, "--task", "hanging.py", "--name", "a", "--steps", "99", "--save-every", "1"], cwd=tmp_path,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    resume.save = lambda *args: (print("saving", flush=True), hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1))""",
+        )
+    )
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            ROOT / "train.py",
+            *TINY,
+            "--task",
+            "hanging.py",
+            "--name",
+            "a",
+            "--steps",
+            "99",
+            "--save-every",
+            "1",
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert any("saving" in line for line in process.stdout)
     process.terminate()
     process.terminate()
-    assert any("stopping, and saving the state; a second signal (Ctrl-C again) ends the run at once, without saving" in line for line in process.stderr)
+    assert any(
+        "stopping, and saving the state; a second signal (Ctrl-C again) ends the run at once, without saving"
+        in line
+        for line in process.stderr
+    )
     time.sleep(signals.AGAIN + 0.5)
     assert process.poll() is None
     process.terminate()
@@ -187,7 +254,9 @@ def test_a_second_signal_ends_it_at_once(tmp_path):
 
 def test_a_process_that_a_reward_forks_can_be_ended_and_the_run_goes_on(tmp_path):
     """Such as one that runs code for too long. Fifty times, some of them before the process has begun."""
-    (tmp_path / "forks.py").write_text(f"import multiprocessing, sys, time\nsys.path.insert(0, {str(ROOT)!r})\n" + """
+    (tmp_path / "forks.py").write_text(
+        f"import multiprocessing, sys, time\nsys.path.insert(0, {str(ROOT)!r})\n"
+        + """
 from infra import signals
 signals.catch_signals()
 for _ in range(50):
@@ -198,8 +267,11 @@ for _ in range(50):
     assert process.exitcode == -15
 time.sleep(signals.AGAIN)
 signals.check_signals()
-""")
-    result = subprocess.run([sys.executable, tmp_path / "forks.py"], capture_output=True, text=True, timeout=60)
+"""
+    )
+    result = subprocess.run(
+        [sys.executable, tmp_path / "forks.py"], capture_output=True, text=True, timeout=60
+    )
     assert result.returncode == 0 and "stopping" not in result.stderr, result.stderr
 
 
@@ -220,7 +292,10 @@ def test_ranks_are_stopped_by_a_signal_to_one_and_resumed_as_one_or_four(tmp_pat
     until(lambda: (tmp_path / "runs/a/samples.jsonl").exists(), process, log)
     os.kill(int((tmp_path / "pid-1").read_text()), signal.SIGTERM)
     assert process.wait(300) == 1
-    assert log.read_text().count("stopped by SIGTERM; to go on from step ") == 1 and "]: Traceback" not in log.read_text()
+    assert (
+        log.read_text().count("stopped by SIGTERM; to go on from step ") == 1
+        and "]: Traceback" not in log.read_text()
+    )
     shutil.copytree(tmp_path / "runs", tmp_path / "stopped")
     losses = {}
     for total in (1, 4):
@@ -244,7 +319,11 @@ def test_ctrl_c_reaches_every_rank_and_the_launcher_which_repeats_it(tmp_path):
         os.kill(int(pid), signal.SIGINT)
     assert process.wait(60) == 1
     said = log.read_text()
-    assert said.count("stopping, and saving the state;") == said.count("stopped by SIGINT; to go on from step ") == 1
+    assert (
+        said.count("stopping, and saving the state;")
+        == said.count("stopped by SIGINT; to go on from step ")
+        == 1
+    )
     assert run_directory.latest(tmp_path / "runs/a") and "]: Traceback" not in said
 
 
@@ -262,33 +341,81 @@ def test_torchrun_starts_again_when_a_rank_dies(tmp_path):
 def test_a_late_rank_without_a_name(tmp_path):
     """It has the time of two seconds later in its own default name: the run is still one, and can be resumed. What would
     abort while the interpreter is taken down does not make a failure of it."""
-    (tmp_path / "late.py").write_text("import atexit, os, time\nfrom infra import ranks\natexit.register(os.abort)\ntime.sleep(2.2 * ranks.RANK)\n" + GRADED)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
+    (tmp_path / "late.py").write_text(
+        "import atexit, os, time\nfrom infra import ranks\natexit.register(os.abort)\ntime.sleep(2.2 * ranks.RANK)\n"
+        + GRADED
+    )
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        ROOT / "train.py",
+    ]
     options = {"cwd": tmp_path, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
-    process = subprocess.Popen([*launcher, *TINY, "--task", "late.py", "--max-tokens", "8", "--save-every", "1", "--steps", "15"], **options)
+    process = subprocess.Popen(
+        [
+            *launcher,
+            *TINY,
+            "--task",
+            "late.py",
+            "--max-tokens",
+            "8",
+            "--save-every",
+            "1",
+            "--steps",
+            "15",
+        ],
+        **options,
+    )
     kill_and_resume.wait(lambda: [*tmp_path.glob("runs/*/state/step-[1-9]")], process)
     process.terminate()
     process.wait(60)
-    run, = (tmp_path / "runs").iterdir()
-    state, = (run / "state").glob("step-*")
-    files_of_ranks = {name.partition("-model")[0] for name in json.loads((state / "state.json").read_text())["files"]}
+    (run,) = (tmp_path / "runs").iterdir()
+    (state,) = (run / "state").glob("step-*")
+    files_of_ranks = {
+        name.partition("-model")[0]
+        for name in json.loads((state / "state.json").read_text())["files"]
+    }
     assert len(files_of_ranks) == 2
-    again = subprocess.run([*launcher, "--resume", f"runs/{run.name}"], **options, capture_output=True, text=True, timeout=300)
+    again = subprocess.run(
+        [*launcher, "--resume", f"runs/{run.name}"],
+        **options,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert again.returncode == 0, again.stderr[-3000:]
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == [run.name] and (run / "checkpoint").is_dir()
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [run.name] and (
+        run / "checkpoint"
+    ).is_dir()
 
 
 def test_ranks_with_different_prompts(monkeypatch, tmp_path):
     """Each would pair its own with the responses to another's: a wrong gradient, and nobody would notice."""
     monkeypatch.setattr(resume, "gather", lambda local: [*local, "another digest"])
-    with pytest.raises(InputError, match="the ranks have different prompts: a task must make the same ones on all"):
+    with pytest.raises(
+        InputError, match="the ranks have different prompts: a task must make the same ones on all"
+    ):
         resume.check_data(tmp_path, [])
 
 
 def test_a_checkpoint_that_lacks_the_shards_of_a_rank(monkeypatch, tmp_path, tiny_policy):
     """As on nodes that do not share a file system: the other rank sees a file that is not here."""
-    monkeypatch.setattr(resume, "gather", lambda local: [*local, ["shard-00002-model-00001-of-00001.safetensors"]] if local and isinstance(local[0], list) else local)
-    with pytest.raises(InputError, match="could not be saved: shard-00002-model-00001-of-00001.safetensors of another rank is not in .*must be on a file system that all share"):
+    monkeypatch.setattr(
+        resume,
+        "gather",
+        lambda local: (
+            [*local, ["shard-00002-model-00001-of-00001.safetensors"]]
+            if local and isinstance(local[0], list)
+            else local
+        ),
+    )
+    with pytest.raises(
+        InputError,
+        match="could not be saved: shard-00002-model-00001-of-00001.safetensors of another rank is not in .*must be on a file system that all share",
+    ):
         resume.save(tmp_path, tiny_policy, update.make_optimizer(tiny_policy, 0.0), State(step=3))
     assert not [*tmp_path.glob("state/step-*")]
 
@@ -312,11 +439,19 @@ def test_a_checkpoint_of_some_ranks_is_loaded_by_others(tmp_path, llama, total):
     again = policies.load(llama, updates.CPU)
     other = update.make_optimizer(again, 0.01)
     assert resume.load(tmp_path / "many/state/step-4", again, other).step == 4
-    assert json.loads((tmp_path / "many/state/step-4/state.json").read_text())["world_size"] == total
+    assert (
+        json.loads((tmp_path / "many/state/step-4/state.json").read_text())["world_size"] == total
+    )
     saved, loaded = resume.tensors(policy, optimizer), resume.tensors(again, other)
-    assert saved.keys() == loaded.keys() and all(torch.equal(saved[name], loaded[name]) for name in saved)
+    assert saved.keys() == loaded.keys() and all(
+        torch.equal(saved[name], loaded[name]) for name in saved
+    )
     assert {state["step"].item() for state in other.state.values()} == {1}
-    assert not [*tmp_path.rglob("*.metadata"), *tmp_path.rglob("*.pt"), *tmp_path.rglob("*.distcp")]  # no pickle
+    assert not [
+        *tmp_path.rglob("*.metadata"),
+        *tmp_path.rglob("*.pt"),
+        *tmp_path.rglob("*.distcp"),
+    ]  # no pickle
 
 
 def test_a_directory_that_was_half_deleted_does_not_block_the_next(tmp_path):
@@ -329,19 +464,32 @@ def test_a_directory_that_was_half_deleted_does_not_block_the_next(tmp_path):
 
 # What is refused
 
+
 @pytest.fixture
 def stopped(monkeypatch, tmp_path):
     """runs/a, stopped after two of four steps by a reward that fails."""
     monkeypatch.chdir(tmp_path)
-    rows = [{"prompt": [{"role": "user", "content": f"question {i}"}], "reward_model": {"ground_truth": "<think> </think>\n<response> yes </response>"}} for i in range(9)]
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"question {i}"}],
+            "reward_model": {"ground_truth": "<think> </think>\n<response> yes </response>"},
+        }
+        for i in range(9)
+    ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with monkeypatch.context() as patch:
         at_step(patch, 2, lambda: 1 / 0)
         with pytest.raises(InputError) as error:
             run(patch, tmp_path, "--task", "rlla", "--data", "rows.jsonl")
-    assert str(error.value).startswith("reward 'mine' raised ZeroDivisionError: division by zero (test_resume.py, line ")
-    assert str(error.value).endswith("); the policy as it was then is in runs/a/checkpoint; to go on from step 2: python train.py --resume runs/a")
-    monkeypatch.setattr(policies, "load", lambda *args, **options: pytest.fail("the model was loaded"))
+    assert str(error.value).startswith(
+        "reward 'mine' raised ZeroDivisionError: division by zero (test_resume.py, line "
+    )
+    assert str(error.value).endswith(
+        "); the policy as it was then is in runs/a/checkpoint; to go on from step 2: python train.py --resume runs/a"
+    )
+    monkeypatch.setattr(
+        policies, "load", lambda *args, **options: pytest.fail("the model was loaded")
+    )
     return tmp_path / "runs/a"
 
 
@@ -352,8 +500,11 @@ def refused(monkeypatch, *args) -> str:
 
 
 def test_options_that_cannot_change_are_refused_one_line_each(monkeypatch, stopped):
-    assert refused(monkeypatch, "--resume", "runs/a", "--lr", 1, "--steps", 9, "--save-every", 3) == (
-        "--resume runs/a: these options cannot be changed, leave them out:\n--steps 9, the run has 4\n--lr 1.0, the run has 0.001")
+    assert refused(
+        monkeypatch, "--resume", "runs/a", "--lr", 1, "--steps", 9, "--save-every", 3
+    ) == (
+        "--resume runs/a: these options cannot be changed, leave them out:\n--steps 9, the run has 4\n--lr 1.0, the run has 0.001"
+    )
 
 
 def test_data_that_changed_are_refused(monkeypatch, stopped):
@@ -361,32 +512,63 @@ def test_data_that_changed_are_refused(monkeypatch, stopped):
     rows.rename("moved.jsonl")
     monkeypatch.setattr(policies, "load", lambda *args, **options: 1 / 0)
     # the same rows under another name: as far as the model
-    assert "ZeroDivisionError" in refused(monkeypatch, "--resume", "runs/a", "--data", "moved.jsonl")
+    assert "ZeroDivisionError" in refused(
+        monkeypatch, "--resume", "runs/a", "--data", "moved.jsonl"
+    )
     rows.write_text(Path("moved.jsonl").read_text().replace("question 3", "question 4"))
     assert refused(monkeypatch, "--resume", "runs/a") == (
-        "--resume runs/a: its data are not what they were when it began (SHA-256 in config.json): bring them back, or begin a new run")
+        "--resume runs/a: its data are not what they were when it began (SHA-256 in config.json): bring them back, or begin a new run"
+    )
 
 
-@pytest.mark.parametrize(("damage", "message"), [
-    (lambda state: os.truncate(next(state.glob("*.safetensors")), 5000), "has 5000 of"),
-    (lambda state: next(state.glob("*.safetensors")).unlink(), "No such file or directory"),
-    (lambda state: (state / "state.json").write_text("{"), "Expecting property name"),
-    (lambda state: (state / "state.json").write_text("[]"), "list indices must be integers"),
-])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda state: os.truncate(next(state.glob("*.safetensors")), 5000), "has 5000 of"),
+        (lambda state: next(state.glob("*.safetensors")).unlink(), "No such file or directory"),
+        (lambda state: (state / "state.json").write_text("{"), "Expecting property name"),
+        (lambda state: (state / "state.json").write_text("[]"), "list indices must be integers"),
+    ],
+)
 def test_a_damaged_checkpoint(monkeypatch, stopped, damage, message):
     damage(stopped / "state/step-2")
     said = refused(monkeypatch, "--resume", "runs/a")
-    assert said.startswith("runs/a/state/step-2 is damaged (") and message in said and "\n" not in said
+    assert (
+        said.startswith("runs/a/state/step-2 is damaged (") and message in said and "\n" not in said
+    )
 
 
-@pytest.mark.parametrize(("args", "message"), [
-    (["--resume", "runs/b"], "--resume runs/b: no checkpoint is there; name the directory of a run, such as runs/NAME"),
-    (["--resume", "auto"], "--resume auto needs --name, to find the run again"),
-    (["--save-every", "often"], "--save-every often: should be auto, or a number of steps, such as 20"),
-    (["--task", "rubric", "--data", "x", "--judge-model", "m", "--judge-url", "http://me:secret@host/v1"],
-     "--judge-url holds a password, which would be written to runs/: a judge's key goes into the environment variable JUDGE_API_KEY"),
-    (["--resume", "auto", "--name", "mine"], "runs/mine holds something else than a run: choose another --name"),
-])
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (
+            ["--resume", "runs/b"],
+            "--resume runs/b: no checkpoint is there; name the directory of a run, such as runs/NAME",
+        ),
+        (["--resume", "auto"], "--resume auto needs --name, to find the run again"),
+        (
+            ["--save-every", "often"],
+            "--save-every often: should be auto, or a number of steps, such as 20",
+        ),
+        (
+            [
+                "--task",
+                "rubric",
+                "--data",
+                "x",
+                "--judge-model",
+                "m",
+                "--judge-url",
+                "http://me:secret@host/v1",
+            ],
+            "--judge-url holds a password, which would be written to runs/: a judge's key goes into the environment variable JUDGE_API_KEY",
+        ),
+        (
+            ["--resume", "auto", "--name", "mine"],
+            "runs/mine holds something else than a run: choose another --name",
+        ),
+    ],
+)
 def test_bad_options(monkeypatch, tmp_path, args, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/mine").mkdir(parents=True)
@@ -400,7 +582,9 @@ def test_a_checkpoint_of_another_model(tiny, llama, tmp_path):
     other = policies.load(tiny, updates.CPU)
     with pytest.raises(InputError) as error:
         resume.load(tmp_path / "state/step-3", other, update.make_optimizer(other, 0.01))
-    assert str(error.value).startswith(f"{tmp_path}/state/step-3 is no checkpoint of this model: ") and "\n" not in str(error.value)
+    assert str(error.value).startswith(
+        f"{tmp_path}/state/step-3 is no checkpoint of this model: "
+    ) and "\n" not in str(error.value)
     print(error.value)
 
 
@@ -409,7 +593,9 @@ def small(tmp_path):
     """A file system of 20 MB: room for one checkpoint of the tiny model, which has 11.8 MB, but for no second."""
     disk = tmp_path / "runs"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", disk], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", disk], capture_output=True
+    ).returncode:
         pytest.skip("a file system can only be mounted by root")
     yield disk
     subprocess.run(["umount", "-l", disk], check=True)
@@ -425,13 +611,17 @@ def test_a_disk_that_fills_up(monkeypatch, tmp_path, small):
     at_step(monkeypatch, -1, None)
     with pytest.raises(InputError) as error:
         run(monkeypatch, tmp_path)
-    assert str(error.value) == ("runs/a/state/step-2 could not be saved: [Errno 28] No space left on device; runs/a/state/step-1 is whole, "
-                                "to go on from it: python train.py --resume runs/a")
+    assert str(error.value) == (
+        "runs/a/state/step-2 could not be saved: [Errno 28] No space left on device; runs/a/state/step-1 is whole, "
+        "to go on from it: python train.py --resume runs/a"
+    )
     assert [path.name for path in (small / "a/state").iterdir()] == ["step-1"]
     fill(small)
     with pytest.raises(InputError) as error:
         run(monkeypatch, tmp_path, "--resume", "runs/a", name=None)
-    assert str(error.value).startswith("runs/a/state/step-2 could not be saved: [Errno 28] No space left on device; runs/a/state/step-1 is whole")
+    assert str(error.value).startswith(
+        "runs/a/state/step-2 could not be saved: [Errno 28] No space left on device; runs/a/state/step-1 is whole"
+    )
     (small / "filled").unlink()
     with monkeypatch.context() as patch:  # while step 4 is sampled
         at_step(patch, 3, lambda: fill(small))
@@ -439,7 +629,8 @@ def test_a_disk_that_fills_up(monkeypatch, tmp_path, small):
             run(patch, tmp_path, "--resume", "runs/a", "--save-every", 0, name=None)
     assert str(error.value) == (
         "runs/a/samples.jsonl cannot be written: [Errno 28] No space left on device; runs/a/state/step-3 could not be saved: "
-        "[Errno 28] No space left on device; runs/a/state/step-1 is whole, to go on from it: python train.py --resume runs/a")
+        "[Errno 28] No space left on device; runs/a/state/step-1 is whole, to go on from it: python train.py --resume runs/a"
+    )
     (small / "filled").unlink()
     path = run(monkeypatch, tmp_path, "--resume", "runs/a", name=None)
     assert [line["step"] for line in lines(path / "metrics.jsonl")] == [0, 1, 2, 3, 4, 4]
@@ -454,8 +645,10 @@ def test_a_directory_that_can_only_be_read(monkeypatch, tmp_path, small):
     with pytest.raises(InputError) as error:
         run(monkeypatch, tmp_path)
     at = "[Errno 30] Read-only file system: 'runs/a/"
-    assert str(error.value) == (f"runs/a/samples.jsonl cannot be written: {at}samples.jsonl'; runs/a/checkpoint could not be written: {at}checkpoint.part'; "
-                                "runs/a/state/step-1 is whole, to go on from it: python train.py --resume runs/a")
+    assert str(error.value) == (
+        f"runs/a/samples.jsonl cannot be written: {at}samples.jsonl'; runs/a/checkpoint could not be written: {at}checkpoint.part'; "
+        "runs/a/state/step-1 is whole, to go on from it: python train.py --resume runs/a"
+    )
     with pytest.raises(InputError) as error:
         run(monkeypatch, tmp_path, "--resume", "runs/a", name=None)
     assert str(error.value) == f"runs/a: {at}config.json.part'"
@@ -466,7 +659,7 @@ def test_a_directory_that_can_only_be_read(monkeypatch, tmp_path, small):
 
 # Numbers that go wrong
 
-NO_PROBABILITIES = ("the model gives NaN for the next token: its weights are damaged, or training has diverged: begin again with a lower --lr")
+NO_PROBABILITIES = "the model gives NaN for the next token: its weights are damaged, or training has diverged: begin again with a lower --lr"
 
 
 def test_a_policy_that_has_diverged_ends_the_run(monkeypatch, tmp_path):
@@ -481,7 +674,10 @@ def test_a_policy_that_has_diverged_ends_the_run(monkeypatch, tmp_path):
     monkeypatch.setattr(train, "update", diverge)
     with pytest.raises(InputError) as error:
         run(monkeypatch, tmp_path, "--save-every", 0)
-    assert str(error.value) == f"{NO_PROBABILITIES}; the policy as it was then is in runs/a/checkpoint; to go on from step 1: python train.py --resume runs/a"
+    assert (
+        str(error.value)
+        == f"{NO_PROBABILITIES}; the policy as it was then is in runs/a/checkpoint; to go on from step 1: python train.py --resume runs/a"
+    )
     assert (tmp_path / "runs/a/state/step-1").is_dir()
 
 
@@ -504,7 +700,9 @@ def test_responses_without_probabilities_are_not_graded(monkeypatch):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_transformers_does_not_sample_from_nan(tiny, temperature):
     tokenizer = pretrained.load_tokenizer(tiny)
-    engine = hf.HFEngine(hf.load(tiny, torch.device("cpu")), rollout.Decoding(tokenizer, [2], temperature, 4))
+    engine = hf.HFEngine(
+        hf.load(tiny, torch.device("cpu")), rollout.Decoding(tokenizer, [2], temperature, 4)
+    )
     engine.model.model.norm.weight.data[3] = float("nan")
     with pytest.raises(InputError, match=NO_PROBABILITIES):
         next(engine.generate([[5, 6, 7]], 1, [0]))
@@ -512,7 +710,10 @@ def test_transformers_does_not_sample_from_nan(tiny, temperature):
 
 def test_a_loss_that_is_not_finite(tmp_path):
     """On one rank only, in the second update of steps 2, 4, 5, 6: all leave it out, three such steps in a row end the run."""
-    (tmp_path / "nan.py").write_text(GRADED.replace("def task(options):", """def task(options):
+    (tmp_path / "nan.py").write_text(
+        GRADED.replace(
+            "def task(options):",
+            """def task(options):
     import rvpo
     from infra import ranks, resume
     real, calls = rvpo.policy_loss, []
@@ -524,43 +725,111 @@ def test_a_loss_that_is_not_finite(tmp_path):
         return value * (float("nan") if ranks.RANK == ranks.WORLD - 1 and u == 1 and step + 1 in (2, 4, 5, 6) else 1), stats
 
     rvpo.policy_loss = loss
-    resume.BAD_STEPS = 3"""))
+    resume.BAD_STEPS = 3""",
+        )
+    )
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    result = subprocess.run([*launcher, ROOT / "train.py", *TINY, "--task", "nan.py", "--name", "a", "--steps", "9", "--max-tokens", "8", "--updates", "2",
-                             "--prompts", "4"], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert result.stderr.count("error: a loss or gradient was not finite in each of the last 3 steps: see bad_prompts in "
-                               "metrics.jsonl, and try a lower --lr; the policy as it was then is in runs/a/checkpoint; to go on from step 6: "
-                               "python train.py --resume runs/a\n") == 1, result.stderr[-3000:]
+    result = subprocess.run(
+        [
+            *launcher,
+            ROOT / "train.py",
+            *TINY,
+            "--task",
+            "nan.py",
+            "--name",
+            "a",
+            "--steps",
+            "9",
+            "--max-tokens",
+            "8",
+            "--updates",
+            "2",
+            "--prompts",
+            "4",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert (
+        result.stderr.count(
+            "error: a loss or gradient was not finite in each of the last 3 steps: see bad_prompts in "
+            "metrics.jsonl, and try a lower --lr; the policy as it was then is in runs/a/checkpoint; to go on from step 6: "
+            "python train.py --resume runs/a\n"
+        )
+        == 1
+    ), result.stderr[-3000:]
     steps = [line for line in lines(tmp_path / "runs/a/metrics.jsonl") if "loss" in line]
-    assert [line["bad_updates"] for line in steps] == [[], [1], [], [1], [1], [1]] and [line["bad_prompts"] for line in steps] == [[], [2, 3], []] + 3 * [[2, 3]]
+    assert [line["bad_updates"] for line in steps] == [[], [1], [], [1], [1], [1]] and [
+        line["bad_prompts"] for line in steps
+    ] == [[], [2, 3], []] + 3 * [[2, 3]]
     state = json.loads((tmp_path / "runs/a/state/step-6/state.json").read_text())
-    assert state["bad_steps"] == 3 and state["optimizer_steps"] == 8 and all(line["grad_norm"] > 0 for line in steps)
+    assert (
+        state["bad_steps"] == 3
+        and state["optimizer_steps"] == 8
+        and all(line["grad_norm"] > 0 for line in steps)
+    )
     weights = policies.load(tmp_path / "runs/a/checkpoint", updates.CPU)
     assert all(parameter.isfinite().all() for parameter in weights.parameters())
 
 
 def test_a_reward_that_never_varies_is_pointed_out_once(monkeypatch, tmp_path, capsys):
-    set_channels(monkeypatch, [Channel("same", lambda p, rs, ref: [0.5] * len(rs)), Channel("gone", lambda p, rs, ref: [float("nan")] * len(rs)),
-                               Channel("rare", lambda p, rs, ref: [float("q" in r) for r in rs])])
+    set_channels(
+        monkeypatch,
+        [
+            Channel("same", lambda p, rs, ref: [0.5] * len(rs)),
+            Channel("gone", lambda p, rs, ref: [float("nan")] * len(rs)),
+            Channel("rare", lambda p, rs, ref: [float("q" in r) for r in rs]),
+        ],
+    )
     run(monkeypatch, tmp_path, "--steps", 12, "--save-every", 0)
     out = capsys.readouterr().out
-    assert out.count("warning: reward 'same' was 0.5 on all of the 4 held-out prompts: it teaches nothing until a response does better") == 1
-    assert out.count("warning: reward 'gone' was missing on all of the 4 held-out prompts: it teaches nothing") == 1 and out.count("'gone'") == out.count("'same'") == 1
+    assert (
+        out.count(
+            "warning: reward 'same' was 0.5 on all of the 4 held-out prompts: it teaches nothing until a response does better"
+        )
+        == 1
+    )
+    assert (
+        out.count(
+            "warning: reward 'gone' was missing on all of the 4 held-out prompts: it teaches nothing"
+        )
+        == 1
+        and out.count("'gone'") == out.count("'same'") == 1
+    )
 
 
 def test_by_default_saving_waits_and_then_takes_a_hundredth(monkeypatch, tmp_path):
-    for first, saves in ((0.0, [0, 1, 0, 0]), (600.0, [0, 0, 0, 0])):  # the second save is due 100 times as long after
+    for first, saves in (
+        (0.0, [0, 1, 0, 0]),
+        (600.0, [0, 0, 0, 0]),
+    ):  # the second save is due 100 times as long after
         monkeypatch.setattr(resume, "FIRST_SAVE", first)
         out = run(monkeypatch, tmp_path, "--save-every", "auto", name=f"first{first:.0f}")
-        assert [x["seconds"]["save"] > 0 for x in lines(out / "metrics.jsonl") if "seconds" in x] == saves
+        assert [
+            x["seconds"]["save"] > 0 for x in lines(out / "metrics.jsonl") if "seconds" in x
+        ] == saves
 
 
 # Secrets and the judge
 
+
 def test_no_file_holds_the_judges_key(monkeypatch, tmp_path):
     """Not even when the endpoint quotes it in an error that is logged; and the sentence of a judge that dies."""
     monkeypatch.setenv("JUDGE_API_KEY", "sk-very-secret-0123456789")
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": f"question {i}", "rubric": [{"description": "says 1"}, {"description": "says 2"}]}) + "\n" for i in range(9)))
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(
+            json.dumps(
+                {
+                    "prompt": f"question {i}",
+                    "rubric": [{"description": "says 1"}, {"description": "says 2"}],
+                }
+            )
+            + "\n"
+            for i in range(9)
+        )
+    )
 
     last = [30]  # that is answered
 
@@ -568,7 +837,20 @@ def test_no_file_holds_the_judges_key(monkeypatch, tmp_path):
         return (401, f"wrong key: {server.requests[-1]['key']}") if n > last[0] else verdicts(body)
 
     server = Server(answer)
-    args = ["--task", "rubric", "--data", "rows.jsonl", "--judge-url", server.url, "--judge-model", "m", "--judge-cache", "runs/cache", "--steps", 3]
+    args = [
+        "--task",
+        "rubric",
+        "--data",
+        "rows.jsonl",
+        "--judge-url",
+        server.url,
+        "--judge-model",
+        "m",
+        "--judge-cache",
+        "runs/cache",
+        "--steps",
+        3,
+    ]
     try:
         run(monkeypatch, tmp_path, *args, "--judge-max-missing", 1)
         last[0] = len(server.requests) + 9
@@ -577,8 +859,11 @@ def test_no_file_holds_the_judges_key(monkeypatch, tmp_path):
     finally:
         server.stop()
     assert server.requests[0]["key"] == "Bearer sk-very-secret-0123456789"
-    assert "% of the judge's verdicts are missing, more than --judge-max-missing 0.2 allows; the last reason was: HTTP 401: wrong key: Bearer ***; " \
-           "the policy as it was then is in runs/b/checkpoint; to go on from step 0: python train.py --resume runs/b" in str(error.value)
+    assert (
+        "% of the judge's verdicts are missing, more than --judge-max-missing 0.2 allows; the last reason was: HTTP 401: wrong key: Bearer ***; "
+        "the policy as it was then is in runs/b/checkpoint; to go on from step 0: python train.py --resume runs/b"
+        in str(error.value)
+    )
     written = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
     assert len(written) > 15 and "***" in (tmp_path / "runs/a/metrics.jsonl").read_text()
     assert not [path for path in written if b"very-secret" in path.read_bytes()]

@@ -21,8 +21,12 @@ from rollout import Decoding, Response, Sampler, make_response
 
 STOPS = list(range(2, 30))  # many, so that random weights hit one
 TEMPERATURE = 0.7
-PROMPTS = [list(range(40, 40 + n)) for n in (300, 17, 200)]  # over and under vLLM's blocks of 32 and 128 tokens
-needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+PROMPTS = [
+    list(range(40, 40 + n)) for n in (300, 17, 200)
+]  # over and under vLLM's blocks of 32 and 128 tokens
+needs_vllm = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"
+)
 
 
 def decoding(path) -> Decoding:
@@ -67,7 +71,9 @@ def check(responses: list[list[rollout.Response]], policy) -> float:
             assert r.finish == ("stop" if r.tokens[-1] in STOPS else "length")
             assert r.finish == "stop" or len(r.tokens) == 24
         with torch.no_grad():
-            exact = policy(pack([(prompt, [r.tokens for r in group])], torch.device("cpu")), TEMPERATURE)
+            exact = policy(
+                pack([(prompt, [r.tokens for r in group])], torch.device("cpu")), TEMPERATURE
+            )
         got = torch.tensor([x for r in group for x in r.logp])
         worst = max(worst, (got - exact).abs().max().item())
     finishes = [r.finish for group in responses for r in group]
@@ -98,7 +104,10 @@ def test_vllm_log_probs_match_before_and_after_an_update(vllm, policy):
 @needs_vllm
 def test_vllm_seeds(vllm, policy):
     push(vllm, policy)
-    once, again = generate(vllm, PROMPTS, 8, [1, 100, 200]), generate(vllm, PROMPTS, 8, [1, 100, 200])
+    once, again = (
+        generate(vllm, PROMPTS, 8, [1, 100, 200]),
+        generate(vllm, PROMPTS, 8, [1, 100, 200]),
+    )
     assert once == again
     alone = generate(vllm, PROMPTS[1:2], 8, [100])  # as another rank would
     assert [r.tokens for r in alone[0]] == [r.tokens for r in once[1]]
@@ -108,13 +117,28 @@ def test_vllm_seeds(vllm, policy):
 
 
 @needs_vllm
-def test_training_with_vllm_is_the_same_when_activations_are_recomputed(vllm, monkeypatch, tmp_path, graded):
+def test_training_with_vllm_is_the_same_when_activations_are_recomputed(
+    vllm, monkeypatch, tmp_path, graded
+):
     """The command, with this process's engine: as a run of its own, for it takes over the policy at the start."""
     monkeypatch.setattr(train, "VLLMEngine", lambda *args, **options: vllm)
-    args = ["--engine", "vllm", "--temperature", TEMPERATURE, "--max-tokens", 24, "--gradient-checkpointing"]
-    (steps, _, samples, plain), (_, _, again, recomputed) = (run(monkeypatch, tmp_path, *args, mode, name=mode) for mode in ("off", "on"))
+    args = [
+        "--engine",
+        "vllm",
+        "--temperature",
+        TEMPERATURE,
+        "--max-tokens",
+        24,
+        "--gradient-checkpointing",
+    ]
+    (steps, _, samples, plain), (_, _, again, recomputed) = (
+        run(monkeypatch, tmp_path, *args, mode, name=mode) for mode in ("off", "on")
+    )
     assert all(line["sampler_gap"] < 1e-3 and line["grad_norm"] > 0.1 for line in steps)
-    assert samples == again and max((plain[key] - recomputed[key]).abs().max().item() for key in plain) < 1e-6
+    assert (
+        samples == again
+        and max((plain[key] - recomputed[key]).abs().max().item() for key in plain) < 1e-6
+    )
 
 
 def test_hf_log_probs_match_before_and_after_an_update(transformers, policy):
@@ -125,7 +149,9 @@ def test_hf_seeds(transformers):
     torch.manual_seed(0)
     state = torch.get_rng_state()
     once = generate(transformers, PROMPTS, 8, [1, 2, 3])
-    assert torch.equal(torch.get_rng_state(), state)  # the trainer's own random numbers are left alone
+    assert torch.equal(
+        torch.get_rng_state(), state
+    )  # the trainer's own random numbers are left alone
     assert generate(transformers, PROMPTS, 8, [1, 2, 3]) == once
     assert generate(transformers, PROMPTS[1:2], 8, [2])[0] == once[1]
     assert generate(transformers, PROMPTS, 8, [4, 5, 6])[0] != once[0]
@@ -134,7 +160,9 @@ def test_hf_seeds(transformers):
 def test_a_checkpoints_generation_config_does_not_shape_the_samples(transformers):
     """Qwen2.5's has top_k 20, top_p 0.8 and a repetition penalty: they would make the log-probs another policy's."""
     once = generate(transformers, PROMPTS[1:2], 8, [1])
-    transformers.model.generation_config.update(do_sample=True, top_k=2, top_p=0.1, min_p=0.5, repetition_penalty=2.0, temperature=0.1)
+    transformers.model.generation_config.update(
+        do_sample=True, top_k=2, top_p=0.1, min_p=0.5, repetition_penalty=2.0, temperature=0.1
+    )
     assert generate(transformers, PROMPTS[1:2], 8, [1]) == once
 
 
@@ -166,14 +194,22 @@ def test_scoring_starts_while_others_are_sampled():
     sampled = sampler.sample(prompts, 2, 0)
     assert events == ["sampled ['q']", "scoring 2", "sampled ['p']", "scoring 1"]
     groups = sampler.score(prompts, sampled)
-    assert [group.prompt for group in groups] == prompts and [group.rewards.tolist() for group in groups] == [[[1], [1]], [[2], [2]]]
+    assert [group.prompt for group in groups] == prompts and [
+        group.rewards.tolist() for group in groups
+    ] == [[[1], [1]], [[2], [2]]]
 
 
 def test_each_prompt_is_sampled_once_with_its_own_seed(monkeypatch):
     """Six prompts on four ranks, gathered in their order: the same as on one."""
+
     class Engine:
         def generate(self, prompts, group, seeds):
-            return enumerate([[Response([], [], [], "stop", f"{prompt} {seed}")] for prompt, seed in zip(prompts, seeds, strict=True)])
+            return enumerate(
+                [
+                    [Response([], [], [], "stop", f"{prompt} {seed}")]
+                    for prompt, seed in zip(prompts, seeds, strict=True)
+                ]
+            )
 
     class Echo(Task):
         def start(self, example, texts):
@@ -189,12 +225,25 @@ def test_each_prompt_is_sampled_once_with_its_own_seed(monkeypatch):
         monkeypatch.setattr(rollout, "RANK", rank)
         monkeypatch.setattr(rollout, "check_signals", lambda: None)
         shares.append(sampler.sample(prompts, 1, 7))
-    monkeypatch.setattr(torch.distributed, "all_gather_object", lambda lists, local: lists.__setitem__(slice(None), shares))
-    assert gather([]) == alone and [texts for _, texts in alone] == [[f"['p{slot}'] {rollout.request_seed(0, 7, slot)}"] for slot in range(6)]
+    monkeypatch.setattr(
+        torch.distributed,
+        "all_gather_object",
+        lambda lists, local: lists.__setitem__(slice(None), shares),
+    )
+    assert gather([]) == alone and [texts for _, texts in alone] == [
+        [f"['p{slot}'] {rollout.request_seed(0, 7, slot)}"] for slot in range(6)
+    ]
 
 
 def test_request_seeds_never_meet():
-    seeds = [rollout.request_seed(s, step, slot) for s in range(3) for step in [*range(50), "eval"] for slot in range(50)]
+    seeds = [
+        rollout.request_seed(s, step, slot)
+        for s in range(3)
+        for step in [*range(50), "eval"]
+        for slot in range(50)
+    ]
     assert all(0 <= seed < 2**31 for seed in seeds)
     ordered = sorted(seeds)
-    assert sum(b - a < 8 for a, b in itertools.pairwise(ordered)) <= 3  # of 7,650: vLLM uses seed ... seed + G - 1
+    assert (
+        sum(b - a < 8 for a, b in itertools.pairwise(ordered)) <= 3
+    )  # of 7,650: vLLM uses seed ... seed + G - 1

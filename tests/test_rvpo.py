@@ -28,11 +28,17 @@ def test_by_hand():
     # Each channel is two 0s and two 1s: mean 0.5, unbiased std sqrt(1/3), z = +-0.5 / (sqrt(1/3) + 1e-4) = +-a.
     rewards = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [0.0, 0.0]])
     a = 0.5 / (math.sqrt(1 / 3) + 1e-4)
-    mixed = -math.log(math.cosh(2 * a)) / 2  # -1/beta log((e^(-beta a) + e^(beta a)) / 2) with beta = 2
-    torch.testing.assert_close(rvpo.rvpo_advantage(rewards, 2.0), torch.tensor([mixed, mixed, a, -a]))
+    mixed = (
+        -math.log(math.cosh(2 * a)) / 2
+    )  # -1/beta log((e^(-beta a) + e^(beta a)) / 2) with beta = 2
+    torch.testing.assert_close(
+        rvpo.rvpo_advantage(rewards, 2.0), torch.tensor([mixed, mixed, a, -a])
+    )
     torch.testing.assert_close(rvpo.AGGREGATIONS["gdpo"](rewards), torch.tensor([0.0, 0.0, a, -a]))
     torch.testing.assert_close(rvpo.AGGREGATIONS["hardmin"](rewards), torch.tensor([-a, -a, a, -a]))
-    torch.testing.assert_close(rvpo.explicit_advantage(rewards, 0.5), torch.tensor([-a * a / 2, -a * a / 2, a, -a]))
+    torch.testing.assert_close(
+        rvpo.explicit_advantage(rewards, 0.5), torch.tensor([-a * a / 2, -a * a / 2, a, -a])
+    )
     b = 1 / (math.sqrt(2 / 3) + 1e-4)  # sums 1, 1, 2, 0
     torch.testing.assert_close(rvpo.grpo_advantage(rewards), torch.tensor([0.0, 0.0, b, -b]))
 
@@ -40,13 +46,21 @@ def test_by_hand():
 def test_missing_reward_by_hand():
     # Rollout 0 has no second reward, rollout 3 has none at all. Channel 1 over rollouts 1, 2: mean 0.5, std sqrt(0.5).
     rewards = torch.tensor([[1.0, NAN], [0.0, 1.0], [1.0, 0.0], [NAN, NAN]])
-    p = (1 / 3) / (math.sqrt(1 / 3) + 1e-4)  # channel 0 over rollouts 0 to 2: mean 2/3, std sqrt(1/3)
+    p = (1 / 3) / (
+        math.sqrt(1 / 3) + 1e-4
+    )  # channel 0 over rollouts 0 to 2: mean 2/3, std sqrt(1/3)
     q = 0.5 / (math.sqrt(0.5) + 1e-4)
-    torch.testing.assert_close(rvpo.AGGREGATIONS["gdpo"](rewards), torch.tensor([p, (-2 * p + q) / 2, (p - q) / 2, 0.0]))
-    torch.testing.assert_close(rvpo.AGGREGATIONS["hardmin"](rewards), torch.tensor([p, -2 * p, -q, 0.0]))
+    torch.testing.assert_close(
+        rvpo.AGGREGATIONS["gdpo"](rewards), torch.tensor([p, (-2 * p + q) / 2, (p - q) / 2, 0.0])
+    )
+    torch.testing.assert_close(
+        rvpo.AGGREGATIONS["hardmin"](rewards), torch.tensor([p, -2 * p, -q, 0.0])
+    )
     # grpo: rollout 0 counts as its mean over what it has, times two channels: 2, 1, 1
     r = 1 / (math.sqrt(1 / 3) + 1e-4)
-    torch.testing.assert_close(rvpo.grpo_advantage(rewards), torch.tensor([r * 2 / 3, -r / 3, -r / 3, 0.0]))
+    torch.testing.assert_close(
+        rvpo.grpo_advantage(rewards), torch.tensor([r * 2 / 3, -r / 3, -r / 3, 0.0])
+    )
     whitened = rvpo.advantages(rewards[None], "rvpo", 2.0)[0]
     assert whitened[3] == 0
     assert abs(whitened[:3].mean()) < 1e-6 and abs(whitened[:3].std() - 1) < 1e-3
@@ -59,10 +73,14 @@ def test_gdpo_is_trl_normalize_then_sum(rewards):
     rewards = rewards.nan_to_num(0.5)
     z = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
     torch.testing.assert_close(rvpo.AGGREGATIONS["gdpo"](rewards), z.mean(-1), atol=1e-9, rtol=1e-9)
-    if rvpo.has_signal(rewards).all() and z.mean(-1).std() > 0.01:  # TRL counts groups without signal in, we do not
+    if (
+        rvpo.has_signal(rewards).all() and z.mean(-1).std() > 0.01
+    ):  # TRL counts groups without signal in, we do not
         scores = z.mean(-1)
         expected = (scores - scores.mean()) / (scores.std() + 1e-4)
-        torch.testing.assert_close(rvpo.advantages(rewards, "gdpo", 1.0), expected, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(
+            rvpo.advantages(rewards, "gdpo", 1.0), expected, atol=1e-6, rtol=1e-6
+        )
 
 
 @given(rewards_strategy(missing=True), st.sampled_from([0.0, 1e-6, 0.3, 1.0, 7.0, 1e3, math.inf]))
@@ -78,7 +96,9 @@ def test_float32_is_accurate_for_every_beta(rewards, beta):
             exact = math.fsum(values) / len(values)
         elif beta == math.inf:
             exact = min(values)
-        elif beta * (max(values) - min(values)) < 1e-3:  # the naive formula has lost its digits here: use the series
+        elif (
+            beta * (max(values) - min(values)) < 1e-3
+        ):  # the naive formula has lost its digits here: use the series
             centre = math.fsum(values) / len(values)
             exact = centre - beta / 2 * math.fsum((v - centre) ** 2 for v in values) / len(values)
         else:
@@ -105,8 +125,12 @@ def test_order_of_rollouts_and_channels_does_not_matter(rewards, beta, rng):
     rng.shuffle(channels)
     for function in rvpo.AGGREGATIONS.values():
         plain = function(rewards, beta)
-        torch.testing.assert_close(function(rewards[:, :, channels], beta), plain, atol=1e-9, rtol=1e-9)
-        torch.testing.assert_close(function(rewards[:, rollouts], beta), plain[:, rollouts], atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(
+            function(rewards[:, :, channels], beta), plain, atol=1e-9, rtol=1e-9
+        )
+        torch.testing.assert_close(
+            function(rewards[:, rollouts], beta), plain[:, rollouts], atol=1e-9, rtol=1e-9
+        )
         # padding with a channel that nobody has changes nothing
         padded = torch.cat([rewards, torch.full_like(rewards[..., :1], NAN)], -1)
         torch.testing.assert_close(function(padded, beta), plain, atol=1e-9, rtol=1e-9)
@@ -117,7 +141,9 @@ def test_scale_and_shift_of_a_channel_do_not_matter(rewards, beta, shift, scale)
     """Up to eps = 1e-4 beside a standard deviation of at least 0.08: and not at all for grpo, which is the point."""
     changed = rewards.clone()
     changed[..., 0] = changed[..., 0] * scale + shift
-    torch.testing.assert_close(rvpo.rvpo_advantage(changed, beta), rvpo.rvpo_advantage(rewards, beta), atol=2e-2, rtol=0)
+    torch.testing.assert_close(
+        rvpo.rvpo_advantage(changed, beta), rvpo.rvpo_advantage(rewards, beta), atol=2e-2, rtol=0
+    )
 
 
 @given(rewards_strategy(missing=True), st.sampled_from([*rvpo.AGGREGATIONS]), st.floats(0.1, 5.0))
@@ -173,7 +199,9 @@ def test_opposed_rewards_cancel_in_the_mean_but_not_in_the_soft_min():
     rewards = torch.stack([r, 1 - r], -1)
     assert (rvpo.AGGREGATIONS["gdpo"](rewards) == 0).all()
     a = 0.5 / (math.sqrt(1 / 3) + 1e-4)
-    torch.testing.assert_close(rvpo.rvpo_advantage(rewards, 1.0), torch.full((4,), -math.log(math.cosh(a))))
+    torch.testing.assert_close(
+        rvpo.rvpo_advantage(rewards, 1.0), torch.full((4,), -math.log(math.cosh(a)))
+    )
 
 
 def test_weights():
@@ -182,10 +210,14 @@ def test_weights():
         same = function(rewards, 2.0, torch.tensor([7.0, 7.0, 7.0]))
         torch.testing.assert_close(same, function(rewards, 2.0))
         dropped = function(rewards, 2.0, torch.tensor([1.0, 0.0, 1.0]))
-        torch.testing.assert_close(dropped, function(rewards[..., [0, 2]], 2.0), atol=2e-4, rtol=1e-3)
+        torch.testing.assert_close(
+            dropped, function(rewards[..., [0, 2]], 2.0), atol=2e-4, rtol=1e-3
+        )
         by_prompt = function(rewards, 2.0, torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 1.0]]))
         torch.testing.assert_close(by_prompt, torch.stack([same[0], dropped[1]]))
-    tiny_weight = rvpo.soft_min(torch.tensor([[-1.0, 0.0]]).double(), 1e3, torch.tensor([1e-8, 1.0]))
+    tiny_weight = rvpo.soft_min(
+        torch.tensor([[-1.0, 0.0]]).double(), 1e3, torch.tensor([1e-8, 1.0])
+    )
     assert tiny_weight.item() == pytest.approx(-(1000 + math.log(1e-8)) / 1000, abs=1e-6)
 
 
@@ -194,14 +226,19 @@ def test_the_gradient_of_soft_min_is_each_channel_s_weight():
     z = torch.randn(4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     z[0, 2], z[3] = NAN, NAN
     for beta in (0.0, 0.5, 3.0):
-        gradient, = torch.autograd.grad(rvpo.soft_min(z.requires_grad_(), beta).sum(), z)
+        (gradient,) = torch.autograd.grad(rvpo.soft_min(z.requires_grad_(), beta).sum(), z)
         shares = (-beta * z.detach()).exp().nan_to_num(0.0)
-        torch.testing.assert_close(gradient, shares / shares.sum(-1, keepdim=True).clamp(min=1e-300))
+        torch.testing.assert_close(
+            gradient, shares / shares.sum(-1, keepdim=True).clamp(min=1e-300)
+        )
     z = torch.tensor([[1.0, 0.0, 0.0]], requires_grad=True)
     assert torch.autograd.grad(rvpo.soft_min(z, math.inf).sum(), z)[0].tolist() == [[0.0, 0.5, 0.5]]
 
 
-@pytest.mark.parametrize("rewards", [torch.zeros(4), torch.zeros(1, 3), torch.zeros(2, 0), torch.tensor([[1.0], [math.inf]])])
+@pytest.mark.parametrize(
+    "rewards",
+    [torch.zeros(4), torch.zeros(1, 3), torch.zeros(2, 0), torch.tensor([[1.0], [math.inf]])],
+)
 def test_bad_rewards_are_refused(rewards):
     with pytest.raises(ValueError, match="rewards"):
         rvpo.rvpo_advantage(rewards, 1.0)
@@ -209,10 +246,15 @@ def test_bad_rewards_are_refused(rewards):
 
 def test_integer_rewards_and_bad_settings():
     rewards = torch.tensor([[1, 0], [0, 1], [1, 1], [0, 0]])
-    torch.testing.assert_close(rvpo.rvpo_advantage(rewards, 2.0), rvpo.rvpo_advantage(rewards.float(), 2.0))
+    torch.testing.assert_close(
+        rvpo.rvpo_advantage(rewards, 2.0), rvpo.rvpo_advantage(rewards.float(), 2.0)
+    )
     with pytest.raises(ValueError, match="beta"):
         rvpo.explicit_advantage(rewards, math.inf)
-    torch.testing.assert_close(rvpo.advantages(rewards[None], "rvpo", 2.0), rvpo.advantages(rewards[None].float(), "rvpo", 2.0))
+    torch.testing.assert_close(
+        rvpo.advantages(rewards[None], "rvpo", 2.0),
+        rvpo.advantages(rewards[None].float(), "rvpo", 2.0),
+    )
     for beta in (-1.0, NAN):
         with pytest.raises(ValueError, match="beta"):
             rvpo.rvpo_advantage(rewards, beta)
@@ -223,18 +265,34 @@ def test_integer_rewards_and_bad_settings():
 
 def test_what_is_no_batch_of_rewards_is_named():
     rewards = torch.rand(6, 2)
-    for wrong, message in ((rewards.tolist(), "rewards must be a torch.Tensor, and not a list"), (rewards.numpy(), "rewards must be a torch.Tensor, and not a ndarray"),
-                           (rewards, "rewards must be (P, G, K), the whole batch, and not (6, 2): of one group, rewards[None]")):
+    for wrong, message in (
+        (rewards.tolist(), "rewards must be a torch.Tensor, and not a list"),
+        (rewards.numpy(), "rewards must be a torch.Tensor, and not a ndarray"),
+        (
+            rewards,
+            "rewards must be (P, G, K), the whole batch, and not (6, 2): of one group, rewards[None]",
+        ),
+    ):
         with pytest.raises(ValueError, match=re.escape(message)):
             rvpo.advantages(wrong, "rvpo", 1.0)
-    with pytest.raises(ValueError, match="agg must be one of rvpo, gdpo, grpo, explicit, softmin, hardmin, and not 'RVPO'"):
+    with pytest.raises(
+        ValueError,
+        match="agg must be one of rvpo, gdpo, grpo, explicit, softmin, hardmin, and not 'RVPO'",
+    ):
         rvpo.advantages(rewards[None], "RVPO", 1.0)
 
 
 def test_beta_schedule():
-    assert parse_beta("2") == (2.0, 2.0) and parse_beta("0.5:2") == (0.5, 2.0) and parse_beta("inf")[0] == math.inf
+    assert (
+        parse_beta("2") == (2.0, 2.0)
+        and parse_beta("0.5:2") == (0.5, 2.0)
+        and parse_beta("inf")[0] == math.inf
+    )
     assert [rvpo.beta_at((0.5, 2.0), step, 4) for step in range(4)] == [0.5, 1.0, 1.5, 2.0]
-    assert rvpo.beta_at((2.0, 2.0), 0, 1) == 2.0 and rvpo.beta_at((math.inf, math.inf), 1, 3) == math.inf
+    assert (
+        rvpo.beta_at((2.0, 2.0), 0, 1) == 2.0
+        and rvpo.beta_at((math.inf, math.inf), 1, 3) == math.inf
+    )
     for text in ("", "x", "-1", "nan", "1:nan", "1:2:3", "0:inf", "1:"):
         with pytest.raises(ValueError, match="beta"):
             parse_beta(text)
@@ -245,16 +303,22 @@ def test_policy_loss_by_hand():
     advantage = torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0, 1.0])
     mask = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 0.0])
     old = torch.full((6,), -2.0)
-    sampler = old - torch.tensor([0.0, 0.0, 0.0, 0.0, math.log(10.0), 0.0])  # the last weight is capped at 2
+    sampler = old - torch.tensor(
+        [0.0, 0.0, 0.0, 0.0, math.log(10.0), 0.0]
+    )  # the last weight is capped at 2
     logp = (old + ratio.log()).requires_grad_()
-    loss, stats = rvpo.policy_loss(logp, old, sampler, advantage, mask, n_tokens=10, clip_low=0.2, clip_high=0.3, is_cap=2.0)
+    loss, stats = rvpo.policy_loss(
+        logp, old, sampler, advantage, mask, n_tokens=10, clip_low=0.2, clip_high=0.3, is_cap=2.0
+    )
     # gains: 1, min(1.5, 1.3), min(0.5, 0.8), min(-1.5, -1.3), 2 * min(-0.5, -0.8)
     assert loss.item() == pytest.approx(-(1 + 1.3 + 0.5 - 1.5 - 2 * 0.8) / 10)
     assert stats["clip_fraction"] == 2 and stats["is_weight"] == 6
     assert stats["sampler_gap"].item() == pytest.approx(math.log(10))
     loss.backward()
     torch.testing.assert_close(logp.grad, torch.tensor([-0.1, 0.0, -0.05, 0.15, 0.0, 0.0]))
-    forced, _ = rvpo.policy_loss(logp, old, sampler.masked_fill(mask == 0, NAN), advantage, mask, 10, 0.2, 0.3, is_cap=2.0)
+    forced, _ = rvpo.policy_loss(
+        logp, old, sampler.masked_fill(mask == 0, NAN), advantage, mask, 10, 0.2, 0.3, is_cap=2.0
+    )
     assert forced.item() == loss.item()  # what an engine reports for a forced token does not matter
     uncorrected, _ = rvpo.policy_loss(logp, old, sampler, advantage, mask, 10, 0.2, 0.3, is_cap=0)
     assert uncorrected.item() == pytest.approx(-(1 + 1.3 + 0.5 - 1.5 - 0.8) / 10)
@@ -264,14 +328,20 @@ def test_policy_loss_by_hand():
 @given(st.floats(-20, 0), st.floats(-20, 0))
 def test_k3(logp, ref):
     k3 = rvpo.kl_k3(torch.tensor(logp, dtype=torch.float64), torch.tensor(ref, dtype=torch.float64))
-    assert k3 >= -1e-12 and k3.item() == pytest.approx(math.exp(ref - logp) - (ref - logp) - 1, rel=1e-12, abs=1e-9)
+    assert k3 >= -1e-12 and k3.item() == pytest.approx(
+        math.exp(ref - logp) - (ref - logp) - 1, rel=1e-12, abs=1e-9
+    )
 
 
 def test_softmin_credits_a_success_as_it_punishes_a_failure():
     """One in eight gets 7/sqrt(8), up or down, as with grpo; rvpo gives its capped credit to the one, all to the other."""
     success, failure = torch.zeros(8, 9, dtype=torch.float64), torch.ones(8, 9, dtype=torch.float64)
     success[0, 0], failure[0, 0] = 1, 0
-    for name, up, down in (("softmin", 2.475, -2.475), ("grpo", 2.475, -2.475), ("rvpo", 0.0585, -1.4038)):
+    for name, up, down in (
+        ("softmin", 2.475, -2.475),
+        ("grpo", 2.475, -2.475),
+        ("rvpo", 0.0585, -1.4038),
+    ):
         scores = [rvpo.AGGREGATIONS[name](r, 2.0)[0].item() for r in (success, failure)]
         assert scores == pytest.approx([up, down], abs=0.015), name  # eps beside a small std
 
@@ -282,5 +352,10 @@ def test_softmin_by_hand():
     rewards = torch.tensor([[1.0, 0.0], [1.0, nan], [nan, nan], [0.0, 0.0]])
     s = torch.tensor([-math.log((math.exp(-1) + 1) / 2), 1.0, 0.0])  # of the three that have some
     expected = (s - s.mean()) / (s.std() + rvpo.EPS)
-    torch.testing.assert_close(rvpo.softmin_advantage(rewards, 1.0), torch.stack([expected[0], expected[1], torch.tensor(0.0), expected[2]]))
-    assert rvpo.advantages(rewards[None].float(), "softmin", 1.0, torch.ones(2)).dtype == torch.float32
+    torch.testing.assert_close(
+        rvpo.softmin_advantage(rewards, 1.0),
+        torch.stack([expected[0], expected[1], torch.tensor(0.0), expected[2]]),
+    )
+    assert (
+        rvpo.advantages(rewards[None].float(), "softmin", 1.0, torch.ones(2)).dtype == torch.float32
+    )

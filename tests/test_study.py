@@ -28,14 +28,59 @@ import study
 PROMPT = "tool3 name5 7 name2 0 name9 4"
 
 
-@pytest.mark.parametrize("response, expected", [
-    (f"call {PROMPT} end", {"format": 1, "tool": 1, "names": 1, "values": 1, "safe": 1, "length10": 1, "please": 0, "no other names": 1}),
-    (f"call {PROMPT} please please detail end", {"format": 1, "length10": 0, "length14": 1, "please": 2 / 3, "please 2": 1, "please 3": 0, "cite": 0}),
-    ("call tool3 name5 1 name5 7 name2 0 forbidden end", {"names": 2 / 3, "values": 1 / 3, "safe": 0, "no other names": 2 / 3, "no other values": 1 / 3}),
-    ("call tool2 tool3 end", {"format": 1, "tool": 0, "names": 0, "values": 0, "no other values": 1, "brief": 10 / 14}),
-    (f"call call {PROMPT} end", {"format": 0, "tool": 0}),
-    ("", {"format": 0, "tool": 0, "names": 0, "safe": 1, "brief": 1}),
-])
+@pytest.mark.parametrize(
+    "response, expected",
+    [
+        (
+            f"call {PROMPT} end",
+            {
+                "format": 1,
+                "tool": 1,
+                "names": 1,
+                "values": 1,
+                "safe": 1,
+                "length10": 1,
+                "please": 0,
+                "no other names": 1,
+            },
+        ),
+        (
+            f"call {PROMPT} please please detail end",
+            {
+                "format": 1,
+                "length10": 0,
+                "length14": 1,
+                "please": 2 / 3,
+                "please 2": 1,
+                "please 3": 0,
+                "cite": 0,
+            },
+        ),
+        (
+            "call tool3 name5 1 name5 7 name2 0 forbidden end",
+            {
+                "names": 2 / 3,
+                "values": 1 / 3,
+                "safe": 0,
+                "no other names": 2 / 3,
+                "no other values": 1 / 3,
+            },
+        ),
+        (
+            "call tool2 tool3 end",
+            {
+                "format": 1,
+                "tool": 0,
+                "names": 0,
+                "values": 0,
+                "no other values": 1,
+                "brief": 10 / 14,
+            },
+        ),
+        (f"call call {PROMPT} end", {"format": 0, "tool": 0}),
+        ("", {"format": 0, "tool": 0, "names": 0, "safe": 1, "brief": 1}),
+    ],
+)
 def test_channels_by_hand(response, expected):
     got = toy.channels(PROMPT, response)
     assert {name: got[name] for name in expected} == pytest.approx(expected)
@@ -58,9 +103,16 @@ def test_sampler_and_policy_agree():
     ids, seeds = [ids for ids, _ in prompts], [5, 6, 5]
     sampled = dict(engine.generate(ids, 4, seeds))
     assert sampled == dict(engine.generate(ids, 4, seeds)) and len({r.text for r in sampled[0]}) > 1
-    row = policies.pack([(ids[p], [response.tokens for response in sampled[p]]) for p in range(3)], toy.CPU)
+    row = policies.pack(
+        [(ids[p], [response.tokens for response in sampled[p]]) for p in range(3)], toy.CPU
+    )
     logp = policy(row, 1.0)
-    torch.testing.assert_close(logp, torch.tensor([x for p in range(3) for response in sampled[p] for x in response.logp]), atol=2e-5, rtol=0)
+    torch.testing.assert_close(
+        logp,
+        torch.tensor([x for p in range(3) for response in sampled[p] for x in response.logp]),
+        atol=2e-5,
+        rtol=0,
+    )
     logp.mean().backward()
     padded = {name: parameter.grad.clone() for name, parameter in policy.named_parameters()}
     policy.zero_grad()
@@ -79,7 +131,10 @@ def test_noise_and_scale():
     assert channel.full == 10.0 and channel.bounds == (0.0, 10.0)
 
 
-@pytest.mark.parametrize("beta, channels, group, successes", [*itertools.product((0.0, 0.5, 5.0), (2, 9), (4, 16), (1, 3))])
+@pytest.mark.parametrize(
+    "beta, channels, group, successes",
+    [*itertools.product((0.0, 0.5, 5.0), (2, 9), (4, 16), (1, 3))],
+)
 def test_closed_credit_is_rvpo_advantage(beta, channels, group, successes):
     rewards = torch.ones(group, channels, dtype=torch.float64)
     rewards[successes:, 0] = 0
@@ -94,7 +149,13 @@ def test_statistics_by_hand():
     assert stats.sign_flip([1.0, 2.0, 3.0]) == 2 / 8
     assert stats.sign_flip([1.0, -1.0]) == 1.0
     assert stats.sign_flip([0.1] * 8) == 2 / 256
-    rewards = torch.tensor([[[1.0, 0.5], [0, 0.5], [0, 0.5], [0, 0.5]], [[1, 0], [1, 0], [1, 0], [0, 0]], [[1, 0], [0, 0], [0, 1], [0, 0]]])
+    rewards = torch.tensor(
+        [
+            [[1.0, 0.5], [0, 0.5], [0, 0.5], [0, 0.5]],
+            [[1, 0], [1, 0], [1, 0], [0, 0]],
+            [[1, 0], [0, 0], [0, 1], [0, 0]],
+        ]
+    )
     advantages = torch.tensor([[3.0, -1, -1, -1], [0.5, 0.5, 0.5, -2], [9, 9, 9, 9]])
     assert study.credit(rewards, advantages) == [3, -2]  # in the third group two channels vary
     z = torch.randn(500, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -110,7 +171,10 @@ def test_softmin_wants_one_scale():
     scaled = raw * torch.tensor([1.0, 10.0])
     channels = [toy.reward("safe"), toy.reward("please")]
     larger = [toy.reward("safe"), toy.reward("please", scale=10.0)]
-    same, got = (rvpo.softmin_advantage(scoring.to_unit(c, r), 1.0) for c, r in ((channels, raw), (larger, scaled)))
+    same, got = (
+        rvpo.softmin_advantage(scoring.to_unit(c, r), 1.0)
+        for c, r in ((channels, raw), (larger, scaled))
+    )
     torch.testing.assert_close(got, same)
     assert (rvpo.grpo_advantage(scaled) - rvpo.grpo_advantage(raw)).abs().max() > 0.1
     minmax = study.forms(larger)["minmax"]
@@ -118,28 +182,68 @@ def test_softmin_wants_one_scale():
 
 
 FOUR = [[[1.0, 1], [0, 0], [1, 0], [0, 0]]]  # z .866 -.866 .866 -.866 and 1.5 -.5 -.5 -.5
-TWO = [[[1.0, 0], [0, 1]], [[1, 0.5], [0, 0.5]]]  # the second channel varies in one of two groups: weights 1 and sqrt(2)
+TWO = [
+    [[1.0, 0], [0, 1]],
+    [[1, 0.5], [0, 0.5]],
+]  # the second channel varies in one of two groups: weights 1 and sqrt(2)
 
 
-@pytest.mark.parametrize("name, beta, rewards, expected", [
-    ("dara", 0.0, TWO, [[-0.293, 0.293], [0.707, -0.707]]),
-    ("gd2po", 0.0, FOUR, [[1.774, -1.025, -0.092, -1.025]]),  # 3/4 of the sum; the third is dropped: the others' mean
-    ("dvao", 0.0, FOUR, [[1.340, -0.804, 0.268, -0.804]]),  # deviations 1.25 -.75 .25 -.75, stds .5 and .433
-    ("geometric", 0.0, [[[1.0, 0], [0.5, 0.5], [1, 0.4]]], [[-1.104, 0.260, 0.844]]),  # .229 .55 .687
-    ("blend", 0.0, [[[1.0], [0], [0], [0]]], [[1.5, -0.5, -0.5, -0.5]]),  # .25 z + .75 * 2 (r - 1) = .375 and -1.625
-    ("blend", 2.0, [[[1.0, 1], [1, 1], [1, 1], [1, 0]]], [[0.363, 0.363, 0.363, -1.088]]),  # (0, .375) and (0, -1.625)
-])
+@pytest.mark.parametrize(
+    "name, beta, rewards, expected",
+    [
+        ("dara", 0.0, TWO, [[-0.293, 0.293], [0.707, -0.707]]),
+        (
+            "gd2po",
+            0.0,
+            FOUR,
+            [[1.774, -1.025, -0.092, -1.025]],
+        ),  # 3/4 of the sum; the third is dropped: the others' mean
+        (
+            "dvao",
+            0.0,
+            FOUR,
+            [[1.340, -0.804, 0.268, -0.804]],
+        ),  # deviations 1.25 -.75 .25 -.75, stds .5 and .433
+        (
+            "geometric",
+            0.0,
+            [[[1.0, 0], [0.5, 0.5], [1, 0.4]]],
+            [[-1.104, 0.260, 0.844]],
+        ),  # .229 .55 .687
+        (
+            "blend",
+            0.0,
+            [[[1.0], [0], [0], [0]]],
+            [[1.5, -0.5, -0.5, -0.5]],
+        ),  # .25 z + .75 * 2 (r - 1) = .375 and -1.625
+        (
+            "blend",
+            2.0,
+            [[[1.0, 1], [1, 1], [1, 1], [1, 0]]],
+            [[0.363, 0.363, 0.363, -1.088]],
+        ),  # (0, .375) and (0, -1.625)
+    ],
+)
 def test_aggregations_of_others_by_hand(name, beta, rewards, expected):
-    channels = [toy.reward("safe"), toy.reward("please")][:len(rewards[0][0])]
+    channels = [toy.reward("safe"), toy.reward("please")][: len(rewards[0][0])]
     got = others.forms(channels)[name](torch.tensor(rewards, dtype=torch.float64), beta, None)
     torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64), atol=2e-3, rtol=0)
 
 
 def test_a_heavy_constraint_by_hand():
-    forms, rewards = others.forms([toy.reward("safe"), toy.reward("length14")]), torch.tensor(FOUR, dtype=torch.float64)
-    expected = (0.866 * torch.tensor([1.0, -1, 1, -1]) + 3 * torch.tensor([1.5, -0.5, -0.5, -0.5])) / 4
-    torch.testing.assert_close(forms["gdpo x3"](rewards, 0.0, None)[0], expected.double(), atol=2e-3, rtol=0)
-    assert (forms["rvpo x10"](rewards, 2.0, None) - forms["rvpo x3"](rewards, 2.0, None)).abs().min() > 1e-3
+    forms, rewards = (
+        others.forms([toy.reward("safe"), toy.reward("length14")]),
+        torch.tensor(FOUR, dtype=torch.float64),
+    )
+    expected = (
+        0.866 * torch.tensor([1.0, -1, 1, -1]) + 3 * torch.tensor([1.5, -0.5, -0.5, -0.5])
+    ) / 4
+    torch.testing.assert_close(
+        forms["gdpo x3"](rewards, 0.0, None)[0], expected.double(), atol=2e-3, rtol=0
+    )
+    assert (
+        forms["rvpo x10"](rewards, 2.0, None) - forms["rvpo x3"](rewards, 2.0, None)
+    ).abs().min() > 1e-3
 
 
 def test_weights_of_channels_that_hardly_vary(monkeypatch):
@@ -147,27 +251,52 @@ def test_weights_of_channels_that_hardly_vary(monkeypatch):
     rewards[:, 0, 0] = 1
     rewards[0, 0, 1] = 1
     assert others.density(rewards).tolist() == [1, 5, 1]
-    monkeypatch.setattr(rvpo, "AGGREGATIONS", rvpo.AGGREGATIONS | others.forms([toy.reward("safe"), toy.reward("cite")]))
+    monkeypatch.setattr(
+        rvpo,
+        "AGGREGATIONS",
+        rvpo.AGGREGATIONS | others.forms([toy.reward("safe"), toy.reward("cite")]),
+    )
     dropped = rvpo.advantages(torch.tensor(FOUR, dtype=torch.float64), "gd2po", 0.0)[0, 2]
     assert dropped.abs() < 1e-12
 
 
 def test_what_is_beyond_full_is_not_paid(monkeypatch):
     """Nor does a group teach anything in which nothing else varies; scale and bounds of a channel do not matter."""
-    channels = [toy.reward("safe"), toy.reward("please", 1 / 3, scale=10.0), toy.reward("cite", 0.0)]
-    raw = torch.tensor([[0.5, 0, 0], [1, 10 / 6, 0.5], [1, 10 / 3, 1], [0, 10, 0]], dtype=torch.float64)
+    channels = [
+        toy.reward("safe"),
+        toy.reward("please", 1 / 3, scale=10.0),
+        toy.reward("cite", 0.0),
+    ]
+    raw = torch.tensor(
+        [[0.5, 0, 0], [1, 10 / 6, 0.5], [1, 10 / 3, 1], [0, 10, 0]], dtype=torch.float64
+    )
     expected = torch.tensor([[0.5, 0, 1], [1, 0.5, 1], [1, 1, 1], [0, 1, 1]], dtype=torch.float64)
     torch.testing.assert_close(others.satisfaction(channels, raw), expected)
-    more_of_it = torch.tensor([[1, 10 / 3, 0], [1, 10, 0.5], [1, 10 / 3, 1], [1, 10, 0]], dtype=torch.float64)
+    more_of_it = torch.tensor(
+        [[1, 10 / 3, 0], [1, 10, 0.5], [1, 10 / 3, 1], [1, 10, 0]], dtype=torch.float64
+    )
     batch, forms = torch.stack([raw, more_of_it]), others.forms(channels)
     monkeypatch.setattr(rvpo, "AGGREGATIONS", rvpo.AGGREGATIONS | forms)
-    for name in ("rvpo", "gdpo", "grpo", "hardmin", "softmin", "geometric", "dara", "dvao", "blend"):
+    for name in (
+        "rvpo",
+        "gdpo",
+        "grpo",
+        "hardmin",
+        "softmin",
+        "geometric",
+        "dara",
+        "dvao",
+        "blend",
+    ):
         got = rvpo.advantages(batch, f"{name} full", 2.0)
         assert got[0].abs().min() > 1e-3 and got[1].abs().max() < 1e-9, name
     for name in ("softmin", "rvpo", "geometric"):
-        torch.testing.assert_close(forms[f"{name} full"](raw[None], 2.0, None),
-                                   rvpo.AGGREGATIONS[name](expected[None], 2.0, None) if name != "geometric"
-                                   else others.geometric(expected[None]))
+        torch.testing.assert_close(
+            forms[f"{name} full"](raw[None], 2.0, None),
+            rvpo.AGGREGATIONS[name](expected[None], 2.0, None)
+            if name != "geometric"
+            else others.geometric(expected[None]),
+        )
 
 
 def test_a_run_that_is_in_the_file_is_not_run_again(tmp_path, monkeypatch):
@@ -178,12 +307,22 @@ def test_a_run_that_is_in_the_file_is_not_run_again(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "warm_start", lambda key: (key, toy.make_policy(3).state_dict()))
     monkeypatch.setattr(study, "get_context", lambda kind: multiprocessing.dummy)
     monkeypatch.setattr(study, "STARTS", {})
-    file, long = tmp_path / "more.jsonl", study.Run("conflict", "rvpo full", 0, 1e-3, times=more.LONG)
+    file, long = (
+        tmp_path / "more.jsonl",
+        study.Run("conflict", "rvpo full", 0, 1e-3, times=more.LONG),
+    )
     short, done = long._replace(times=1), {}
     study.execute([long, long], done, file, ("eval",))
-    assert [*done] == [long] and done[long]["eval"] == study.load(file)[long]["eval"] and len(done[long]["eval"]["joint"]) == 7
+    assert (
+        [*done] == [long]
+        and done[long]["eval"] == study.load(file)[long]["eval"]
+        and len(done[long]["eval"]["joint"]) == 7
+    )
     alone = study.result(short)
-    assert study.rounded(alone["eval"]) == more.find(study.load(file), short)["eval"] and study.rounded(1 / 3) == 0.3333
+    assert (
+        study.rounded(alone["eval"]) == more.find(study.load(file), short)["eval"]
+        and study.rounded(1 / 3) == 0.3333
+    )
     done = study.load(file)
     assert done[long]["full"]["please"] < 1 / 3
     study.execute([short], done, file)
@@ -202,7 +341,15 @@ def test_what_more_has_run_decides_what_it_runs_next(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "STARTS", {})
     monkeypatch.setattr(study, "warm_start", lambda key: (key, {}))
     full = dict.fromkeys(("safe", "please"), 1.0)
-    monkeypatch.setattr(study, "result", lambda run: {"eval": {name: [run.lr * 100] * 7 for name in (*full, "joint")}, "full": full, "credit": [0]})
+    monkeypatch.setattr(
+        study,
+        "result",
+        lambda run: {
+            "eval": {name: [run.lr * 100] * 7 for name in (*full, "joint")},
+            "full": full,
+            "credit": [0],
+        },
+    )
 
     def stages(done):
         while todo := more.rate_of(done, "conflict", "rvpo")[1]:
@@ -211,35 +358,79 @@ def test_what_more_has_run_decides_what_it_runs_next(tmp_path, monkeypatch):
     monkeypatch.setattr(more, "stages", stages)
     more.main(tmp_path / "more.jsonl", False)
     done = study.load(tmp_path / "more.jsonl")
-    assert more.rate_of(done, "conflict", "rvpo") == (3e-3, []) and len(done) > 3 and "credit" not in next(iter(done.values()))
+    assert (
+        more.rate_of(done, "conflict", "rvpo") == (3e-3, [])
+        and len(done) > 3
+        and "credit" not in next(iter(done.values()))
+    )
 
 
 def test_learning_rates_and_tables_of_more(tmp_path):
     """The rate that could not win is not run on the second seed; p and Holm's p of eight seeds."""
-    def out(value: float) -> dict:
-        return {"eval": {name: [0.0] * 5 + [value, value] for name in [*(c.name for c in toy.SUITE["conflict"][0]), "joint"]},
-                "full": {c.name: 1.0 for c in toy.SUITE["conflict"][0]}}
 
-    done, values = {}, {(1000, 3e-4): 0.5, (1000, 1e-3): 0.9, (1000, 3e-3): 0.75, (1001, 1e-3): 0.8, (1001, 3e-3): 0.9}
+    def out(value: float) -> dict:
+        return {
+            "eval": {
+                name: [0.0] * 5 + [value, value]
+                for name in [*(c.name for c in toy.SUITE["conflict"][0]), "joint"]
+            },
+            "full": {c.name: 1.0 for c in toy.SUITE["conflict"][0]},
+        }
+
+    done, values = (
+        {},
+        {
+            (1000, 3e-4): 0.5,
+            (1000, 1e-3): 0.9,
+            (1000, 3e-3): 0.75,
+            (1001, 1e-3): 0.8,
+            (1001, 3e-3): 0.9,
+        },
+    )
     asked = []
     while (answer := more.rate_of(done, "conflict", "rvpo"))[1]:
         asked.append([(run.seed, run.lr) for run in answer[1]])
         done |= {run: out(values[run.seed, run.lr]) for run in answer[1]}
     # .9 and .8 make .85; 3e-3 could reach (.75 + 1) / 2 = .875, 3e-4 at most .75
-    assert asked == [[(1000, lr) for lr in more.RATES], [(1001, 1e-3)], [(1001, 3e-3)]] and answer[0] == 1e-3
+    assert (
+        asked == [[(1000, lr) for lr in more.RATES], [(1001, 1e-3)], [(1001, 3e-3)]]
+        and answer[0] == 1e-3
+    )
     done |= {run._replace(method="rvpo full"): one for run, one in done.items()}
-    done |= {study.Run("conflict", m, seed, 1e-3): out(value + seed / 100)
-             for m, value in (("rvpo", 0.8), ("rvpo full", 0.9)) for seed in range(8)}
+    done |= {
+        study.Run("conflict", m, seed, 1e-3): out(value + seed / 100)
+        for m, value in (("rvpo", 0.8), ("rvpo full", 0.9))
+        for seed in range(8)
+    }
     for run, one in done.items():
         study.append(tmp_path / "more.jsonl", run, one)
-    row = next(line for line in more.tables(study.load(tmp_path / "more.jsonl")).splitlines() if line.startswith("| rvpo full"))
-    assert row.split(" | ")[1:4] == ["0.001", "8", "0.935 ± 0.024"] and row.endswith("| 8 | -0.100 | 0.0078 | 0.008 |")
+    row = next(
+        line
+        for line in more.tables(study.load(tmp_path / "more.jsonl")).splitlines()
+        if line.startswith("| rvpo full")
+    )
+    assert row.split(" | ")[1:4] == ["0.001", "8", "0.935 ± 0.024"] and row.endswith(
+        "| 8 | -0.100 | 0.0078 | 0.008 |"
+    )
     gap = {m: 0.0 if m == "rvpo full" else 0.1 for m in ("rvpo", "rvpo full")}
     settings = [(task, {}) for task in study.TASKS] + [*more.HARDER.values()]
-    done |= {study.Run(task, m, seed, 1e-3, **change): {**out(0.9 - gap[m]), "full": {"safe": 1.0}} for task, change in settings for m in gap for seed in range(8)}
-    done |= {study.Run(task, m, seed, lr): out(0.9 if lr == 1e-3 else 0.1) for task in study.TASKS for m in gap for seed, lr in values}
+    done |= {
+        study.Run(task, m, seed, 1e-3, **change): {**out(0.9 - gap[m]), "full": {"safe": 1.0}}
+        for task, change in settings
+        for m in gap
+        for seed in range(8)
+    }
+    done |= {
+        study.Run(task, m, seed, lr): out(0.9 if lr == 1e-3 else 0.1)
+        for task in study.TASKS
+        for m in gap
+        for seed, lr in values
+    }
     rows = more.overall(done).splitlines()[2:]
-    assert rows == ["| rvpo | 0.800 | 0.800 | 0.800 | 0.800 | 0.800 | 0.100 |", "| rvpo full | 0.900 | 0.800 | 0.900 | 0.900 | 0.800 | 0.000 |"]
+    assert rows == [
+        "| rvpo | 0.800 | 0.800 | 0.800 | 0.800 | 0.800 | 0.100 |",
+        "| rvpo full | 0.900 | 0.800 | 0.900 | 0.900 | 0.800 | 0.000 |",
+    ]
 
 
 def test_a_run_and_the_report(tmp_path, monkeypatch):
@@ -252,7 +443,9 @@ def test_a_run_and_the_report(tmp_path, monkeypatch):
     run = study.Run("conflict", "rvpo", 0, 1e-3, channel="safe", wrong=0.5)
     out = study.result(run)
     assert json.dumps(out) == json.dumps(study.result(run)) and out["full"]["please"] < 1 / 3
-    assert len(out["eval"]["joint"]) == 3 and len(out["grad_norm"]) == 2 and min(out["grad_norm"]) > 0
+    assert (
+        len(out["eval"]["joint"]) == 3 and len(out["grad_norm"]) == 2 and min(out["grad_norm"]) > 0
+    )
     assert study.result(run._replace(method="grpo"))["grad_norm"] != out["grad_norm"]
     assert study.result(run._replace(method="centred"))["full"] == out["full"]
     assert study.result(run._replace(wrong=0.0))["weight"]["safe"] != out["weight"]["safe"]
@@ -261,8 +454,13 @@ def test_a_run_and_the_report(tmp_path, monkeypatch):
         for one in {run for run in runs if run not in done}:
             channels = [c.name for c in toy.SUITE[one.task][0]]
             value = {"rvpo": 0.9, "gdpo": 0.1 + one.seed / 100}.get(one.method, 0.5) + one.lr
-            done[one] = {**out, "eval": {name: [0.0, value, value] for name in [*channels, "joint"]}, "full": dict.fromkeys(channels, 1.0),
-                         "binding": {c: [0.1, 0.2] for c in channels}, "weight": {c: [0.1, 0.1] for c in channels}}
+            done[one] = {
+                **out,
+                "eval": {name: [0.0, value, value] for name in [*channels, "joint"]},
+                "full": dict.fromkeys(channels, 1.0),
+                "binding": {c: [0.1, 0.2] for c in channels},
+                "weight": {c: [0.1, 0.1] for c in channels},
+            }
             study.append(file, one, done[one])
 
     monkeypatch.setattr(study, "execute", stand_in)
@@ -272,11 +470,19 @@ def test_a_run_and_the_report(tmp_path, monkeypatch):
     # seeds 40 to 47: joint .5 to .57 and the best learning rate, 3e-3; rvpo is .366 better, in every seed
     assert row[1:3] == ["0.003", "0.538 ± 0.024"] and row[6] == "8 of 8"
     assert row[8:10] == ["+0.365", "0.0078"] and row[10] == "0.047 |"
-    assert "| x 1 | 0.903 ± 0.000 | 0.538 ± 0.024 | 0.538 ± 0.024 |\n| x 3 | 0.503 ± 0.000 | 0.503 ± 0.000 |" in text
-    assert "| gdpo | 0.538 ± 0.024 | 0.538 ± 0.024 | 0.50 0.51 0.52 0.53 0.54 0.55 0.56 0.57 | 0.538 ± 0.024 | 0.000 |" in text
+    assert (
+        "| x 1 | 0.903 ± 0.000 | 0.538 ± 0.024 | 0.538 ± 0.024 |\n| x 3 | 0.503 ± 0.000 | 0.503 ± 0.000 |"
+        in text
+    )
+    assert (
+        "| gdpo | 0.538 ± 0.024 | 0.538 ± 0.024 | 0.50 0.51 0.52 0.53 0.54 0.55 0.56 0.57 | 0.538 ± 0.024 | 0.000 |"
+        in text
+    )
     assert len(lines := (tmp_path / "out/study.jsonl").read_text().splitlines()) > 200
     assert (tmp_path / "out/study.png").read_bytes()[:4] == b"\x89PNG"
     study.main(tmp_path / "out", 40, False)  # from the file
-    assert (tmp_path / "out/study.jsonl").read_text().splitlines() == lines and (tmp_path / "out/study.md").read_text() == text
+    assert (tmp_path / "out/study.jsonl").read_text().splitlines() == lines and (
+        tmp_path / "out/study.md"
+    ).read_text() == text
     with pytest.raises(SystemExit, match="tuning seed"):
         study.main(tmp_path / "out", 995, False)

@@ -29,7 +29,9 @@ def even(completion_ids, **_) -> list[float]:
 def sometimes(prompts, completions, completion_ids, trainer_state, **_) -> list[float | None]:
     """Missing for some. It is the last of the functions, so it notes down what all of them say of a completion."""
     values = [None if ids[0] % 3 == 0 else float(ids[-1] % 5) for ids in completion_ids]
-    for row in zip(prompts, completion_ids, vowels(completions), even(completion_ids), values, strict=True):
+    for row in zip(
+        prompts, completion_ids, vowels(completions), even(completion_ids), values, strict=True
+    ):
         SCORES.append((trainer_state.global_step, row[0], tuple(row[1]), row[2:]))
     return values
 
@@ -47,22 +49,61 @@ def train(out: Path, rows: int, accumulate: int, **settings) -> None:
         def _compute_loss(self, model, inputs):
             assert inputs["advantages"].dtype == torch.float32
             for prompt, prompt_mask, ids, mask, advantage in zip(
-                    *(inputs[key] for key in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages")), strict=True):
+                *(
+                    inputs[key]
+                    for key in (
+                        "prompt_ids",
+                        "prompt_mask",
+                        "completion_ids",
+                        "completion_mask",
+                        "advantages",
+                    )
+                ),
+                strict=True,
+            ):
                 text = self.processing_class.decode(prompt[prompt_mask.bool()])
-                used.append((self.state.global_step, text, tuple(ids[mask.bool()].tolist()), advantage.item()))
+                used.append(
+                    (
+                        self.state.global_step,
+                        text,
+                        tuple(ids[mask.bool()].tolist()),
+                        advantage.item(),
+                    )
+                )
             return super()._compute_loss(model, inputs)
 
     path = models.tiny()
     config = GRPOConfig(
-        output_dir=str(out.with_suffix("")), max_steps=2, per_device_train_batch_size=rows, gradient_accumulation_steps=accumulate,
-        num_generations=GROUP, max_completion_length=8, learning_rate=1e-3, bf16=False, use_cpu=True,
-        ddp_backend="gloo", report_to=[], save_strategy="no", disable_tqdm=True, **settings)
+        output_dir=str(out.with_suffix("")),
+        max_steps=2,
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=accumulate,
+        num_generations=GROUP,
+        max_completion_length=8,
+        learning_rate=1e-3,
+        bf16=False,
+        use_cpu=True,
+        ddp_backend="gloo",
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        **settings,
+    )
     prompts = Dataset.from_dict({"prompt": [f"prompt {i}: " + "a b c " * i for i in range(12)]})
-    trainer = Noting(str(path), [vowels, even, sometimes], config, prompts, processing_class=AutoTokenizer.from_pretrained(path))
+    trainer = Noting(
+        str(path),
+        [vowels, even, sometimes],
+        config,
+        prompts,
+        processing_class=AutoTokenizer.from_pretrained(path),
+    )
     before = [p.detach().clone() for p in trainer.model.parameters()]
     trainer.train()
     trainer.evaluate(prompts)  # runs, with groups of another size too
-    changed = any(not torch.equal(old, new.detach()) for old, new in zip(before, trainer.model.parameters(), strict=True))
+    changed = any(
+        not torch.equal(old, new.detach())
+        for old, new in zip(before, trainer.model.parameters(), strict=True)
+    )
     torch.save({"scores": SCORES, "used": used, "changed": changed}, out)
     SCORES.clear()
 
@@ -80,12 +121,23 @@ def check(ranks: list[dict], completions: int, weights: list[float] | None = Non
                     groups[prompt].append((ids, [float("nan") if x is None else x for x in scores]))
         rewards = torch.tensor([[scores for _, scores in group] for group in groups.values()])
         assert rewards.shape == (completions // GROUP, GROUP, 3) and rewards[..., 2].isnan().any()
-        expected = rvpo.advantages(rewards, "rvpo", 2.0, None if weights is None else torch.tensor(weights))
+        expected = rvpo.advantages(
+            rewards, "rvpo", 2.0, None if weights is None else torch.tensor(weights)
+        )
         assert expected.abs().amax() > 0.5
         as_zero = rvpo.advantages(rewards.nan_to_num(0.0), "rvpo", 2.0)
         assert not torch.allclose(expected.float(), as_zero, atol=0.1)
-        by_text = {(prompt, ids): expected[p, g].item() for p, (prompt, group) in enumerate(groups.items()) for g, (ids, _) in enumerate(group)}
-        got = [(prompt, ids, advantage) for rank in ranks for when, prompt, ids, advantage in rank["used"] if when == step]
+        by_text = {
+            (prompt, ids): expected[p, g].item()
+            for p, (prompt, group) in enumerate(groups.items())
+            for g, (ids, _) in enumerate(group)
+        }
+        got = [
+            (prompt, ids, advantage)
+            for rank in ranks
+            for when, prompt, ids, advantage in rank["used"]
+            if when == step
+        ]
         assert len(got) == completions
         for prompt, ids, advantage in got:
             assert advantage == pytest.approx(by_text[prompt, ids], abs=1e-5)
@@ -93,7 +145,14 @@ def check(ranks: list[dict], completions: int, weights: list[float] | None = Non
 
 CASES = {
     "whole": {"rows": 6, "accumulate": 1},
-    "slices": {"num_generations_eval": 2, "rows": 3, "accumulate": 2, "scale_rewards": "none", "multi_objective_aggregation": "normalize_then_sum", "reward_weights": [1.0, 0.0, 2.0]},
+    "slices": {
+        "num_generations_eval": 2,
+        "rows": 3,
+        "accumulate": 2,
+        "scale_rewards": "none",
+        "multi_objective_aggregation": "normalize_then_sum",
+        "reward_weights": [1.0, 0.0, 2.0],
+    },
 }
 
 
@@ -113,4 +172,8 @@ def trained(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("case", CASES)
 def test_advantages_in_the_loss(trained, case):
-    check([torch.load(trained / f"{case}-{rank}.pt") for rank in range(2)], 12, CASES[case].get("reward_weights"))
+    check(
+        [torch.load(trained / f"{case}-{rank}.pt") for rank in range(2)],
+        12,
+        CASES[case].get("reward_weights"),
+    )

@@ -14,8 +14,10 @@ import rvpo
 
 NAN = math.nan
 REWARDS = {  # by prompt, interleaved below; the third has lost all samples but one to a filter, "d" is constant
-    "a": [[1.0, 0.0], [0.0, NAN], [1.0, 5.0], [0.0, 3.0]], "b": [[None, None], [1.0, 2.0], [0.0, 4.0]],
-    "c": [[1.0, 9.0]], "d": [[1.0, 7.0], [1.0, 7.0]],
+    "a": [[1.0, 0.0], [0.0, NAN], [1.0, 5.0], [0.0, 3.0]],
+    "b": [[None, None], [1.0, 2.0], [0.0, 4.0]],
+    "c": [[1.0, 9.0]],
+    "d": [[1.0, 7.0], [1.0, 7.0]],
 }
 UIDS = list("abdabcabda")
 
@@ -31,19 +33,32 @@ def run(out: Path) -> None:
     scores = [next(rows[uid]) for uid in UIDS]
     mask = torch.tensor([[t < 1 + i % 5 for t in range(6)] for i in range(len(UIDS))]).long()
     mask[3] = 0  # an empty response
-    tensors = {"prompts": torch.ones(len(UIDS), 3), "responses": torch.ones(len(UIDS), 6), "response_mask": mask,
-               "attention_mask": torch.cat([torch.ones(len(UIDS), 3).long(), mask], 1), "token_level_rewards": torch.randn(len(UIDS), 6)}
+    tensors = {
+        "prompts": torch.ones(len(UIDS), 3),
+        "responses": torch.ones(len(UIDS), 6),
+        "response_mask": mask,
+        "attention_mask": torch.cat([torch.ones(len(UIDS), 3).long(), mask], 1),
+        "token_level_rewards": torch.randn(len(UIDS), 6),
+    }
     config = OmegaConf.create({"adv_estimator": "gdpo", "gdpo_reward_keys": ["format", "tool"]})
     results = {"mask": mask}
     for weights in (None, [1.0, 3.0]):
         config.gdpo_reward_weights = weights
-        data = DataProto.from_dict(tensors, non_tensors={  # as ray_trainer.py makes them of what compute_score returned
-            "uid": np.array(UIDS, dtype=object), "format": np.array([row[0] for row in scores]), "tool": np.array([row[1] for row in scores])})
+        data = DataProto.from_dict(
+            tensors,
+            non_tensors={  # as ray_trainer.py makes them of what compute_score returned
+                "uid": np.array(UIDS, dtype=object),
+                "format": np.array([row[0] for row in scores]),
+                "tool": np.array([row[1] for row in scores]),
+            },
+        )
         data = compute_advantage(data, config.adv_estimator, config=config)
         assert torch.equal(data.batch["advantages"], data.batch["returns"])
         results[str(weights)] = data.batch["advantages"]
         data.batch["response_mask"] = torch.ones_like(mask)
-        results[f"{weights}, long"] = compute_advantage(data, config.adv_estimator, config=config).batch["advantages"]
+        results[f"{weights}, long"] = compute_advantage(
+            data, config.adv_estimator, config=config
+        ).batch["advantages"]
     with pytest.raises(TypeError, match="non_tensor_batch"):  # why the estimator takes GDPO's name
         compute_advantage(data, "rvpo", config=config)
     torch.save(results, out)
@@ -54,22 +69,37 @@ def results(tmp_path_factory) -> dict:
     """A process of its own: only there are verl's packages on the path."""
     path = tmp_path_factory.mktemp("verl")
     seen = os.pathsep.join(map(str, (ROOT / "examples", ROOT, Path(sys.prefix) / "verl")))
-    subprocess.run([sys.executable, __file__, str(path / "out.pt")], check=True, timeout=300,
-                   env=os.environ | {"PYTHONPATH": seen, "VERL_USE_EXTERNAL_MODULES": "verl_rvpo", "OMP_NUM_THREADS": "1"})
+    subprocess.run(
+        [sys.executable, __file__, str(path / "out.pt")],
+        check=True,
+        timeout=300,
+        env=os.environ
+        | {"PYTHONPATH": seen, "VERL_USE_EXTERNAL_MODULES": "verl_rvpo", "OMP_NUM_THREADS": "1"},
+    )
     return torch.load(path / "out.pt")
 
 
 @pytest.mark.parametrize("weights", [None, [1.0, 3.0]])
 def test_advantages(results, weights):
-    rewards = torch.tensor([[[NAN if x is None else x for x in row] for row in rows] + [[NAN, NAN]] * (4 - len(rows)) for rows in REWARDS.values()])
+    rewards = torch.tensor(
+        [
+            [[NAN if x is None else x for x in row] for row in rows]
+            + [[NAN, NAN]] * (4 - len(rows))
+            for rows in REWARDS.values()
+        ]
+    )
     expected = rvpo.advantages(rewards, "rvpo", 2.0, weights and torch.tensor(weights))
     assert (expected[2:] == 0).all() and (expected[:2].abs() > 1e-3).sum() == 6
     place = [UIDS[:i].count(uid) for i, uid in enumerate(UIDS)]
-    wanted = torch.stack([expected[list(REWARDS).index(uid), g] for uid, g in zip(UIDS, place, strict=True)])
+    wanted = torch.stack(
+        [expected[list(REWARDS).index(uid), g] for uid, g in zip(UIDS, place, strict=True)]
+    )
     got = results[str(weights)]
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, (wanted[:, None] * results["mask"]).float())
-    assert torch.equal(results[f"{weights}, long"] * results["mask"], got)  # whatever the lengths of the responses
+    assert torch.equal(
+        results[f"{weights}, long"] * results["mask"], got
+    )  # whatever the lengths of the responses
 
 
 if __name__ == "__main__":

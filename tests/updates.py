@@ -13,10 +13,14 @@ from rollout import Group, Response
 
 CPU = torch.device("cpu")
 CASES = {  # what differs from five prompts of four responses in one update, all in one micro-batch, with a KL penalty
-    "whole": {}, "split": {"limit": 100}, "checkpointing": {"limit": 200, "checkpointing": True},
-    "silent": {"kl": 0.0, "limit": 100, "silent": (0, 3)}, "few": {"prompts": 1, "group": 1},
+    "whole": {},
+    "split": {"limit": 100},
+    "checkpointing": {"limit": 200, "checkpointing": True},
+    "silent": {"kl": 0.0, "limit": 100, "silent": (0, 3)},
+    "few": {"prompts": 1, "group": 1},
     "several": {"limit": 200, "updates": 5},
-    "nothing": {"kl": 0.0, "silent": range(5)}, "nothing first": {"kl": 0.0, "silent": (0, 1, 2), "updates": 2},
+    "nothing": {"kl": 0.0, "silent": range(5)},
+    "nothing first": {"kl": 0.0, "silent": (0, 1, 2), "updates": 2},
 }
 
 
@@ -28,7 +32,11 @@ class Recorder(torch.optim.SGD):
         self.gradients = []
 
     def step(self):
-        self.gradients.append(torch.cat([full(p.grad).flatten() for group in self.param_groups for p in group["params"]]))
+        self.gradients.append(
+            torch.cat(
+                [full(p.grad).flatten() for group in self.param_groups for p in group["params"]]
+            )
+        )
         super().step()
 
 
@@ -45,7 +53,9 @@ def batch_of(prompts: int, group: int, silent=()) -> list[Group]:
         for g in range(group):
             tokens = torch.randint(3, 1024, (1 + 5 * slot + 7 * g,), generator=generator).tolist()
             logp = [-6.9 - 0.3 * (i % 3) for i in range(len(tokens))]
-            responses.append(Response(tokens, logp, [int(i % 5 != 4) for i in range(len(tokens))], "stop", ""))
+            responses.append(
+                Response(tokens, logp, [int(i % 5 != 4) for i in range(len(tokens))], "stop", "")
+            )
         groups.append(Group(Prompt(ids, None), [], responses, torch.zeros(group, 0)))
     advantages = torch.randn(prompts, group, generator=generator)
     advantages[list(silent)] = 0.0
@@ -54,8 +64,18 @@ def batch_of(prompts: int, group: int, silent=()) -> list[Group]:
     return groups
 
 
-def run(path: Path, reference_path: Path, mesh=None, prompts: int = 5, group: int = 4, silent=(), checkpointing: bool = False,
-        limit: int = 100_000, kl: float = 0.1, updates: int = 1) -> dict:
+def run(
+    path: Path,
+    reference_path: Path,
+    mesh=None,
+    prompts: int = 5,
+    group: int = 4,
+    silent=(),
+    checkpointing: bool = False,
+    limit: int = 100_000,
+    kl: float = 0.1,
+    updates: int = 1,
+) -> dict:
     """One case. Returns every rank's metrics, the gradient of each update, and for every rank and micro-batch the
     number of its prompts."""
     policy = policies.load(path, CPU, mesh)
@@ -63,14 +83,29 @@ def run(path: Path, reference_path: Path, mesh=None, prompts: int = 5, group: in
         policy.recompute("on", 0)
     reference = policies.load(reference_path, CPU, mesh).requires_grad_(False) if kl else None
     # Steps must be small, where there are several: rounding differences grow with each.
-    optimizer, dealt, deal = Recorder(policy.parameters(), lr=0.1, weight_decay=0.1), [], update.deal
+    optimizer, dealt, deal = (
+        Recorder(policy.parameters(), lr=0.1, weight_decay=0.1),
+        [],
+        update.deal,
+    )
     update.GRAD_CLIP, update.deal = 1e9, lambda *args: dealt.append(deal(*args)) or dealt[-1]
     try:
-        metrics = update.update(update.Learner(policy, reference, optimizer, CPU), batch_of(prompts, group, silent), updates, kl, 1.0, limit)
+        metrics = update.update(
+            update.Learner(policy, reference, optimizer, CPU),
+            batch_of(prompts, group, silent),
+            updates,
+            kl,
+            1.0,
+            limit,
+        )
     finally:
         update.GRAD_CLIP, update.deal = 1.0, deal
-    return {"metrics": ranks.gather([metrics]), "gradients": optimizer.gradients, "policy": policy,
-            "dealt": ranks.gather([[[len(batch) for batch in plan[ranks.RANK]] for plan in dealt]])}
+    return {
+        "metrics": ranks.gather([metrics]),
+        "gradients": optimizer.gradients,
+        "policy": policy,
+        "dealt": ranks.gather([[[len(batch) for batch in plan[ranks.RANK]] for plan in dealt]]),
+    }
 
 
 def main(out: Path, path: Path, reference: Path, *others: Path) -> None:
@@ -89,12 +124,16 @@ def main(out: Path, path: Path, reference: Path, *others: Path) -> None:
     for case, changes in CASES.items():
         results[case] = run(path, reference, mesh, **changes)
         policy = results[case].pop("policy")
-    policies.save_policy(policy, pretrained.load_tokenizer(path), torch.float32, out.with_suffix(""))
+    policies.save_policy(
+        policy, pretrained.load_tokenizer(path), torch.float32, out.with_suffix("")
+    )
     results["saved"] = dict(policies.full_weights(policy, torch.float32))
     for other in (path, *others):
         policy = policies.load(other, CPU, mesh)
         local = [p.to_local() for p in policy.parameters()]
-        results["shards"][other] = ranks.gather([(sum(p.numel() for p in local), sum(p.untyped_storage().nbytes() for p in local))])
+        results["shards"][other] = ranks.gather(
+            [(sum(p.numel() for p in local), sum(p.untyped_storage().nbytes() for p in local))]
+        )
         results["weights"][other] = dict(policies.full_weights(policy, torch.float32))
     if ranks.RANK == 0:
         torch.save(results, out)

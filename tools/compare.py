@@ -1,6 +1,6 @@
 """Are two evaluations different? Paired by item, with intervals and p-values.
 
-    python tools/compare.py runs/A runs/B
+python tools/compare.py runs/A runs/B
 """
 
 import json
@@ -25,7 +25,9 @@ def _read(file: Path) -> tuple[dict, list[dict]]:
     """What two evaluations must share, and the items by id."""
     try:
         results = json.loads(file.read_text())
-        samples = [json.loads(line) for line in (file.parent / "samples.jsonl").read_text().splitlines()]
+        samples = [
+            json.loads(line) for line in (file.parent / "samples.jsonl").read_text().splitlines()
+        ]
         settings = {"task": results["task"], "averages": results["averages"], **results["settings"]}
         samples.sort(key=lambda sample: sample["id"])
         values = [x for sample in samples for x in sample["scores"].values() if x is not None]
@@ -34,8 +36,10 @@ def _read(file: Path) -> tuple[dict, list[dict]]:
         if not all(type(x) in (int, float) and abs(x) < math.inf for x in values):
             raise ValueError("a score that is no number")
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(f"{file} and the samples.jsonl beside it cannot be read as eval.py writes them: "
-                         f"{type(error).__name__} {error}") from error
+        raise InputError(
+            f"{file} and the samples.jsonl beside it cannot be read as eval.py writes them: "
+            f"{type(error).__name__} {error}"
+        ) from error
     return settings, samples
 
 
@@ -45,12 +49,15 @@ def compare(first: Path, second: Path) -> list[dict]:
     Raises InputError for different items or settings."""
     (a, a_samples), (b, b_samples) = _read(first), _read(second)
     if a.get("items") != b.get("items") or [(s["id"], s["group"]) for s in a_samples] != [
-            (s["id"], s["group"]) for s in b_samples]:
+        (s["id"], s["group"]) for s in b_samples
+    ]:
         raise InputError("the two evaluations cannot be compared: they are of different items")
     for key in sorted((a.keys() | b.keys()) - UNCOMPARED):
         x, y = a.get(key), b.get(key)
         if x != y and not (key in OF_SOME_MODELS and None in (x, y)):
-            raise InputError(f"the two evaluations cannot be compared: {key} is {x} in {first}, and {y} in {second}")
+            raise InputError(
+                f"the two evaluations cannot be compared: {key} is {x} in {first}, and {y} in {second}"
+            )
     groups, rows = np.array([sample["group"] for sample in a_samples]), []
     of_b = metrics(b_samples, b["averages"])
     for name, (x, weights) in metrics(a_samples, a["averages"]).items():
@@ -59,14 +66,27 @@ def compare(first: Path, second: Path) -> list[dict]:
             continue
         weights, x, y = weights[has] / weights[has].sum(), x[has], of_b[name][0][has]
         difference = float(weights @ (y - x))
-        low, high = np.quantile(resample(y - x, weights, groups[has], PAIRED_RESAMPLES, 0), [0.025, 0.975])
+        low, high = np.quantile(
+            resample(y - x, weights, groups[has], PAIRED_RESAMPLES, 0), [0.025, 0.975]
+        )
         rng, part, extreme = np.random.default_rng(0), weights * (y - x), 0
-        for chunk in np.array_split(np.arange(PAIRED_RESAMPLES), max(1, PAIRED_RESAMPLES * len(part) // 1_000_000)):
+        for chunk in np.array_split(
+            np.arange(PAIRED_RESAMPLES), max(1, PAIRED_RESAMPLES * len(part) // 1_000_000)
+        ):
             flipped = (rng.integers(2, size=(len(chunk), len(part))) * 2 - 1) @ part
             extreme += int((np.abs(flipped) >= abs(difference) - 1e-12).sum())
-        rows.append({"metric": name, "first": float(weights @ x), "second": float(weights @ y),
-                     "difference": difference, "low": float(low), "high": float(high),
-                     "p": (1 + extreme) / (1 + PAIRED_RESAMPLES), "n": len(x)})
+        rows.append(
+            {
+                "metric": name,
+                "first": float(weights @ x),
+                "second": float(weights @ y),
+                "difference": difference,
+                "low": float(low),
+                "high": float(high),
+                "p": (1 + extreme) / (1 + PAIRED_RESAMPLES),
+                "n": len(x),
+            }
+        )
     if not rows:
         raise InputError(f"{first} and {second} have no metric in common")
     for row, p in zip(rows[1:], holm([row["p"] for row in rows[1:]]), strict=True):
@@ -82,28 +102,35 @@ def find_results(name: str) -> Path:
     if file.is_file():
         return file
     if policies := by_step(path):
-        raise InputError(f"{name} holds evaluations of several policies: name one, such as "
-                         f"{policies[-1]}")
+        raise InputError(
+            f"{name} holds evaluations of several policies: name one, such as {policies[-1]}"
+        )
     if (path / "metrics.jsonl").is_file():
-        raise InputError(f"{name} is a run of train.py, which compare cannot read: evaluate it "
-                         f"first, with python eval.py --model {name} --task ..., and name the directory "
-                         "that this prints")
-    raise InputError(f"{name}: no results of eval.py are there; name its directory, such as "
-                     "runs/NAME")
+        raise InputError(
+            f"{name} is a run of train.py, which compare cannot read: evaluate it "
+            f"first, with python eval.py --model {name} --task ..., and name the directory "
+            "that this prints"
+        )
+    raise InputError(
+        f"{name}: no results of eval.py are there; name its directory, such as runs/NAME"
+    )
 
 
 def print_comparison(names: list[str]) -> None:
     if len(names) != 2:
-        raise InputError("usage: python tools/compare.py runs/A runs/B, each a directory that "
-                         "eval.py wrote")
+        raise InputError(
+            "usage: python tools/compare.py runs/A runs/B, each a directory that eval.py wrote"
+        )
     rows = compare(*[find_results(name) for name in names])
     for letter, name in zip("AB", names, strict=True):
         print(f"{letter}: {name}")
     print(f"{'':>45}       A       B    B - A  [   95% interval ]       p  Holm's p      n")
     for row in rows:
         corrected = f"{row['p_holm']:.4f}" if "p_holm" in row else ""
-        print(f"{row['metric']:>45}  {row['first']:6.3f}  {row['second']:6.3f}  {row['difference']:+7.3f}  "
-              f"[{row['low']:+7.3f}, {row['high']:+7.3f}]  {row['p']:6.4f}  {corrected:>8}  {row['n']:5}")
+        print(
+            f"{row['metric']:>45}  {row['first']:6.3f}  {row['second']:6.3f}  {row['difference']:+7.3f}  "
+            f"[{row['low']:+7.3f}, {row['high']:+7.3f}]  {row['p']:6.4f}  {corrected:>8}  {row['n']:5}"
+        )
 
 
 if __name__ == "__main__":

@@ -20,15 +20,35 @@ from torch.utils import backend_registration as backend
 from torch.utils._pytree import tree_leaves
 
 ROOT, GIB = Path(__file__).parent.parent, 2**30
-PHASES = {"_wrapped_call_impl": "forward", "backward": "backward", "step": "step"}  # of what `entry` calls
-NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh", "unsafe_view",
-             "wait_tensor", "device", "detach", "alias"}
+PHASES = {
+    "_wrapped_call_impl": "forward",
+    "backward": "backward",
+    "step": "step",
+}  # of what `entry` calls
+NO_KERNEL = {
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "lift_fresh",
+    "unsafe_view",
+    "wait_tensor",
+    "device",
+    "detach",
+    "alias",
+}
 
 
 class Stream:
     """And event: there is nothing to wait for."""
 
-    device_type, device_index, stream_id, device = 20, 0, 0, property(lambda self: torch.device("gpu", 0))
+    device_type, device_index, stream_id, device = (
+        20,
+        0,
+        0,
+        property(lambda self: torch.device("gpu", 0)),
+    )
 
     def __init__(self, *args, **kwargs):
         pass
@@ -57,7 +77,9 @@ class Block:
 @functools.cache
 def source(file: str) -> tuple[str | None, bool]:
     """The file's name if it is the project's, and whether it is one of FSDP2's."""
-    return Path(file).name if Path(file).parent == ROOT else None, Path(file).parent.name == "_fully_shard"
+    return Path(file).name if Path(file).parent == ROOT else None, Path(
+        file
+    ).parent.name == "_fully_shard"
 
 
 class GPU(FakeTensorMode):
@@ -68,7 +90,10 @@ class GPU(FakeTensorMode):
     def __init__(self, lm, entry: Callable):
         """lm: the model, without memory. entry: the function whose calls are the phases."""
         super().__init__(allow_non_fake_inputs=True)
-        self.shapes, self.words = {tuple(sorted(p.shape)) for p in lm.parameters()}, lm.config.vocab_size
+        self.shapes, self.words = (
+            {tuple(sorted(p.shape)) for p in lm.parameters()},
+            lm.config.vocab_size,
+        )
         self.entry, self.phase, self.events, self.now = entry.__code__, "load", 0, 0
         self.held: dict[int, Block] = {}  # by storage
         self.reset()
@@ -79,7 +104,9 @@ class GPU(FakeTensorMode):
         torch.autograd.set_multithreading_enabled(False)  # no thread for a device that is not there
         torch.accelerator.current_stream = Device.current_stream
         _fsdp_init._move_states_to_device = lambda *_: None  # buffers, which policy.load moves
-        FakeTensor.is_cuda = property(lambda x: x.device.type == "gpu")  # the project takes it for a CUDA device
+        FakeTensor.is_cuda = property(
+            lambda x: x.device.type == "gpu"
+        )  # the project takes it for a CUDA device
         FakeTensor.tolist = lambda x: self.read(x)
         resize = torch.UntypedStorage.resize_
 
@@ -124,7 +151,9 @@ class GPU(FakeTensorMode):
     def name(self, kind: str, tensors: Iterable[Tensor]) -> None:
         """What these are, and have been since the last reset."""
         for x in tensors:
-            self.held[id((x.to_local() if isinstance(x, DTensor) else x).untyped_storage())].kind = kind
+            self.held[
+                id((x.to_local() if isinstance(x, DTensor) else x).untyped_storage())
+            ].kind = kind
 
     def by_kind(self, event: int) -> dict[str, float]:
         """GiB held after that event."""
@@ -143,7 +172,10 @@ class GPU(FakeTensorMode):
             line, sharding = line or (file and f"{file}:{frame.f_lineno}"), sharding or of_fsdp
             if frame.f_code is self.entry:
                 return PHASES.get(callee, "rest"), line, sharding
-            callee, frame = callee if frame.f_code.co_name == "<listcomp>" else frame.f_code.co_name, frame.f_back
+            callee, frame = (
+                callee if frame.f_code.co_name == "<listcomp>" else frame.f_code.co_name,
+                frame.f_back,
+            )
         return self.phase, line, sharding
 
     def read(self, x: Tensor):
@@ -155,7 +187,8 @@ class GPU(FakeTensorMode):
         kwargs, leaves = kwargs or {}, tree_leaves((args, kwargs))
         given = [x for x in leaves if isinstance(x, Tensor)]
         if all(type(x) in (Tensor, nn.Parameter) for x in given) and not any(
-                isinstance(x, torch.device) and x.type == "gpu" for x in leaves):
+            isinstance(x, torch.device) and x.type == "gpu" for x in leaves
+        ):
             return func(*args, **kwargs)  # the host's own
         if func is torch.ops.aten._local_scalar_dense.default:
             return self.read(given[0])
@@ -166,13 +199,25 @@ class GPU(FakeTensorMode):
         return out
 
     def record(self, func, given: list[Tensor], made: list[Tensor]) -> None:
-        (phase, line, sharding), name, counts = self.where(), func.__name__.split(".")[0].strip("_"), self.counts
+        (phase, line, sharding), name, counts = (
+            self.where(),
+            func.__name__.split(".")[0].strip("_"),
+            self.counts,
+        )
         for x in made:
             if x.device.type == "gpu":
-                kind = "rest" if phase not in ("forward", "backward") else (
+                kind = (
+                    "rest"
+                    if phase not in ("forward", "backward")
                     # weights on their way, and their gradients
-                    "gathered" if sharding or tuple(sorted(x.shape)) in self.shapes else
-                    "logits" if self.words in x.shape else "activations")
+                    else (
+                        "gathered"
+                        if sharding or tuple(sorted(x.shape)) in self.shapes
+                        else "logits"
+                        if self.words in x.shape
+                        else "activations"
+                    )
+                )
                 block = self.hold(x.untyped_storage(), kind)
         if func.is_view or name in NO_KERNEL:
             return
@@ -185,8 +230,11 @@ class GPU(FakeTensorMode):
                 counts["copies"][line] += 1
                 counts["copies_behind_a_forward"][line] += counts["launches"]["forward"] > 0
         elif name in ("mm", "addmm", "bmm", "baddbmm") or name.startswith("varlen_attn"):
-            flops = (self.attend(given, "backward" in name) if name.startswith("varlen_attn")
-                     else 2 * made[0].numel() * given[-1].shape[-2])  # what is summed over: rows of the last factor
+            flops = (
+                self.attend(given, "backward" in name)
+                if name.startswith("varlen_attn")
+                else 2 * made[0].numel() * given[-1].shape[-2]
+            )  # what is summed over: rows of the last factor
             counts["tflop"][phase] += flops / 1e12
             counts["tflop_in"][str(given[1].dtype).removeprefix("torch.")] += flops / 1e12
         elif func.namespace in ("c10d", "_c10d_functional"):
@@ -197,10 +245,19 @@ class GPU(FakeTensorMode):
         """Operations by (query, key) pairs; by torch's own count each query sees all keys. And what FlashAttention 2
         takes for its backward: the gradients of keys and values for each query head, and sums in float32."""
         tokens, heads, width = given[0].shape
-        ends = (self.held[id(x.untyped_storage())].host for x in given)  # only queries and keys were copied there
+        ends = (
+            self.held[id(x.untyped_storage())].host for x in given
+        )  # only queries and keys were copied there
         queries, keys = (x.diff().tolist() for x in ends if x is not None)
         if backward:
             expanded = 4 * sum(keys) * heads * width * (given[2].shape[1] < heads)
-            self.free(self.allocate("activations", expanded + 4 * (tokens + 128 * len(queries)) * heads * (width + 1)))
-        pairs = sum(q * (k - q) + q * (q + 1) // 2 for q, k in zip(queries, keys, strict=True))  # aligned at the end
+            self.free(
+                self.allocate(
+                    "activations",
+                    expanded + 4 * (tokens + 128 * len(queries)) * heads * (width + 1),
+                )
+            )
+        pairs = sum(
+            q * (k - q) + q * (q + 1) // 2 for q, k in zip(queries, keys, strict=True)
+        )  # aligned at the end
         return (10 if backward else 4) * pairs * heads * width

@@ -14,12 +14,20 @@ def sign_flip(differences: list[float]) -> float:
 
 
 def table(header: str, rows: Iterable[Iterable[str]]) -> str:
-    lines = [header, "|" + "---|" * (header.count("|") - 1), *("| " + " | ".join(row) + " |" for row in rows)]
+    lines = [
+        header,
+        "|" + "---|" * (header.count("|") - 1),
+        *("| " + " | ".join(row) + " |" for row in rows),
+    ]
     return "\n".join(lines) + "\n"
 
 
 def spread(values: list[float]) -> str:
-    return f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
+    return (
+        f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}"
+        if len(values) > 1
+        else f"{values[0]:.3f}"
+    )
 
 
 def holm(p: list[float]) -> list[float]:
