@@ -205,7 +205,7 @@ def warm_start(seed: int, demonstrations: str, steps: int = 300, batch: int = 12
     """A policy that has imitated noisy demonstrations (a key of FAULTS), and is right now and then."""
     policy, rng, faults = make_policy(seed), random.Random(seed), FAULTS[demonstrations]
     prompts = make_prompts(4000, f"demonstrations {seed}")
-    demos = [(ids, [demonstration(rng, example.messages[0]["content"], faults)]) for ids, example in prompts]
+    demos = [(prompt.ids, [demonstration(rng, prompt.example.messages[0]["content"], faults)]) for prompt in prompts]
     optimizer = torch.optim.AdamW(policy.parameters(), fused=True)
     for step in range(steps):
         for group in optimizer.param_groups:
