@@ -17,7 +17,6 @@ from config import TrainConfig
 from infra import pretrained, ranks
 from infra.ranks import InputError
 from local import hf
-from rewards import Task
 
 
 def head_and_logp(n: int):
@@ -121,13 +120,8 @@ def test_moments_are_made_before_the_engine(monkeypatch, tiny):
     )
     monkeypatch.setattr(hf, "HFEngine", lambda *args: None)
     config = TrainConfig(model=str(tiny), engine="hf", max_tokens=8)
-    learner, *_ = train.setup(
-        config,
-        torch.device("cpu"),
-        Task.__new__(Task),
-        pretrained.describe(str(tiny), 8, trained=True),
-        20,
-    )
+    known = pretrained.describe(str(tiny), 8, trained=True)
+    learner, _ = train.load(config, torch.device("cpu"), known, 20)
     made = optimizers[1]
     assert [*made] == [*learner.policy.parameters()] and all(
         {"step", "exp_avg", "exp_avg_sq"} <= made[p].keys() for p in made

@@ -652,7 +652,7 @@ def nothing_is_loaded(monkeypatch):
         (["--track", "trackio"], "--track trackio: it is not installed; pip install trackio"),
         (["--task", "x"], "--task x: choose one of tools, reply"),
         (["--agg", "x"], "--agg x: should be 'rvpo', 'gdpo'"),
-        (["--engine", "x"], "--engine x: should be 'vllm' or 'hf'"),
+        (["--engine", "x"], "--engine x: should be 'auto', 'vllm' or 'hf'"),
         (["--beta", "x"], "beta 'x' is neither"),
         (["--group", 1], "--group 1: should be greater than or equal to 2"),
         (["--prompts", 0], "--prompts 0: should be greater than or equal to 1"),
