@@ -39,7 +39,7 @@ def head_and_logp(n: int):
 
 def test_logits_of_half_precision_are_not_rounded_and_the_head_s_gradient_is_summed_in_float32():
     """By the way over chunks; rounding the logits alone would cost a thousand times as much."""
-    hidden, head, targets, exact, expected = head_and_logp(3 * policies.LOGITS[0] + 5)
+    hidden, head, targets, exact, expected = head_and_logp(3 * policies.LOGITS_ON_CPU + 5)
     logp = policies.LogProbs.apply(hidden, head, targets, 0.5)
     rounded = ((hidden @ head.T).float() / 0.5).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
     assert (

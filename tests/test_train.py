@@ -228,7 +228,7 @@ def test_prompts_without_signal_are_not_computed(tiny, monkeypatch):
         lambda module, inputs, out: computed[-1].append(inputs[0].tokens[0].tolist())
     )
     groups, dealt, deal = updates.batch_of(5, 4, silent=(0, 3)), [], update.deal
-    monkeypatch.setattr(train, "deal", lambda *args: dealt.append(deal(*args)) or dealt[-1])
+    monkeypatch.setattr(update, "deal", lambda *args: dealt.append(deal(*args)) or dealt[-1])
 
     def step(kl: float) -> None:
         optimizer = updates.Recorder(policy.parameters(), lr=0.0)
