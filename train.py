@@ -31,6 +31,7 @@ from infra import pretrained, resume, run_directory
 from infra.log import RunLog, open_tracker
 from infra.prompts import Prompt, encode, today
 from infra.signals import catch_signals
+from infra.state import Checkpoints, tensors
 from rewards import Task, to_unit
 from rollout import Decoding, Group, Sampler, VLLMEngine
 from tasks import load_prompts, load_task
@@ -187,7 +188,7 @@ def setup(
         policy = policies.load(path, device, mesh)
         reference = policies.load(path, device, mesh, half, trained=False) if config.kl else None
         optimizer = make_optimizer(policy, config.lr)
-        resume.tensors(
+        tensors(
             policy, optimizer
         )  # AdamW's moments, too: made later they would take blocks that vLLM needs
         policy.recompute(config.gradient_checkpointing, config.tokens_per_microbatch)
@@ -242,9 +243,7 @@ def main(config: TrainConfig) -> None:
         log = RunLog(
             run, config.steps, state.step, write_policy if config.keep_policies else None, tracker
         )
-        checkpoints = resume.Checkpoints(
-            log, learner.policy, learner.optimizer, config.save_every, state
-        )
+        checkpoints = Checkpoints(log, learner.policy, learner.optimizer, config.save_every, state)
         log.begin(state.lengths, about)
         catch_signals()
         with checkpoints.saving_what_can_be(write_policy):
