@@ -30,9 +30,10 @@ import policy as policies
 import rvpo
 from config import parse_beta
 from infra import pretrained, resume, run_directory
-from infra.log import RunLog, open_tracker
+from infra.log import Log, RunLog, open_tracker
 from infra.prompts import Prompt, encode, today
 from infra.signals import catch_signals
+from infra.state import Checkpoints, NoCheckpoints, tensors
 from rewards import to_unit
 from rollout import Decoding, Engine, Group, Sampler, VLLMEngine
 from tasks import load_prompts, load_task
@@ -44,14 +45,13 @@ def fit(
     learner: Learner,
     sampler: Sampler,
     prompts: list[Prompt],
-    log,
+    log: Log,
     evaluate_at: Callable[[int], None],
-    checkpoints,
+    checkpoints: NoCheckpoints,
 ) -> None:
     """Trains from checkpoints.state on, until config.steps are done.
 
-    log: an infra.log.Log. checkpoints: a resume.Checkpoints. evaluate_at: evaluates the policy after
-    so many steps. Raises InputError if a reward fails, if losses are not finite, or if a file
+    evaluate_at: evaluates the policy after so many steps. Raises InputError if a reward fails, if losses are not finite, or if a file
     cannot be written; signals.Stop if the run is to end.
     """
     state = checkpoints.state
@@ -74,7 +74,7 @@ def step(
     learner: Learner,
     sampler: Sampler,
     prompts: list[Prompt],
-    log,
+    log: Log,
     steps_done: int,
 ) -> tuple[list[Group], dict]:
     """Samples one batch and trains on it. Returns its groups and what is logged of the step."""
@@ -197,7 +197,7 @@ class Stopwatch:
         self.began = ended
 
 
-def evaluate(sampler: Sampler, held_out: list[Prompt], log, step: int) -> None:
+def evaluate(sampler: Sampler, held_out: list[Prompt], log: Log, step: int) -> None:
     """One sample for each held-out prompt, with the same request seeds each time."""
     task = sampler.task
     groups = sampler.score(held_out, sampler.sample(held_out, 1, "eval"))
@@ -258,9 +258,7 @@ def main(config: TrainConfig) -> None:
         )
         kept = write_policy if config.keep_policies else None
         log = RunLog(run, config.steps, state.step, kept, tracker)
-        checkpoints = resume.Checkpoints(
-            log, learner.policy, learner.optimizer, config.save_every, state
-        )
+        checkpoints = Checkpoints(log, learner.policy, learner.optimizer, config.save_every, state)
         log.begin(state.lengths, about)
         evaluate_at = functools.partial(evaluate, sampler, held_out, log)
         catch_signals()
@@ -285,7 +283,7 @@ def load(
             reference = policies.load(known.path, device, mesh, half, trained=False)
         optimizer = make_optimizer(policy, config.lr)
         # AdamW's moments are made now: later they would take blocks of memory that vLLM needs.
-        resume.tensors(policy, optimizer)
+        tensors(policy, optimizer)
         policy.recompute(config.gradient_checkpointing, config.tokens_per_microbatch)
         if config.engine == "vllm":
             at_a_time = min(32, max(config.prompts * config.group, config.eval_prompts))
