@@ -46,7 +46,7 @@ def metrics(
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """{metric: (values (N,), weights (N,))} over all items; the metric is their weighted mean, NaN where an item has no
     such score. averages: {name: {group: weight}} of the score "correct", which is then also given for each group."""
-    groups = np.array([sample["group"] for sample in samples])
+    groups = np.array([sample["category"] for sample in samples])
     values = {
         name: np.array(
             [sample["scores"].get(name) for sample in samples], dtype=float
@@ -90,7 +90,7 @@ def summarize(
     samples: list[dict], averages: dict, clip: bool, seed: int
 ) -> dict[str, dict[str, float]]:
     """{metric: {mean, stderr, n}}. stderr: the standard deviation of bootstrapped means. clip: both to [0, 1]."""
-    groups, out = np.array([sample["group"] for sample in samples]), {}
+    groups, out = np.array([sample["category"] for sample in samples]), {}
     for name, (values, weights) in metrics(samples, averages).items():
         has = ~np.isnan(values) & (weights > 0)
         if has.any():
@@ -128,7 +128,7 @@ def records(task: rewards.Task, groups: list[rollout.Group]) -> list[dict]:
     items: dict[tuple[str, str], list[rollout.Group]] = {}
     for i, group in enumerate(groups):
         example = group.prompt.example
-        items.setdefault((example.id or str(i), example.group), []).append(group)
+        items.setdefault((example.id or str(i), example.category), []).append(group)
     out = []
     for (name, category), members in items.items():
         responses = [group.responses[0] for group in members]
@@ -142,7 +142,7 @@ def records(task: rewards.Task, groups: list[rollout.Group]) -> list[dict]:
         out.append(
             {
                 "id": name,
-                "group": category,
+                "category": category,
                 "scores": {
                     score: float(np.mean(x)) if x else math.nan for score, x in values.items()
                 },

@@ -31,7 +31,7 @@ def _read(file: Path) -> tuple[dict, list[dict]]:
         settings = {"task": results["task"], "averages": results["averages"], **results["settings"]}
         samples.sort(key=lambda sample: sample["id"])
         values = [x for sample in samples for x in sample["scores"].values() if x is not None]
-        if len({(sample["id"], str(sample["group"])) for sample in samples}) < max(1, len(samples)):
+        if len({(sample["id"], str(sample["category"])) for sample in samples}) < max(1, len(samples)):
             raise ValueError("no items, or one of them twice")
         if not all(type(x) in (int, float) and abs(x) < math.inf for x in values):
             raise ValueError("a score that is no number")
@@ -48,8 +48,8 @@ def compare(first: Path, second: Path) -> list[dict]:
     test, for every metric that both have. All but the first are also corrected together by Holm. Nothing is clipped.
     Raises InputError for different items or settings."""
     (a, a_samples), (b, b_samples) = _read(first), _read(second)
-    if a.get("items") != b.get("items") or [(s["id"], s["group"]) for s in a_samples] != [
-        (s["id"], s["group"]) for s in b_samples
+    if a.get("items") != b.get("items") or [(s["id"], s["category"]) for s in a_samples] != [
+        (s["id"], s["category"]) for s in b_samples
     ]:
         raise InputError("the two evaluations cannot be compared: they are of different items")
     for key in sorted((a.keys() | b.keys()) - UNCOMPARED):
@@ -58,7 +58,7 @@ def compare(first: Path, second: Path) -> list[dict]:
             raise InputError(
                 f"the two evaluations cannot be compared: {key} is {x} in {first}, and {y} in {second}"
             )
-    groups, rows = np.array([sample["group"] for sample in a_samples]), []
+    groups, rows = np.array([sample["category"] for sample in a_samples]), []
     of_b = metrics(b_samples, b["averages"])
     for name, (x, weights) in metrics(a_samples, a["averages"]).items():
         has = ~np.isnan(x) & ~np.isnan(of_b.get(name, [x * np.nan])[0]) & (weights > 0)
