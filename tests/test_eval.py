@@ -702,12 +702,12 @@ def test_compare_says_what_it_cannot_read(tmp_path, monkeypatch, capsys):
         ("nothing", "nothing: no results of eval.py are there"),
     ]:
         with pytest.raises(InputError) as error:
-            comparison.print_comparison(["good", other])
+            comparison.main(["good", other])
         assert str(error.value).startswith(message)
     with pytest.raises(
         InputError, match="usage: python tools/compare.py runs/A runs/B, each a directory"
     ):
-        comparison.print_comparison(["good"])
+        comparison.main(["good"])
     assert capsys.readouterr().out == ""
 
 
