@@ -254,7 +254,7 @@ def ours_healthbench(case: dict, clip: bool = False, missing: float = math.nan) 
         scores, _ = HealthBench.result(None, Example([], json.dumps(row["themes"]), items), "", met)
         samples.append(
             {
-                "group": "",
+                "category": "",
                 "scores": {
                     name: float(np.clip(x, 0, 1)) if clip and ":" in name else x
                     for name, x in scores.items()
