@@ -5,7 +5,7 @@
 
 Kept from GRPO: G rollouts a prompt instead of a critic, the clipped ratio, an optional KL penalty.
 Every number is the same for any number of ranks, up to rounding and random rewards. The loop is
-`fit`; its step is `update` in update.py.
+`fit`, a step is `step`, and its optimizer steps are `update` in update.py.
 """
 
 import sys
@@ -51,8 +51,8 @@ def fit(
 ) -> None:
     """Trains from checkpoints.state on, until config.steps are done.
 
-    evaluate_at: evaluates the policy after so many steps. Raises InputError if a reward fails, if losses are not finite, or if a file
-    cannot be written; signals.Stop if the run is to end.
+    evaluate_at: evaluates the policy after so many steps. Raises InputError if a reward fails, if
+    losses are not finite, or if a file cannot be written. Raises signals.Stop if the run is to end.
     """
     state = checkpoints.state
     sampler.engine.push(policies.full_weights(learner.policy, sampler.engine.dtype))
@@ -271,7 +271,10 @@ def main(config: TrainConfig) -> None:
 def load(
     config: TrainConfig, device: torch.device, known: pretrained.Pretrained, longest: int
 ) -> tuple[Learner, Engine]:
-    """Model, optimizer and engine. longest: tokens of a prompt with its response. Raises InputError."""
+    """Model, optimizer and engine. Raises InputError.
+
+    longest: tokens of the longest prompt with its response.
+    """
     decoding = Decoding(known.tokenizer, known.stops, config.temperature, config.max_tokens)
     mesh = policies.make_mesh(device)
     half = policies.compute_dtype(device)

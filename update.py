@@ -119,7 +119,8 @@ def old_logps_of(policy, work: list[list[MicroBatch]], temperature: float) -> li
                 logps.append(policy(batch.row, temperature))
             old_logps.append(logps)
     if isinstance(policy, FSDPModule):
-        # A forward without backward leaves embeddings and head gathered: AdamW would step on copies.
+        # A forward without backward leaves embeddings and head gathered, and AdamW would step on
+        # copies.
         policy.reshard()
     return old_logps
 
