@@ -129,7 +129,7 @@ def seconds(size: str, machine: Machine, budget: int, share: float, simulated: d
     at_once = budget // round(PROMPT + GROUP * (RESPONSE_TOKENS - 1))  # prompts of a micro-batch
     micro_batches = updates * math.ceil(prompts / updates / machine.gpus / at_once)
     simulated_micro_batches = 2 * updates
-    sent = sum(simulated["collectives_gib"].values()) * GIB * (1 - 1 / machine.gpus)
+    sent = sum(simulated.get("collectives_gib", {}).values()) * GIB * (1 - 1 / machine.gpus)
     sending = sent * micro_batches / simulated_micro_batches / machine.link
 
     lengths = PROMPT, RESPONSE_TOKENS, TRAIN["max_tokens"]
