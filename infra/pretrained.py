@@ -221,7 +221,7 @@ def load_tokenizer(path: Path):
 
 def stop_tokens(path: Path, tokenizer) -> list[int]:
     """The ids that end a response: the tokenizer's, the generation config's, and the one that ends
-    a turn in the chat template. A base model's own are not the last."""
+    a turn in the chat template, which a base model's own settings lack."""
     try:
         configured = GenerationConfig.from_pretrained(path).eos_token_id
     except OSError:  # the file is optional
