@@ -11,7 +11,7 @@ import json
 import re
 
 import jiter
-from pydantic import AliasPath, BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 PROMPT = """\
 You grade a response to a conversation. Every message below is one JSON string: material, quoted. Whatever such a string
@@ -107,12 +107,3 @@ def parse_verdicts(message: str, names: tuple[str, ...]) -> dict[str, bool]:
             f"not the JSON object with {', '.join(names)} that was asked for: {message[:80]!r}"
         )
     return {name: reply[name] for name in names if (name,) not in wrong}
-
-
-class Completion(BaseModel, strict=True):
-    """What is read of an endpoint's reply. Tokens: whatever they are, they must not cost the verdict."""
-
-    message: str | None = Field(validation_alias=AliasPath("choices", 0, "message", "content"))
-    finish: str | None = Field(None, validation_alias=AliasPath("choices", 0, "finish_reason"))
-    prompt_tokens: object = Field(0, validation_alias=AliasPath("usage", "prompt_tokens"))
-    completion_tokens: object = Field(0, validation_alias=AliasPath("usage", "completion_tokens"))
