@@ -1,9 +1,10 @@
-"""How figures look: a method has one colour, one name and one place in the order, in all of them."""
+"""How figures look: a method has one colour, one name and one place in the order."""
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 
 # Okabe and Ito's colours, which people who are colour-blind tell apart.
 COLORS = {
@@ -14,19 +15,35 @@ COLORS = {
     "hardmin": "#000000",
     "softmin": "#CC79A7",
 }
+DASHES = {"rvpo 10": "--", "rvpo 0.5:2": ":"}  # beside rvpo with beta 2
 WIDTH = 8.0  # inches: 800 pixels at DPI, the width of a page on GitHub
 DPI = 100
+LINE_HEIGHT = 10.0  # points between two names at the right end of a panel
 
 
 def color(method: str) -> str:
-    """Of a method, whatever its settings: "rvpo 10" is a shade of rvpo's."""
+    """Of a method, whatever its settings: "rvpo 10" has rvpo's."""
     return COLORS.get(method.split()[0], "#999999")
+
+
+def draw_line(axis, x, y, method: str, **options) -> None:
+    """A line in the colour and the dashes of its method."""
+    options = {"color": color(method), "linestyle": DASHES.get(method, "-")} | options
+    axis.plot(x, y, **options)
+
+
+def draw_seeds(axis, x, curves, method: str) -> None:
+    """A thin line for each seed, and a thick one for their mean. curves: (seeds, points)."""
+    if len(curves) > 1:
+        for curve in curves:
+            draw_line(axis, x, curve, method, linewidth=0.6, alpha=0.35)
+    draw_line(axis, x, np.mean(curves, 0), method, linewidth=1.8)
 
 
 def label_end(
     axis, x: list[float], y: list[float], text: str, method: str, shift: float = 0.0
 ) -> None:
-    """Names a line at its right end, in its colour, in place of a legend. shift: upwards, in points."""
+    """Names a line at its right end, in its colour. shift: upwards, in points."""
     axis.annotate(
         text,
         (x[-1], y[-1]),
@@ -37,6 +54,22 @@ def label_end(
         va="center",
         annotation_clip=False,
     )
+
+
+def label_ends(axis, x: float, ends: dict[str, float]) -> None:
+    """Names the lines of a panel that end at x, none above another. ends: {method: its last value}.
+
+    Call it when the panel has its limits and its size."""
+    methods = sorted(ends, key=ends.get)
+    heights = [axis.transData.transform((x, ends[method]))[1] for method in methods]
+    heights = np.array(heights) * 72 / axis.figure.dpi  # points
+    places = heights.copy()
+    for _ in range(100):  # names that are too close push each other apart
+        push = np.maximum(LINE_HEIGHT - np.diff(places), 0) / 2
+        places[1:] += push
+        places[:-1] -= push
+    for method, shift in zip(methods, places - heights, strict=True):
+        label_end(axis, [x], [ends[method]], method, method, shift)
 
 
 def save(figure, file) -> None:
