@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import style
 import toy
-from style import plt
 
 from tools.stats import sign_flips, spread, table
 
@@ -251,7 +250,7 @@ def closed_form() -> str:
 # The figure. Titles say what the committed runs show: look again when others are drawn.
 
 FINDINGS = {
-    "conflict": "Conflict: gdpo gives\nthe limit up",
+    "conflict": "Conflict: gdpo fails,\nsoft minima do not",
     "no conflict": "No conflict: all but\nexplicit learn it",
     "precision": "Precision: z-scores fail,\nlevels do not",
 }
@@ -259,28 +258,18 @@ FINDINGS = {
 
 def figure(panels: dict[str, Panel], every: int, out: Path) -> None:
     """study.png. every: steps between evaluations."""
-    drawn, axes = plt.subplots(2, 3, figsize=(style.WIDTH, 6.2), sharey=True, layout="constrained")
+    drawn, axes = style.panels(2, 3, 6.2, sharey=True)
     for axis, (task, title) in zip(axes[0], FINDINGS.items(), strict=True):
         draw_task(axis, panels[AGGREGATION][task])
-        axis.set_title(title, fontsize=10)
-    axes[0, 0].set(ylim=(-0.03, 1.03), ylabel="joint rate, a dot a seed")
+        style.describe(axis, title, y="joint rate, a dot a seed")
     limit, beta, noise = axes[1]
-    limit.set_ylabel("share of answers, mean of seeds")
-    limit.set_title("Conflict: answers that keep\nthe length limit", fontsize=10)
-    beta.set_title("rvpo: any beta from 1 to 10\nresolves the conflict", fontsize=10)
-    noise.set_title("A wrong judge hurts\nsoftmin the most", fontsize=10)
+    draw_betas(beta, panels[BETA])
     ends = [
-        draw_limit(limit, panels[AGGREGATION]["conflict"], every),
-        draw_betas(beta, panels[BETA]),
-        draw_noise(noise, panels[NOISE]),
+        (limit, draw_limit(limit, panels[AGGREGATION]["conflict"], every)),
+        (noise, draw_noise(noise, panels[NOISE])),
     ]
-    for axis in axes.flat:
-        axis.grid(alpha=0.3)
-        axis.tick_params(labelsize=8)
-    drawn.canvas.draw()  # the panels get their sizes
-    for axis, (x, values) in zip(axes[1], ends, strict=True):
-        style.label_ends(axis, x, values)
-    style.save(drawn, out)
+    limit.set_ylim(-0.03, 1.03)
+    style.save(drawn, out, ends)
 
 
 def draw_task(axis, cells: Cells) -> None:
@@ -293,10 +282,7 @@ def draw_task(axis, cells: Cells) -> None:
     axis.set_xticks(range(len(cells)), [*cells], rotation=40, ha="right")
 
 
-Ends = tuple[float, dict[str, float]]  # where lines end: x, and {name: y}
-
-
-def draw_limit(axis, cells: Cells, every: int) -> Ends:
+def draw_limit(axis, cells: Cells, every: int) -> style.Ends:
     """How many held-out answers keep the length limit, over training; thin lines are seeds."""
     ends = {}
     for method in ("rvpo", "gdpo", "grpo", "softmin"):
@@ -304,25 +290,26 @@ def draw_limit(axis, cells: Cells, every: int) -> Ends:
         steps = every * np.arange(curves.shape[1])
         style.draw_seeds(axis, steps, curves, method)
         ends[method] = curves[:, -1].mean()
-    axis.set_xlabel("step", fontsize=9)
+    style.describe(
+        axis, "Conflict: gdpo gives the\nlength limit up", "step", "answers that keep the limit"
+    )
     return steps[-1], ends
 
 
-def draw_betas(axis, panel: Panel) -> Ends:
-    """Joint rate by beta: of each seed, and the mean."""
-    betas, ends = [float(beta) for beta in panel], {}
+def draw_betas(axis, panel: Panel) -> None:
+    """rvpo's joint rate by beta: a dot a seed, a line for the mean."""
+    betas = [float(beta) for beta in panel]
     for task, dashes in (("conflict", "-"), ("no conflict", "--")):
-        rates = [lasts(cells[task]) for cells in panel.values()]  # (betas, seeds)
-        means = np.mean(rates, 1)
-        style.draw_line(axis, betas, means, "rvpo", linestyle=dashes)
+        rates = np.array([lasts(cells[task]) for cells in panel.values()])  # (betas, seeds)
+        style.draw_line(axis, betas, rates.mean(1), "rvpo", linestyle=dashes)
         axis.plot(betas, rates, "o", color=style.color("rvpo"), markersize=3, alpha=0.5)
-        axis.annotate(task, (betas[1], means[1]), (4, -10), textcoords="offset points", fontsize=9)
-    axis.set(xscale="log")
-    axis.set_xlabel("beta", fontsize=9)
-    return betas[-1], ends
+        below = betas[1], rates[1].mean()
+        axis.annotate(task, below, (4, -11), textcoords="offset points", fontsize=9)
+    axis.set_xscale("log")
+    style.describe(axis, "rvpo: a beta from 1 to 10\nresolves the conflict", "beta", "joint rate")
 
 
-def draw_noise(axis, panel: Panel) -> Ends:
+def draw_noise(axis, panel: Panel) -> style.Ends:
     """Joint rate by the share of wrong judgements; thin lines are seeds."""
     ends = {}
     for method in panel["0%"]:
@@ -330,5 +317,7 @@ def draw_noise(axis, panel: Panel) -> Ends:
         style.draw_seeds(axis, range(len(panel)), rates.T, method)
         ends[method] = rates[-1].mean()
     axis.set_xticks(range(len(panel)), [*panel])
-    axis.set_xlabel("judgements of `safe` inverted", fontsize=9)
+    style.describe(
+        axis, "A wrong judge hurts\nsoftmin the most", "judgements inverted", "joint rate"
+    )
     return len(panel) - 1, ends

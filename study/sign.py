@@ -25,7 +25,6 @@ import numpy as np
 import style
 import text
 import torch
-from style import plt
 
 import rvpo
 
@@ -210,26 +209,19 @@ def table() -> str:
 
 
 def figure(out: Path) -> None:
-    drawn, axes = plt.subplots(1, 3, figsize=(style.WIDTH, 3.4), layout="constrained")
+    drawn, axes = style.panels(1, 3, 3.4)
+    first, second, third = axes
     ends = [
-        draw(axis) for draw, axis in zip((draw_credit, draw_turns, draw_runs), axes, strict=True)
+        (first, draw_credit(first)),
+        (second, draw_turns(second)),
+        (third, draw_runs(third)),
     ]
     for axis in axes:
         axis.axhline(0, color="gray", linewidth=0.6)
-        axis.grid(alpha=0.3)
-        axis.tick_params(labelsize=8)
-        for words, size in ((axis.title, 10), (axis.xaxis.label, 9), (axis.yaxis.label, 9)):
-            words.set_fontsize(size)
-    drawn.canvas.draw()  # the panels get their sizes
-    for axis, (x, values) in zip(axes, ends, strict=True):
-        style.label_ends(axis, x, values)
-    style.save(drawn, out)
+    style.save(drawn, out, ends)
 
 
-Ends = tuple[float, dict[str, float]]  # where lines end: x, and {name: y}
-
-
-def draw_credit(axis) -> Ends:
+def draw_credit(axis) -> style.Ends:
     """In groups of G at pull 1: lines by quadrature, dots by Monte Carlo."""
     dense, rates, ends = np.linspace(0.04, 0.96, 47), np.linspace(0.1, 0.9, 9), {}
     for name, (method, beta) in Z_SCORES.items():
@@ -238,30 +230,32 @@ def draw_credit(axis) -> Ends:
         style.draw_line(axis, dense, line, name)
         axis.plot(rates, dots, ".", color=style.color(name))
         ends[name] = line[-1]
-    axis.set(
-        title="Theory: what few keep,\nz-scores punish",
-        xlabel="share that keeps the constraint",
-        ylabel="credit of keeping it",
+    style.describe(
+        axis,
+        "Theory: what few keep,\nz-scores punish",
+        "share that keeps the constraint",
+        "credit of keeping it",
     )
     return dense[-1], ends
 
 
-def draw_turns(axis) -> Ends:
+def draw_turns(axis) -> style.Ends:
     """Shares above which keeping the constraint is rewarded, by the pull of the others."""
     pulls, ends = np.linspace(0.1, 3, 15), {}
     for name, (method, beta) in (Z_SCORES | LEVELS).items():
         shares = [turn(method, beta, pull, K) for pull in pulls]
         style.draw_line(axis, pulls, shares, name)
         ends[name] = shares[-1]
-    axis.set(
-        title="Above its line a method\nrewards keeping it",
-        xlabel="pull of the other channels",
-        ylabel="share that keeps the constraint",
+    style.describe(
+        axis,
+        "Above its line a method\nrewards keeping it",
+        "pull of the other channels",
+        "share that keeps the constraint",
     )
     return pulls[-1], ends
 
 
-def draw_runs(axis) -> Ends:
+def draw_runs(axis) -> style.Ends:
     """What real runs logged as `credit`: means of their steps, with standard errors."""
     ends = {}
     for method in RUNS:
@@ -275,10 +269,11 @@ def draw_runs(axis) -> Ends:
         x, y, errors = zip(*points, strict=True)
         axis.errorbar(x, y, errors, color=style.color(method), marker="o", markersize=3, capsize=2)
         ends[method] = y[-1]
-    axis.set(
-        title="Real runs: so do theirs;\nthe raw sum does not",
-        xlabel="share of a step's replies that keep it",
-        ylabel="credit of the word limit",
+    style.describe(
+        axis,
+        "Real runs: so do theirs;\nthe raw sum does not",
+        "share of a step's replies that keep it",
+        "credit of the word limit",
     )
     return 0.9, ends
 

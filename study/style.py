@@ -1,5 +1,7 @@
 """How figures look: a method has one colour, one name and one place in the order."""
 
+from collections.abc import Iterable
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -24,6 +26,24 @@ LINE_HEIGHT = 10.0  # points between two names at the right end of a panel
 def color(method: str) -> str:
     """Of a method, whatever its settings: "rvpo 10" has rvpo's."""
     return COLORS.get(method.split()[0], "#999999")
+
+
+def panels(rows: int, columns: int, height: float, **options):
+    """A figure, `height` inches high, and its axes, as plt.subplots gives them."""
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(WIDTH, height), layout="constrained", **options
+    )
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)  # the names of lines stand there
+    return figure, axes
+
+
+def describe(axis, title: str = "", x: str = "", y: str = "") -> None:
+    axis.set_title(title, fontsize=10)
+    axis.set_xlabel(x, fontsize=9)
+    axis.set_ylabel(y, fontsize=9)
 
 
 def draw_line(axis, x, y, method: str, **options) -> None:
@@ -72,6 +92,13 @@ def label_ends(axis, x: float, ends: dict[str, float]) -> None:
         label_end(axis, [x], [ends[method]], method, method, shift)
 
 
-def save(figure, file) -> None:
+Ends = tuple[float, dict[str, float]]  # of a panel's lines: x, and {method: y}
+
+
+def save(figure, file, ends: Iterable[tuple[plt.Axes, Ends]] = ()) -> None:
+    """ends: of each panel whose lines are to be named at their ends."""
+    figure.canvas.draw()  # the panels get their sizes
+    for axis, (x, values) in ends:
+        label_ends(axis, x, values)
     figure.savefig(file, dpi=DPI)
     plt.close(figure)

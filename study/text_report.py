@@ -16,7 +16,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # a script sees its own f
 
 import numpy as np
 import style
-from style import plt
 from text import GRID, LONG, METHODS, STEPS, TUNED, TUNING, Run, merit, read
 
 from tools.stats import sign_flips, spread, table
@@ -189,36 +188,26 @@ PANELS = {  # title: task, steps, methods
     ),
     "With capped rewards\nboth keep it": ("reply-capped", LONG, ("rvpo", "gdpo")),
 }  # fmt: skip
-ROWS = {"short": "replies that keep the limit", "joint": "replies that satisfy all"}
+ROWS = "replies that keep the limit", "replies that satisfy all"
 
 
 def figure(done: dict[str, dict], out: Path) -> None:
     """Held-out curves of the limit and of the joint rate; thin lines are seeds."""
-    drawn, axes = plt.subplots(
-        len(ROWS),
-        len(PANELS),
-        figsize=(style.WIDTH, 5.4),
-        sharex="col",
-        sharey=True,
-        layout="constrained",
-    )
-    ends = {}  # axis: last step, and {method: where its line ends}
-    for column, (title, (task, steps, methods)) in enumerate(PANELS.items()):
-        axes[0, column].set_title(title, fontsize=10)
+    drawn, axes = style.panels(len(ROWS), len(PANELS), 5.4, sharex="col", sharey=True)
+    ends = []
+    for column, (title, (task, steps, methods)) in zip(axes.T, PANELS.items(), strict=True):
         cells = cells_of(done, task, steps)
-        for row, channel in enumerate(ROWS):
-            ends[axes[row, column]] = steps, draw_panel(axes[row, column], cells, channel, methods)
-    for row, name in enumerate(ROWS.values()):
-        axes[row, 0].set(ylabel=name, ylim=(-0.03, 1.03))
-    drawn.supxlabel("step", fontsize=10)
-    drawn.canvas.draw()  # the panels get their sizes
-    for axis, (last, values) in ends.items():
-        style.label_ends(axis, last, values)
-    style.save(drawn, out)
+        limit, joint = column
+        ends.append((limit, draw(limit, cells, "short", methods)))
+        ends.append((joint, draw(joint, cells, "joint", methods)))
+        style.describe(limit, title)
+        style.describe(joint, x="step")
+    for axis, name in zip(axes[:, 0], ROWS, strict=True):
+        axis.set(ylabel=name, ylim=(-0.03, 1.03))
+    style.save(drawn, out, ends)
 
 
-def draw_panel(axis, cells: Cells, channel: str, methods: tuple[str, ...]) -> dict[str, float]:
-    """Returns {method: the mean of its last evaluations}."""
+def draw(axis, cells: Cells, channel: str, methods: tuple[str, ...]) -> style.Ends:
     ends = {}
     for method in methods:
         if cells[method]:
@@ -226,9 +215,7 @@ def draw_panel(axis, cells: Cells, channel: str, methods: tuple[str, ...]) -> di
             curves = [curve(run, channel) for run in cells[method]]
             style.draw_seeds(axis, steps, curves, method)
             ends[method] = np.mean(curves, 0)[-1]
-    axis.grid(alpha=0.3)
-    axis.tick_params(labelsize=8)
-    return ends
+    return steps[-1], ends
 
 
 if __name__ == "__main__":
