@@ -87,7 +87,7 @@ def test_the_assistants_last_message_is_continued(tokenizer):
 
 
 def test_ids_without_an_embedding(tokenizer):
-    """A tokenizer may have them, a prompt may not: on a GPU a kernel's assertion would end the run."""
+    """A tokenizer may have them, a prompt may not: a kernel's assertion would end the run."""
     tokenizer.add_tokens([f"<|{i}|>" for i in range(len(tokenizer), 1025)], special_tokens=True)
     assert len(prompts.encode(tokenizer, [Example([ASK])], 1000, 1024)) == 1
     example = Example([{"role": "user", "content": "<|1024|>"}])

@@ -48,7 +48,7 @@ def skewed(prompts: int, group: int, seed: int) -> list[tuple[int, list[int]]]:
 
 
 def work(group: Group) -> float:
-    """What a rank does for it; the unit is a token's work without attention. `deal` counts tokens."""
+    """What a rank does for it, in units of a token's work outside attention."""
     prompt = len(group.prompt.ids)
     pairs = prompt**2 / 2
     for response in group.responses:
@@ -97,7 +97,7 @@ def test_an_advantage_does_not_depend_on_the_length_of_a_response(agg):
         channels = [Channel("a"), Channel("b")]
         group = Group(Prompt([0] * 10, None), channels, responses, BOTH_ONE_ONE_NONE)
         train.set_advantages([group], agg, 1.0)
-        *_, advantages = update.row_of([group], torch.device("cpu"))
+        *_, advantages = update.pack([group], torch.device("cpu"))
         assert all(len(of_one.unique()) == 1 for of_one in advantages.split(lengths))
         seen.append([of_one[0].item() for of_one in advantages.split(lengths)])
     assert seen[0] == seen[1] and seen[0] == sorted(seen[0], reverse=True)

@@ -32,6 +32,7 @@ OPTIONS = (  # name, default, help
     ("size", "7B", "Qwen2.5 0.5B, 1.5B, 3B, 7B, 14B; tiny, tiny-untied"),
     ("gpus", 8, "of a node"),
     ("nodes", 1, "of GPUs"),
+    ("memory", GPU_MEMORY, "GiB of a GPU"),
     ("gradient-checkpointing", "auto", "on, off, auto"),
     ("updates", 1, "optimizer steps a batch"),
     ("kl", 0.0, "above 0 there is a reference"),
@@ -105,10 +106,13 @@ class Weights(dict):
 def simulate(args: argparse.Namespace) -> dict:
     """What happens on rank 0 in an update and a push: name -> a number, or numbers by kind, phase or line of code."""
     config, budget, R, G = qwen(args.size), args.tokens_per_microbatch, args.response, args.group
-    gpu, device = GPU(lm := skeleton(config), update.update), torch.device("gpu", 0)
+    gpu, device = (
+        GPU(lm := skeleton(config), [update.update, update.add_gradients, update.old_logps_of]),
+        torch.device("gpu", 0),
+    )
     policies.compute_dtype = lambda _: torch.bfloat16
     pretrained.safe_open = lambda *_: Weights(lm.named_parameters())
-    torch.cuda.get_device_properties = lambda: argparse.Namespace(total_memory=GPU_MEMORY * GIB)
+    torch.cuda.get_device_properties = lambda: argparse.Namespace(total_memory=args.memory * GIB)
     update.check_signals = lambda: None  # the host's alone, and of all ranks
     dist.init_process_group("cpu:fake,gpu:fake", rank=0, world_size=WORLD, store=FakeStore())
     prompts = (
