@@ -1,6 +1,9 @@
+"""What several test files share: the suite's settings, ranks, tiny models, channels."""
+
 import importlib
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import socket
@@ -13,79 +16,80 @@ import hypothesis
 import pytest
 import torch
 
-hypothesis.settings.register_profile(
-    "same", derandomize=True, deadline=None
-)  # `make test` says the same each time, also when busy
+# `make test` says the same each time, also on a busy machine.
+hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault(
-    "GLOO_SOCKET_IFNAME", "lo"
-)  # ranks of tests are on one machine, whatever its name resolves to
+# The ranks of a test are on one machine, whatever its name resolves to.
+os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+
+# Ranks
+
+
+def on_ranks(total: int, node: int, *args: Path, module: str = "updates") -> None:
+    """Runs the module's main on `total` ranks, `node` of them to a node.
+
+    It runs once more if a rank aborts: gloo does so in its own threads, seldom, on busy machines
+    (pytorch/gloo#514, pytorch#190489). What our code does wrong it does twice."""
+    codes = _exit_codes(total, node, module, *args)
+    if -signal.SIGABRT in codes:
+        message = f"a rank aborted, its stack is on stderr; exit codes {codes}; tried again"
+        warnings.warn(message, stacklevel=2)
+        codes = _exit_codes(total, node, module, *args)
+    assert codes == [0] * total  # None: a rank that waited for another
+
+
+def _exit_codes(total: int, node: int, module: str, *args: Path) -> list[int | None]:
+    """The ranks are forks of a server that has imported what takes seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["accelerate", "transformers", "torch.distributed.fsdp"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        _, port = free.getsockname()
+    processes = []
+    for rank in range(total):
+        environ = {
+            "WORLD_SIZE": str(total),
+            "LOCAL_WORLD_SIZE": str(node),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank % node),
+        }
+        process = context.Process(target=_on_rank, args=(environ, module, *args), daemon=True)
+        process.start()
+        processes.append(process)
+    _wait(processes, seconds=300)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return codes
 
 
 def _on_rank(environ: dict, module: str, *args: Path) -> None:
     os.environ |= environ
     torch.set_num_threads(1)
     torch._C._set_print_stack_traces_on_fatal_signal(True)
-    importlib.import_module("infra.ranks").run_program(
-        importlib.import_module(module).main, *args
-    )  # only now: it reads the environment
+    ranks = importlib.import_module("infra.ranks")  # only now: it reads the environment
+    ranks.run_program(importlib.import_module(module).main, *args)
 
 
-def on_ranks(total: int, node: int, *args: Path, module: str = "updates") -> None:
-    """The module's main on that many ranks, `node` of them to a node: forks of a server that has imported what takes
-    seconds. Again, once, if one aborts: gloo does, seldom and on busy machines only, in threads of its own
-    (pytorch/gloo#514, pytorch#190489), and takes the process with it. What the code does wrong it does twice."""
-    codes = _once(total, node, *args, module=module)
-    if -signal.SIGABRT in codes:
-        warnings.warn(
-            f"a rank aborted, its stack is on stderr: the ranks' exit codes are {codes}; tried again",
-            stacklevel=2,
-        )
-        codes = _once(total, node, *args, module=module)
-    assert codes == [0] * total  # None: a rank that waited for another
-
-
-def _once(total: int, node: int, *args: Path, module: str) -> list[int | None]:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["accelerate", "transformers", "torch.distributed.fsdp"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        environ = {
-            "WORLD_SIZE": total,
-            "LOCAL_WORLD_SIZE": node,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": free.getsockname()[1],
-        }
-    ranks = [
-        context.Process(
-            target=_on_rank,
-            args=(
-                {name: str(x) for name, x in environ.items()}
-                | {"RANK": str(rank), "LOCAL_RANK": str(rank % node)},
-                module,
-                *args,
-            ),
-            daemon=True,
-        )
-        for rank in range(total)
-    ]
-    for process in ranks:
-        process.start()
-    deadline = time.monotonic() + 300
-    while (
-        None in (codes := [process.exitcode for process in ranks])
-        and {*codes} <= {None, 0}
-        and time.monotonic() < deadline
-    ):
+def _wait(processes: list, seconds: float) -> None:
+    """Until all have ended, or a second after one has failed: others may yet end by themselves."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        codes = {process.exitcode for process in processes}
+        if codes - {None, 0}:
+            time.sleep(1)
+            return
+        if codes == {0}:
+            return
         time.sleep(0.05)
-    if any(codes):  # others may have an end of their own to come
-        time.sleep(1)
-    codes = [process.exitcode for process in ranks]
-    for process in ranks:
-        process.kill()
-    return codes
+
+
+# Models
 
 
 @pytest.fixture(scope="session")
@@ -97,15 +101,14 @@ def tiny() -> Path:
 
 @pytest.fixture(scope="session")
 def own_head(tiny, tmp_path_factory) -> Path:
-    """tiny with an output head of its own, while its config.json still says that the embeddings are the head."""
+    """tiny with an output head of its own; config.json still says that the embeddings are it."""
     from safetensors.torch import load_file, save_file
 
     path = tmp_path_factory.mktemp("own") / "head"
     shutil.copytree(tiny, path)
     weights = load_file(path / "model.safetensors")
-    weights["lm_head.weight"] = (
-        torch.randn(1024, 128, generator=torch.Generator().manual_seed(1)) * 0.3
-    )
+    generator = torch.Generator().manual_seed(1)
+    weights["lm_head.weight"] = torch.randn(1024, 128, generator=generator) * 0.3
     save_file(weights, path / "model.safetensors", {"format": "pt"})
     return path
 
@@ -137,51 +140,51 @@ def vocabulary() -> int:
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory, vocabulary) -> Path:
-    """Random weights, untied, in shapes that two or four ranks cannot share evenly; one rank of four has none of the
-    MLP's rows."""
+    """Random weights, untied, in shapes that two or four ranks cannot share evenly.
+
+    One rank of four has none of the MLP's rows."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     path = tmp_path_factory.mktemp("llama")
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=64,
+        intermediate_size=9,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        bos_token_id=None,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=vocabulary,
-                hidden_size=64,
-                intermediate_size=9,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                max_position_embeddings=2048,
-                bos_token_id=None,
-                eos_token_id=2,
-                pad_token_id=0,
-            )
-        ).save_pretrained(path)
+        LlamaForCausalLM(config).save_pretrained(path)
     return path
+
+
+# Channels
 
 
 @pytest.fixture
 def graded(monkeypatch):
-    """Rewards on which random text differs: the built-in ones are nearly constant for a model that has learned nothing."""
+    """Rewards that differ on random text: built-in ones are nearly constant without training."""
     from rewards import Channel
 
-    set_channels(
-        monkeypatch,
-        [
-            Channel(
-                "vowels",
-                lambda p, responses, ref: [
-                    sum(c in "aeiou" for c in r) / max(1, len(r)) for r in responses
-                ],
-            ),
-            Channel("short", lambda p, responses, ref: [1 / (1 + len(r)) for r in responses]),
-        ],
-    )
+    set_channels(monkeypatch, [Channel("vowels", vowels), Channel("short", short)])
+
+
+def vowels(prompts: list[str], responses: list[str], references: list[str]) -> list[float]:
+    return [len(re.findall("[aeiou]", text)) / max(1, len(text)) for text in responses]
+
+
+def short(prompts: list[str], responses: list[str], references: list[str]) -> list[float]:
+    return [1 / (1 + len(text)) for text in responses]
 
 
 def set_channels(monkeypatch, channels: list, name: str = "tools") -> None:
-    """These in place of a task's own."""
+    """Puts these in place of the task's own."""
     import tasks
 
     module = tasks.task_module(name)

@@ -10,17 +10,13 @@ from aiohttp import web
 
 
 class Server:
-    """answer: (request body, number of the request) -> the judge's message, a (status, text) or a (status, text, headers)
-    reply, or seconds to stall for and then say nothing. delay: seconds before every answer."""
+    """answer: makes a reply of a request's body and number. A reply is the judge's message,
+    (status, text), (status, text, headers), or seconds to stall for. delay: seconds before it."""
 
     def __init__(self, answer: Callable, delay: float = 0.0):
-        self.answer, self.delay, self.requests, self.in_flight, self.most_in_flight = (
-            answer,
-            delay,
-            [],
-            0,
-            0,
-        )
+        self.answer, self.delay = answer, delay
+        self.requests: list[dict] = []
+        self.in_flight = self.most_in_flight = 0
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
         self.port = asyncio.run_coroutine_threadsafe(self._start(), self.loop).result()
@@ -40,13 +36,8 @@ class Server:
 
     async def _handle(self, request: web.Request) -> web.Response:
         body = await request.json()
-        self.requests.append(
-            {
-                "body": body,
-                "key": request.headers.get("Authorization"),
-                "query": request.query_string,
-            }
-        )
+        key = request.headers.get("Authorization")
+        self.requests.append({"body": body, "key": key, "query": request.query_string})
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         try:
@@ -56,17 +47,13 @@ class Server:
                 await asyncio.sleep(reply)
                 reply = (500, "late")
             if isinstance(reply, tuple):
+                status, text, *headers = reply
                 return web.Response(
-                    status=reply[0],
-                    body=reply[1].encode(),
-                    headers=reply[2] if len(reply) > 2 else None,
+                    status=status, body=text.encode(), headers=headers[0] if headers else None
                 )
-            return web.json_response(
-                {
-                    "choices": [{"message": {"role": "assistant", "content": reply}}],
-                    "usage": {"prompt_tokens": 100, "completion_tokens": 10},
-                }
-            )
+            message = {"role": "assistant", "content": reply}
+            usage = {"prompt_tokens": 100, "completion_tokens": 10}
+            return web.json_response({"choices": [{"message": message}], "usage": usage})
         finally:
             self.in_flight -= 1
 
@@ -85,11 +72,12 @@ def graded(body: dict) -> str:
     return json.dumps({name: name.removeprefix("criterion_") in met for name in names(body)})
 
 
+def yes(body: dict, number: int) -> str:
+    return json.dumps(dict.fromkeys(names(body), True))
+
+
 if (
     __name__ == "__main__"
-):  # in a process of its own, for measuring: every verdict is true, after 50 ms
-    print(
-        Server(lambda body, n: json.dumps(dict.fromkeys(names(body), True)), delay=0.05).url,
-        flush=True,
-    )
+):  # a process of its own, for measuring: every verdict is true, after 50 ms
+    print(Server(yes, delay=0.05).url, flush=True)
     threading.Event().wait()

@@ -1,10 +1,10 @@
-"""Kills training runs at random moments, saving included, resumes them, and compares them with one left alone:
+"""Kills training runs at random moments, resumes them, and compares them with one left alone:
 
     python tests/kill_and_resume.py --kills 20                    # transformers' generate, one rank
     python tests/kill_and_resume.py --kills 5 --engine vllm
-    python tests/kill_and_resume.py --kills 5 --ranks 2           # kills one rank; torchrun starts all again
+    python tests/kill_and_resume.py --kills 5 --ranks 2           # torchrun starts all again
 
-All must be the same but times: metrics.jsonl, samples.jsonl and the final weights, bit by bit.
+metrics.jsonl except its times, samples.jsonl and the final weights must be the same, bit by bit.
 """
 
 import argparse
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 TIMES = {"seconds", "tokens_per_second"}
 
 
-# Rewards on which random text differs, one of them drawn at random if there is to be chance; every rank notes its process.
+# Random text differs in both rewards; with chance, one is drawn at random. Ranks note their pids.
 TASK = """
 import os, random
 from pathlib import Path
@@ -35,7 +35,9 @@ Path(f"pid-{{ranks.RANK}}").write_text(str(os.getpid()))
 
 def noise(prompts, responses, references):
     import torch
-    return [random.random() + np.random.rand() + torch.rand(()).item() if {chance} else len(r) / 100 for r in responses]
+    if not {chance}:
+        return [len(text) / 100 for text in responses]
+    return [random.random() + np.random.rand() + torch.rand(()).item() for _ in responses]
 
 def vowels(prompts, responses, references):
     return [sum(c in "aeiou" for c in r) / max(1, len(r)) for r in responses]
@@ -52,36 +54,12 @@ def start(
     from local import models
 
     (cwd / "noisy.py").write_text(TASK.format(chance=chance))
-    launcher = (
-        [sys.executable]
-        if ranks == 1
-        else [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc_per_node={ranks}",
-            f"--max-restarts={restarts}",
-        ]
-    )
-    args = [
-        "--model",
-        models.tiny(),
-        "--task",
-        "noisy.py",
-        "--name",
-        name,
-        "--prompts",
-        2,
-        "--group",
-        4,
-        "--lr",
-        1e-3,
-        "--warmup",
-        0,
-        "--eval-prompts",
-        4,
-    ]
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone"]
+        launcher += [f"--nproc_per_node={ranks}", f"--max-restarts={restarts}"]
+    args = ["--model", models.tiny(), "--task", "noisy.py", "--name", name]
+    args += "--prompts 2 --group 4 --lr 1e-3 --warmup 0 --eval-prompts 4".split()
     with (cwd / f"{name}.log").open("a") as log:
         return subprocess.Popen(
             [*launcher, ROOT / "train.py", *map(str, [*args, *options])],
@@ -98,22 +76,17 @@ def finish(process: subprocess.Popen, log: Path) -> None:
 
 
 def results(run: Path) -> tuple[list, bytes, bytes]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return (
-        [{key: value for key, value in line.items() if key not in TIMES} for line in lines],
-        (run / "samples.jsonl").read_bytes(),
-        (run / "checkpoint/model.safetensors").read_bytes(),
-    )
+    metrics = []
+    for text in (run / "metrics.jsonl").read_text().splitlines():
+        line = json.loads(text)
+        metrics.append({key: line[key] for key in line if key not in TIMES})
+    weights = run / "checkpoint/model.safetensors"
+    return metrics, (run / "samples.jsonl").read_bytes(), weights.read_bytes()
 
 
 def differences(a: Path, b: Path) -> list[str]:
-    return [
-        name
-        for name, x, y in zip(
-            ("metrics", "samples", "weights"), results(a), results(b), strict=True
-        )
-        if x != y
-    ]
+    both = zip(("metrics", "samples", "weights"), results(a), results(b), strict=True)
+    return [name for name, of_a, of_b in both if of_a != of_b]
 
 
 def wait(condition, process: subprocess.Popen) -> None:
@@ -130,19 +103,21 @@ def trial(
     rng: random.Random,
     options: list,
 ) -> str:
-    """One run, killed once, at a random time or while it saves, and resumed. Returns what was done."""
+    """Kills a run once, at a random time or while it saves, and resumes it. Returns what it did."""
     name, run = f"k{number}", cwd / "runs" / f"k{number}"
     process = start(name, cwd, ranks, *options, restarts=1)
     wait((run / "metrics.jsonl").exists, process)
     if number % 2:
-        moment = f"while saving for the {(nth := rng.randint(1, saves))}th time"
+        nth = rng.randint(1, saves)
+        moment = f"while saving for the {nth}th time"
         for i in range(nth):
             wait(lambda: [*run.glob("state/*.part")], process)
             if i + 1 < nth:
                 wait(lambda: not [*run.glob("state/*.part")], process)
         time.sleep(rng.uniform(0, 0.03))
     else:
-        time.sleep(after := rng.uniform(0, seconds))
+        after = rng.uniform(0, seconds)
+        time.sleep(after)
         moment = f"{after:.2f} s after its first line"
     ended = process.poll() is not None
     if not ended:
@@ -153,7 +128,8 @@ def trial(
         code = process.wait(timeout=600)
         moment += f" (rank {victim}; {' '.join(there)})"
         if ranks > 1:
-            moment += f", all ended {'well' if code == 0 else 'badly'} {time.monotonic() - began:.1f} s later"
+            well = "badly" if code else "well"
+            moment += f", all ended {well} {time.monotonic() - began:.1f} s later"
         else:
             code = 1
         if code:
@@ -172,41 +148,27 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    rng, differ, began = random.Random(args.seed), 0, time.monotonic()
-    options = [
-        "--engine",
-        args.engine,
-        "--steps",
-        args.steps,
-        "--max-tokens",
-        24,
-        "--eval-every",
-        2,
-        "--updates",
-        2,
-        "--save-every",
-        1,
-        "--resume",
-        "auto",
-    ]
+    rng, began = random.Random(args.seed), time.monotonic()
+    differ = 0
+    options = ["--engine", args.engine, "--steps", args.steps]
+    options += "--max-tokens 24 --eval-every 2 --updates 2 --save-every 1 --resume auto".split()
     with tempfile.TemporaryDirectory() as folder:
         cwd = Path(folder)
         process = start("alone", cwd, args.ranks, *options)
         wait((cwd / "runs/alone/metrics.jsonl").exists, process)
-        at = time.monotonic()
+        first_line = time.monotonic()
         finish(process, cwd / "alone.log")
-        seconds = time.monotonic() - at
+        seconds = time.monotonic() - first_line
         print(f"left alone: {time.monotonic() - began:.1f} s", flush=True)
         for number in range(1, args.kills + 1):
             moment = trial(number, cwd, args.ranks, seconds, args.steps, rng, options)
             wrong = differences(cwd / "runs/alone", cwd / "runs" / f"k{number}")
             differ += bool(wrong)
-            print(
-                f"{number}: killed {moment}: {'DIFFERENT ' + ' '.join(wrong) if wrong else 'identical'}",
-                flush=True,
-            )
+            outcome = f"DIFFERENT {' '.join(wrong)}" if wrong else "identical"
+            print(f"{number}: killed {moment}: {outcome}", flush=True)
     print(
-        f"{args.kills - differ} of {args.kills} identical, {args.engine}, {args.ranks} ranks, {time.monotonic() - began:.0f} s"
+        f"{args.kills - differ} of {args.kills} identical, {args.engine}, {args.ranks} ranks, "
+        f"{time.monotonic() - began:.0f} s"
     )
     return differ
 

@@ -1,7 +1,7 @@
 """Our scores against the scores that other tools gave to the same cases.
 
-agreement.json holds {"what tool": [[case, the tool's scores], ...]}. The versions of the tools, and why
-some of their scores differ, are in docs/experiments.md. No other tool is run here.
+agreement.json holds {"what tool": [[case, the tool's scores], ...]}. docs/experiments.md says which
+versions they are of, and why some of their scores differ. No other tool is run here.
 """
 
 import collections
@@ -144,7 +144,7 @@ def same(name: str, ours, theirs) -> bool:
 
 
 def compare(pair: str, case: dict, ours: dict, theirs: dict) -> dict[str, str]:
-    """{name: verdict} of every score that both have: "equal", how the other differs, or "differs"."""
+    """{name: "equal", how the other tool differs, or "differs"} for every score that both have."""
     verdicts = {}
     for name in ours.keys() & theirs.keys():
         verdicts[name] = "equal" if same(name, ours[name], theirs[name]) else "differs"

@@ -20,7 +20,9 @@ from local import hf
 
 
 def head_and_logp(n: int):
-    """Hidden states and an output head in bfloat16 whose largest logits are about 20, and exact log-probs from them."""
+    """Hidden states and an output head in bfloat16, and exact log-probs from them.
+
+    The largest logits are about 20."""
     generator = torch.Generator().manual_seed(0)
     hidden, head = (
         torch.randn(rows, 64, generator=generator).mul(0.7).bfloat16().requires_grad_()
@@ -28,36 +30,32 @@ def head_and_logp(n: int):
     )
     targets = torch.randint(3000, (n,), generator=generator)
     exact = [x.detach().double().requires_grad_() for x in (hidden, head)]
-    return (
-        hidden,
-        head,
-        targets,
-        exact,
-        (exact[0] @ exact[1].T / 0.5).log_softmax(-1).gather(-1, targets[:, None])[:, 0],
-    )
+    return hidden, head, targets, exact, log_probs(exact[0] @ exact[1].T, targets)
+
+
+def log_probs(logits, targets):
+    return (logits / 0.5).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
 
 
 def test_logits_of_half_precision_are_not_rounded_and_the_head_s_gradient_is_summed_in_float32():
-    """By the way over chunks; rounding the logits alone would cost a thousand times as much."""
+    """Summed over chunks, too. Rounded logits alone would be a thousand times as far off."""
     hidden, head, targets, exact, expected = head_and_logp(3 * policies.LOGITS_ON_CPU + 5)
     logp = policies.LogProbs.apply(hidden, head, targets, 0.5)
-    rounded = ((hidden @ head.T).float() / 0.5).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
-    assert (
-        logp.dtype == torch.float32
-        and (logp - expected).abs().max() < 2e-5 < 0.01 < (rounded - expected).abs().mean()
-    )
+    rounded = log_probs((hidden @ head.T).float(), targets)
+    assert logp.dtype == torch.float32
+    assert (logp - expected).abs().max() < 2e-5
+    assert (rounded - expected).abs().mean() > 0.01
     weights = torch.linspace(-1, 1, len(targets))
     (logp * weights).sum().backward()
     (expected * weights.double()).sum().backward()
-    assert (
-        head.grad.dtype == torch.bfloat16
-    )  # rounded once, and so is what is multiplied: 2^-9 each
+    assert head.grad.dtype == torch.bfloat16
+    # It is rounded once, and so is what is multiplied: 2^-9 each.
     for half, full in zip((hidden, head), exact, strict=True):
         assert (half.grad - full.grad).norm() < 0.005 * full.grad.norm()
 
 
 def test_a_gpu_that_cannot_be_used_is_one_sentence(monkeypatch):
-    """No fall back on the CPU. compute capability 7.5 has no bfloat16, and no kernel."""
+    """It does not fall back on the CPU. Compute capability 7.5 has no bfloat16, and no kernel."""
     exists = os.path.exists
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(
@@ -73,13 +71,8 @@ def test_a_gpu_that_cannot_be_used_is_one_sentence(monkeypatch):
 
 
 def test_what_loading_raises_is_kept_in_a_file():
-    with (
-        pytest.raises(
-            InputError,
-            match=r"--model x cannot be loaded \(RuntimeError: engine core died\); all of it is in ",
-        ) as raised,
-        pretrained.readable("x"),
-    ):
+    message = r"--model x cannot be loaded \(RuntimeError: engine core died\); all of it is in "
+    with pytest.raises(InputError, match=message) as raised, pretrained.readable("x"):
         raise RuntimeError("engine core died\nmore")
     file = Path(re.search(r"all of it is in (.*)", str(raised.value))[1])
     assert file.read_text().startswith("Traceback") and "more" in file.read_text()
@@ -88,44 +81,37 @@ def test_what_loading_raises_is_kept_in_a_file():
 
 def test_vllm_is_told_how_much_to_do_at_a_time_and_to_keep_the_head_in_float32(monkeypatch):
     given = {}
-    monkeypatch.setitem(
-        sys.modules,
-        "vllm",
-        types.SimpleNamespace(LLM=lambda path, **options: given.update(options)),
-    )
+    vllm = types.SimpleNamespace(LLM=lambda path, **options: given.update(options))
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     engine = rollout.VLLMEngine(Path("x"), rollout.Decoding(None, [], 1.0, 8), 100, 0.4)
-    assert (
-        given["max_num_seqs"] == 256
-        and given["max_num_batched_tokens"] == 8192
-        and given["enable_sleep_mode"]
-        and engine.sleeps
-    )
-    assert (
-        given["hf_overrides"] == {"tie_word_embeddings": False, "head_dtype": "float32"}
-        and given["dtype"] == torch.bfloat16
-    )
+    assert given["max_num_seqs"] == 256
+    assert given["max_num_batched_tokens"] == 8192
+    assert given["enable_sleep_mode"] and engine.sleeps
+    assert given["hf_overrides"] == {"tie_word_embeddings": False, "head_dtype": "float32"}
+    assert given["dtype"] == torch.bfloat16
 
 
 def test_moments_are_made_before_the_engine(monkeypatch, tiny):
     """What AdamW makes after it would keep blocks of memory that vLLM needs when it wakes up."""
-    optimizers, make = [], update.make_optimizer
-    monkeypatch.setattr(
-        train, "make_optimizer", lambda *args: optimizers.append(make(*args)) or optimizers[0]
-    )
-    monkeypatch.setattr(
-        hf,
-        "load",
-        lambda *args: optimizers.append({p: dict(s) for p, s in optimizers[0].state.items()}),
-    )
+    make_optimizer, optimizers, made = update.make_optimizer, [], {}
+
+    def make(*args):
+        optimizers.append(make_optimizer(*args))
+        return optimizers[-1]
+
+    def load(*args):
+        (optimizer,) = optimizers
+        made.update({parameter: set(state) for parameter, state in optimizer.state.items()})
+
+    monkeypatch.setattr(train, "make_optimizer", make)
+    monkeypatch.setattr(hf, "load", load)
     monkeypatch.setattr(hf, "HFEngine", lambda *args: None)
     config = TrainConfig(model=str(tiny), engine="hf", max_tokens=8)
     known = pretrained.describe(str(tiny), 8, trained=True)
     learner, _ = train.load(config, torch.device("cpu"), known, 20)
-    made = optimizers[1]
-    assert [*made] == [*learner.policy.parameters()] and all(
-        {"step", "exp_avg", "exp_avg_sq"} <= made[p].keys() for p in made
-    )
+    assert [*made] == [*learner.policy.parameters()]
+    assert all({"step", "exp_avg", "exp_avg_sq"} <= names for names in made.values())
 
 
 @pytest.mark.parametrize(
@@ -148,13 +134,9 @@ def test_activations_are_computed_again_where_there_is_no_room_for_them(
     policy = policies.Policy(torch.nn.Linear(1, 1), Path())
     policy.lm.config = qwen(size)
     policy.lm.gradient_checkpointing_enable = called.append
-    monkeypatch.setattr(
-        torch.nn.Module,
-        "parameters",
-        lambda self: iter([types.SimpleNamespace(device=torch.device("cuda"))]),
-    )
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda: types.SimpleNamespace(total_memory=gib * 2**30)
-    )
+    parameter = types.SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr(torch.nn.Module, "parameters", lambda self: iter([parameter]))
+    properties = types.SimpleNamespace(total_memory=gib * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: properties)
     policy.recompute(mode, TrainConfig().tokens_per_microbatch)
     assert bool(called) == expected

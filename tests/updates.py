@@ -1,6 +1,7 @@
 """Updates on fixed rollouts, for test_train.py: in its process, or on several ranks."""
 
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -13,7 +14,8 @@ from infra.prompts import Prompt
 from rollout import Group, Response
 
 CPU = torch.device("cpu")
-CASES = {  # what differs from five prompts of four responses in one update, all in one micro-batch, with a KL penalty
+# Five prompts of four responses in one update, all in one micro-batch, with a KL penalty, except:
+CASES = {
     "whole": {},
     "split": {"limit": 100},
     "checkpointing": {"limit": 200, "checkpointing": True},
@@ -33,11 +35,8 @@ class Recorder(torch.optim.SGD):
         self.gradients = []
 
     def step(self):
-        self.gradients.append(
-            torch.cat(
-                [full(p.grad).flatten() for group in self.param_groups for p in group["params"]]
-            )
-        )
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        self.gradients.append(torch.cat([full(p.grad).flatten() for p in parameters]))
         super().step()
 
 
@@ -50,18 +49,18 @@ def batch_of(prompts: int, group: int, silent=()) -> list[Group]:
     generator = torch.Generator().manual_seed(0)
     groups = []
     for slot in range(prompts):
-        ids, responses = torch.randint(3, 1024, (20 + 30 * slot,), generator=generator).tolist(), []
+        ids = torch.randint(3, 1024, (20 + 30 * slot,), generator=generator).tolist()
+        responses = []
         for g in range(group):
             tokens = torch.randint(3, 1024, (1 + 5 * slot + 7 * g,), generator=generator).tolist()
             logp = [-6.9 - 0.3 * (i % 3) for i in range(len(tokens))]
-            responses.append(
-                Response(tokens, logp, [int(i % 5 != 4) for i in range(len(tokens))], "stop", "")
-            )
+            mask = [int(i % 5 != 4) for i in range(len(tokens))]
+            responses.append(Response(tokens, logp, mask, "stop", ""))
         groups.append(Group(Prompt(ids, None), [], responses, torch.zeros(group, 0)))
     advantages = torch.randn(prompts, group, generator=generator)
     advantages[list(silent)] = 0.0
-    for own, row in zip(groups, advantages, strict=True):
-        own.advantages = row
+    for made, row in zip(groups, advantages, strict=True):
+        made.advantages = row
     return groups
 
 
@@ -77,41 +76,39 @@ def run(
     kl: float = 0.1,
     updates: int = 1,
 ) -> dict:
-    """One case. Returns every rank's metrics, the gradient of each update, and for every rank and micro-batch the
-    number of its prompts."""
+    """Runs one case. Returns every rank's metrics, the gradient of each update, the policy, and how
+    many prompts each micro-batch of a rank has."""
     policy = policies.load(path, CPU, mesh)
     if checkpointing:
         policy.recompute("on", 0)
     reference = policies.load(reference_path, CPU, mesh).requires_grad_(False) if kl else None
-    # Steps must be small, where there are several: rounding differences grow with each.
-    optimizer, dealt, deal = (
-        Recorder(policy.parameters(), lr=0.1, weight_decay=0.1),
-        [],
-        update.deal,
-    )
-    update.GRAD_CLIP, update.deal = 1e9, lambda *args: dealt.append(deal(*args)) or dealt[-1]
-    try:
-        metrics = update.update(
-            update.Learner(policy, reference, optimizer, CPU),
-            batch_of(prompts, group, silent),
-            updates,
-            kl,
-            1.0,
-            limit,
-        )
-    finally:
-        update.GRAD_CLIP, update.deal = 1.0, deal
+    # Steps must be small where there are several: rounding differences grow with each.
+    optimizer = Recorder(policy.parameters(), lr=0.1, weight_decay=0.1)
+    learner = update.Learner(policy, reference, optimizer, CPU)
+    prompts_dealt, deal = [], update.deal  # prompts_dealt: of each update, of each micro-batch
+
+    def noting(*args):
+        plan = deal(*args)
+        prompts_dealt.append([len(batch) for batch in plan[ranks.RANK]])
+        return plan
+
+    batch = batch_of(prompts, group, silent)
+    with (
+        mock.patch.object(update, "GRAD_CLIP", 1e9),
+        mock.patch.object(update, "deal", noting),
+    ):
+        metrics = update.update(learner, batch, updates, kl, 1.0, limit)
     return {
         "metrics": ranks.gather([metrics]),
         "gradients": optimizer.gradients,
         "policy": policy,
-        "dealt": ranks.gather([[[len(batch) for batch in plan[ranks.RANK]] for plan in dealt]]),
+        "dealt": ranks.gather([prompts_dealt]),
     }
 
 
 def main(out: Path, path: Path, reference: Path, *others: Path) -> None:
-    """On a rank: all cases. Saves to `out` what each gives, and the weights of the policies, gathered; beside it a
-    checkpoint."""
+    """On a rank: runs all cases. Saves to `out` what each gives and the gathered weights of the
+    policies, and beside it a checkpoint."""
     ranks.join()
     mesh = policies.make_mesh(CPU)
     if others and (others[0] / "state").exists():  # a run of one rank: save it as a run of several
