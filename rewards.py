@@ -40,14 +40,14 @@ class Example(NamedTuple):
     """messages: the chat so far, [{role, content}], see tasks/chats.py. reference: a text with
     which rule-based rewards compare a response. criteria: what a judge decides, see
     tasks/rubrics.py. id: in an evaluation, examples with one id are one item, whose scores are
-    averaged. group: the category over which a benchmark averages items. tools: JSON objects, what
-    the chat template says that the policy may call."""
+    averaged. category: the one of a benchmark, over which it averages items. tools: JSON objects,
+    what the chat template says that the policy may call."""
 
     messages: list[dict]
     reference: str = ""
     criteria: tuple = ()
     id: str = ""
-    group: str = ""
+    category: str = ""
     tools: tuple = ()
 
 
@@ -143,7 +143,7 @@ class Task:
         """Raises InputError, on all ranks alike, if a judge failed too often."""
 
     def averages(self) -> dict[str, dict[str, float]]:
-        """{name: {group: weight}}: means over groups of items that the benchmark reports, of the score "correct"."""
+        """{name: {category: weight}}: the benchmark's means over categories, of the score "correct"."""
         return {}
 
 
@@ -197,7 +197,7 @@ def check_example(example: object, where: str) -> Example:
             f"{where} is a {type(example).__name__}: it must be a rewards.Example, "
             'such as Example([{"role": "user", "content": "Hello"}], "reference")'
         )
-    for field in ("reference", "id", "group"):
+    for field in ("reference", "id", "category"):
         value = getattr(example, field)
         if not isinstance(value, str):
             raise InputError(

@@ -1,7 +1,7 @@
-"""G samples a prompt, from vLLM inside the training process, and their rewards.
+"""Sampling: G responses to a prompt, from vLLM inside the training process, and their rewards.
 
-Sampling is at temperature T from the full distribution: top_p, top_k and min_p would make the log-probs below those of
-another distribution, and bias the update.
+Tokens are drawn at temperature T from the full distribution. With top_p, top_k or min_p the
+log-probs below would be those of another distribution, and would bias the update.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -23,6 +23,11 @@ from infra.prompts import Prompt
 from infra.ranks import LAUNCHED, RANK, WORLD, InputError, gather
 from infra.signals import check_signals, interruptible
 from rewards import Channel, Task
+
+NO_PROBABILITIES = (
+    "the model gives NaN for the next token: its weights are damaged, or training "
+    "has diverged: begin again with a lower --lr"
+)
 
 
 class Response(NamedTuple):
@@ -35,7 +40,10 @@ class Response(NamedTuple):
 
 @dataclass
 class Group:
-    """One prompt of a step with all that is known of it. A step is a list of P groups, the same on every rank."""
+    """One prompt of a step, with all that is known of it.
+
+    A step is a list of P groups, the same on every rank.
+    """
 
     prompt: Prompt
     channels: list[Channel]  # K of them
@@ -54,12 +62,6 @@ class Group:
         )
 
 
-NO_PROBABILITIES = (
-    "the model gives NaN for the next token: its weights are damaged, or training "
-    "has diverged: begin again with a lower --lr"
-)
-
-
 class Decoding(NamedTuple):  # how an engine samples a response, and reads it
     tokenizer: object
     stops: list[int]  # the tokens that end a response
@@ -67,96 +69,141 @@ class Decoding(NamedTuple):  # how an engine samples a response, and reads it
     max_tokens: int
 
 
-def make_response(
-    tokens: list[int], logp: list[float], finish: str, decoding: Decoding
-) -> Response:
-    kept = tokens[:-1] if tokens and tokens[-1] in decoding.stops else tokens
-    return Response(
-        tokens,
-        logp,
-        [1] * len(tokens),
-        finish,
-        decoding.tokenizer.decode(kept, skip_special_tokens=False),
-    )
+class Engine(Protocol):
+    """What samples. Replace it to sample elsewhere; local/hf.py is the shortest one."""
 
+    dtype: torch.dtype  # of the weights that `push` takes
+    decoding: Decoding
 
-def request_seed(seed: int, step: int | str, slot: int) -> int:
-    """Seed of one prompt's G samples, from (run seed, step, the prompt's place in the step): on a CPU the same command
-    gives the same rollouts on any number of ranks (GPUs round differently in batches of another shape). vLLM adds the
-    sample's number, hence the hash: neighbours hardly meet."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{slot}".encode()).digest()[:4]) >> 1
+    def generate(
+        self, prompts: list[list[int]], group: int, seeds: list[int]
+    ) -> Iterator[tuple[int, list[Response]]]:
+        """Samples `group` responses to each prompt, given as token ids.
+
+        seeds: one a prompt; the same seed must give the same responses. Yields (index of the
+        prompt, its responses) as prompts finish, in any order. Raises InputError if the model
+        gives no probabilities.
+        """
+
+    def sleep(self) -> None:
+        """Gives the GPU's memory up until the next `push`."""
+
+    def push(self, weights: Iterator[tuple[str, Tensor]]) -> None:
+        """Takes over the policy's weights, (name, tensor) each, and forgets what it cached."""
 
 
 class Sampler:
     """Prompts -> groups with rewards, by an engine and the task that scores what it samples."""
 
-    def __init__(self, engine, task: Task, seed: int):
-        self.engine, self.task, self.seed = engine, task, seed
+    def __init__(self, engine: Engine, task: Task, seed: int):
+        self.engine = engine
+        self.task = task
+        self.seed = seed
 
     def sample(
         self, prompts: list[Prompt], group: int, step: int | str
     ) -> list[tuple[list[Response], Callable]]:
-        """`group` responses to each prompt of this rank's share, and a function that returns their rewards (G, K).
-        A judge begins with a prompt as soon as it is finished, and is at work while others are being sampled.
-        If the engine fails, an InputError in the function's place, for `score` to raise on all ranks.
-        Raises checkpoint.Stop on all ranks."""
-        for generator in (
-            random.seed,
-            np.random.seed,
-            torch.manual_seed,
-        ):  # a reward may draw at random: the same
-            generator(
-                request_seed(self.seed, f"rewards {step}", RANK)
-            )  # in a run that was resumed at this step
+        """Samples `group` responses to each prompt of this rank's part, every WORLD-th one.
+
+        Returns for each the responses and a function that waits for their rewards (G, K). A judge
+        begins with a prompt as soon as its responses are finished, and works while others are
+        sampled. If the engine fails, an InputError stands in place of the function, for `score` to
+        raise on all ranks. Raises signals.Stop on all ranks.
+        """
+        self.seed_rewards(step)
         mine = prompts[RANK::WORLD]
-        seeds = [request_seed(self.seed, step, slot) for slot in range(RANK, len(prompts), WORLD)]
-        out = [None] * len(mine)
+        places = range(RANK, len(prompts), WORLD)
+        seeds = [request_seed(self.seed, step, place) for place in places]
+        sampled = [None] * len(mine)
 
         def work() -> None:
             try:
                 ids = [prompt.ids for prompt in mine]
                 for i, responses in self.engine.generate(ids, group, seeds):
-                    if math.isnan(sum(logp for response in responses for logp in response.logp)):
-                        raise InputError(NO_PROBABILITIES)
-                    if opened := mine[i].opened:
-                        responses = [r._replace(text=opened + r.text) for r in responses]
-                    texts = [response.text for response in responses]
-                    out[i] = responses, self.task.start(mine[i].example, texts)
+                    sampled[i] = self.begin_scoring(mine[i], responses)
             except InputError as error:
-                out[:] = [([], error)] * len(mine)
+                sampled[:] = [([], error)] * len(mine)
 
         interruptible(work)
         check_signals()
-        return out
+        return sampled
+
+    def seed_rewards(self, step: int | str) -> None:
+        """A reward that draws at random draws the same in a run that is resumed at this step."""
+        seed = request_seed(self.seed, f"rewards {step}", RANK)
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+
+    def begin_scoring(
+        self, prompt: Prompt, responses: list[Response]
+    ) -> tuple[list[Response], Callable]:
+        for response in responses:
+            if math.isnan(sum(response.logp)):
+                raise InputError(NO_PROBABILITIES)
+        if prompt.opened:
+            responses = [r._replace(text=prompt.opened + r.text) for r in responses]
+        texts = [response.text for response in responses]
+        return responses, self.task.start(prompt.example, texts)
 
     def score(
         self, prompts: list[Prompt], sampled: list[tuple[list[Response], Callable]]
     ) -> list[Group]:
-        """A group a prompt, of the whole batch, the same on every rank. sampled: what `sample` returned of it here.
-        Raises InputError on all ranks if engine or reward fails on one, and checkpoint.Stop."""
+        """Waits for the rewards. Returns a group a prompt, of the whole batch, on every rank.
 
-        def outcome(rewards: Callable | InputError) -> np.ndarray | InputError:
-            try:
-                return rewards if isinstance(rewards, InputError) else rewards()
-            except InputError as error:
-                return error
-
+        sampled: what `sample` returned on this rank. Raises InputError on all ranks if the engine
+        or a reward failed on one of them, and signals.Stop.
+        """
         scored = interruptible(
-            lambda: [(responses, outcome(rewards)) for responses, rewards in sampled]
+            lambda: [(responses, wait(rewards)) for responses, rewards in sampled]
         )
         check_signals()
         scored = gather(scored)
-        for error in (rewards for _, rewards in scored if isinstance(rewards, InputError)):
-            raise error
-        return [
-            Group(prompt, self.task.channels(prompt.example), responses, torch.from_numpy(rewards))
-            for prompt, (responses, rewards) in zip(prompts, scored, strict=True)
-        ]
+        groups = []
+        for prompt, (responses, rewards) in zip(prompts, scored, strict=True):
+            if isinstance(rewards, InputError):
+                raise rewards
+            channels = self.task.channels(prompt.example)
+            groups.append(Group(prompt, channels, responses, torch.from_numpy(rewards)))
+        return groups
+
+
+def wait(rewards: Callable | InputError) -> np.ndarray | InputError:
+    """The rewards (G, K). An error is returned: all ranks have to learn of it before one raises."""
+    if isinstance(rewards, InputError):
+        return rewards
+    try:
+        return rewards()
+    except InputError as error:
+        return error
+
+
+def request_seed(seed: int, step: int | str, place: int) -> int:
+    """Seed of one prompt's G samples, from the run's seed, the step, and the prompt's place in it.
+
+    On a CPU the same command gives the same rollouts on any number of ranks; GPUs round differently
+    in batches of another shape. vLLM adds the sample's number to the seed. Hence the hash: seeds
+    of two prompts hardly ever meet.
+    """
+    digest = hashlib.sha256(f"{seed}/{step}/{place}".encode()).digest()
+    return int.from_bytes(digest[:4]) >> 1
+
+
+def make_response(
+    tokens: list[int], logp: list[float], finish: str, decoding: Decoding
+) -> Response:
+    ended = bool(tokens) and tokens[-1] in decoding.stops
+    kept = tokens[:-1] if ended else tokens
+    text = decoding.tokenizer.decode(kept, skip_special_tokens=False)
+    return Response(tokens, logp, [1] * len(tokens), finish, text)
 
 
 class VLLMEngine:
-    """vLLM in this process, one engine a rank, with a copy of the policy that `push` renews, or the checkpoint as it is
-    (fixed). All ranks build theirs together: they agree on the size of the KV cache."""
+    """vLLM in this process, one engine a rank. An `Engine`.
+
+    It holds a copy of the policy that `push` renews or, if `fixed`, the checkpoint as it is. All
+    ranks build theirs together: they agree on the size of the KV cache.
+    """
 
     def __init__(
         self,
@@ -167,58 +214,47 @@ class VLLMEngine:
         at_a_time: int = 32,
         fixed: bool = False,
     ):
-        """max_len: prompt and response. gpu_memory: vLLM's share of a GPU. at_a_time: on a CPU, the number of responses
-        that the KV cache has room for."""
+        """max_len: tokens of a prompt and its response. gpu_memory: vLLM's share of a GPU.
+        at_a_time: on a CPU, how many responses the KV cache has room for."""
         cuda = torch.cuda.is_available()
-        # Read when vLLM is imported. setdefault: whoever sets one by hand means it.
-        os.environ.setdefault(
-            "VLLM_ENABLE_V1_MULTIPROCESSING", "0"
-        )  # the engine in this process, not in a child
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        # It logs before it has read that.
-        logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())
-        os.environ.setdefault(
-            "VLLM_CPU_OMP_THREADS_BIND", "nobind"
-        )  # else all threads share one core
-        warnings.filterwarnings(
-            "ignore", category=FutureWarning, module="vllm"
-        )  # about its own imports
-        if not cuda:
-            from local import cpu
-
-            cpu.prepare()
+        prepare_import(cuda)
         from vllm import LLM
 
         self.decoding = decoding
+        self.dtype = torch.bfloat16 if cuda else torch.float32
+        self.sleeps = cuda and not fixed
         self.sampling = {
             "temperature": decoding.temperature,
             "max_tokens": decoding.max_tokens,
-            "logprobs": 0,
+            "logprobs": 0,  # of the sampled token alone
             "stop_token_ids": decoding.stops,
             "detokenize": False,
         }
-        self.dtype = torch.bfloat16 if cuda else torch.float32
-        self.sleeps = cuda and not fixed
-        if cuda:  # by default large GPUs have 1024 and 16384 here, which takes gigabytes of a 14B model's KV cache
+        if cuda:
             options = {
                 "gpu_memory_utilization": gpu_memory,
                 "enable_sleep_mode": self.sleeps,
+                # Large GPUs have 1024 and 16384 by default. That takes gigabytes of the KV cache.
                 "max_num_seqs": 256,
                 "max_num_batched_tokens": 8192,
             }
         else:
+            from local import cpu
+
             options = cpu.vllm_options(max_len, at_a_time)
         if LAUNCHED:  # by torchrun: this rank's device, not device 0 for all
             options["distributed_executor_backend"] = "external_launcher"
         if fixed:
             # Else it would prefer Mistral's consolidated.safetensors to the files that others take.
-            options |= {"load_format": "safetensors", "use_tqdm_on_load": False}
+            options["load_format"] = "safetensors"
+            options["use_tqdm_on_load"] = False
         else:
-            # The first push fills the weights, a tied head too, which a reload would leave stale on a CPU.
-            options |= {
-                "load_format": "dummy",
-                "hf_overrides": {"tie_word_embeddings": False, "head_dtype": "float32"},
-            }  # as in LogProbs
+            # The first push fills the weights. A tied head, too: on a CPU a reload leaves it stale.
+            options["load_format"] = "dummy"
+            options["hf_overrides"] = {
+                "tie_word_embeddings": False,
+                "head_dtype": "float32",  # as in policy.LogProbs
+            }
         self.llm = LLM(
             str(path),
             dtype=self.dtype,
@@ -231,38 +267,34 @@ class VLLMEngine:
     def generate(
         self, prompts: list[list[int]], group: int, seeds: list[int]
     ) -> Iterator[tuple[int, list[Response]]]:
-        """Token ids of prompts -> (index of a prompt, its `group` responses), in the order in which they finish."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
+        engine = self.llm.llm_engine
         for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
             params = SamplingParams(
                 n=group, seed=seed, output_kind=RequestOutputKind.FINAL_ONLY, **self.sampling
             )
-            self.llm.llm_engine.add_request(str(i), {"prompt_token_ids": prompt}, params)
-        while self.llm.llm_engine.has_unfinished_requests():
-            for output in self.llm.llm_engine.step():
+            engine.add_request(str(i), {"prompt_token_ids": prompt}, params)
+        while engine.has_unfinished_requests():
+            for output in engine.step():
                 if output.finished:
-                    yield (
-                        int(output.request_id),
-                        [
-                            make_response(
-                                [*sample.token_ids],
-                                [next(iter(at.values())).logprob for at in sample.logprobs],
-                                sample.finish_reason,
-                                self.decoding,
-                            )
-                            for sample in output.outputs
-                        ],
-                    )
+                    responses = [self.response(sample) for sample in output.outputs]
+                    yield int(output.request_id), responses
+
+    def response(self, sample) -> Response:
+        logp = []
+        for choices in sample.logprobs:  # {token: its log-prob}, of the sampled token alone
+            (choice,) = choices.values()
+            logp.append(choice.logprob)
+        return make_response([*sample.token_ids], logp, sample.finish_reason, self.decoding)
 
     def sleep(self) -> None:
-        """Gives a GPU's memory up until the next `push`: weights and KV cache, which both are stale by then."""
+        """Weights and KV cache are stale after an update: both are given up."""
         if self.sleeps:
             self.llm.sleep(level=2)
 
     def push(self, weights: Iterator[tuple[str, Tensor]]) -> None:
-        """Take the policy's weights over, (name, tensor) each, and drop what was cached under the old ones."""
         if self.sleeps:
             torch.cuda.empty_cache()  # vLLM needs back what the update had
             self.llm.wake_up(tags=["weights"])  # nothing to do when it is awake
@@ -273,3 +305,18 @@ class VLLMEngine:
             raise RuntimeError(
                 "vLLM kept its prefix cache: the next samples would come from the old weights"
             )
+
+
+def prepare_import(cuda: bool) -> None:
+    """What vLLM reads while it is imported. setdefault: whoever sets one by hand means it."""
+    # The engine runs in this process, and not in a child.
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else all threads share one core
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    # It logs before it has read its level.
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")  # its own imports
+    if not cuda:
+        from local import cpu
+
+        cpu.prepare()

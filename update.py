@@ -1,6 +1,9 @@
-"""The update: optimizer steps on a batch of groups, each prompt computed once, and none that has nothing to teach."""
+"""The update: optimizer steps on one batch of groups.
 
-import itertools
+Each prompt is computed once for its group. A prompt whose advantages are all 0 teaches nothing and
+is left out. Work is dealt out to ranks as micro-batches of equal size, in which nothing is padded.
+"""
+
 import math
 from typing import NamedTuple
 
@@ -19,6 +22,7 @@ from infra.signals import check_signals
 from rollout import Group, Response
 
 GRAD_CLIP = 1.0  # the gradient norm is clipped to this, as in ToolRL
+SUMS = "loss", "tokens", "clip_fraction", "is_weight", "sampler_gap", "entropy", "kl"
 
 
 class Learner(NamedTuple):  # what is trained, and what trains it
@@ -28,70 +32,160 @@ class Learner(NamedTuple):  # what is trained, and what trains it
     device: torch.device
 
 
+class MicroBatch(NamedTuple):  # one forward pass: N response tokens, in the order of the groups
+    row: policies.Row
+    mask: Tensor  # (N,) 1 = sampled, 0 = forced
+    sampler_logp: Tensor  # (N,) as the sampling engine reported them
+    advantages: Tensor  # (N,) each rollout's, repeated for its tokens
+
+
 def make_optimizer(policy, lr: float) -> torch.optim.AdamW:
-    """With ToolRL's settings, in one fused kernel."""
+    """AdamW with ToolRL's settings, in one fused kernel."""
     return torch.optim.AdamW(
         policy.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=0.01, fused=True
     )
 
 
-def computed(group: Group) -> int:
-    """Tokens of a prompt and its responses that go through the model: a response's last one predicts nothing."""
-    return len(group.prompt.ids) + sum(
-        max(0, len(response.tokens) - 1) for response in group.responses
-    )
+def update(
+    learner: Learner, groups: list[Group], updates: int, kl: float, temperature: float, budget: int
+) -> dict:
+    """Takes `updates` optimizer steps, each on prompts of its own. All ranks must call it.
 
+    groups: the whole batch, the same on every rank. kl: coefficient of the penalty; above 0 every
+    prompt is computed. budget: most tokens in a micro-batch. Returns metrics: loss is the mean
+    over all sampled tokens, the other means are over the computed ones. bad_updates lists updates
+    that were left out because loss or gradient was not finite, bad_prompts their places in the
+    batch. Raises signals.Stop on all ranks, with the policy unchanged.
+    """
+    shares = np.array_split(np.arange(len(groups)), updates)
+    # Sampled tokens of each update, also of prompts that are not computed. They are counted over
+    # all ranks before any work is split: every split then gives the same mean over tokens.
+    n_tokens = [count_sampled(groups, share) for share in shares]
+    work = []
+    computed_prompts = 0
+    for share in shares:
+        kept = [groups[place] for place in share if kl or groups[place].advantages.any()]
+        computed_prompts += len(kept)
+        work.append(my_micro_batches(kept, budget, learner.device))
+    old_logps = old_logps_of(learner.policy, work, temperature)
 
-def split(group: Group, limit: int) -> list[Group]:
-    """Parts whose responses have at most `limit` computed tokens; a single one may have more."""
-    parts, tokens = [[]], 0
-    for i, response in enumerate(group.responses):
-        n = max(0, len(response.tokens) - 1)
-        if parts[-1] and tokens + n > limit:
-            parts, tokens = [*parts, []], 0
-        parts[-1].append(i)
-        tokens += n
-    return [group.part(chosen) for chosen in parts]
-
-
-def deal(groups: list[Group], ranks: int, budget: int) -> list[list[list[Group]]]:
-    """For each rank its micro-batches, at least one and equally many (sharded ranks wait for each other at every layer)
-    of at most `budget` tokens, unless one response with its prompt has more. The largest group goes first, to the one
-    with the fewest tokens. A group whose responses exceed the budget, or a rank's share of all, is split."""
-    share = math.ceil(sum(computed(group) - len(group.prompt.ids) for group in groups) / ranks)
-    parts = [
-        part
-        for group in groups
-        for part in split(group, min(budget - len(group.prompt.ids), share))
-    ]
-    parts.sort(key=computed, reverse=True)
-    least = math.ceil(sum(min(computed(part), budget) for part in parts) / ranks / budget)
-    for rounds in itertools.count(max(1, least)):  # as few as will do: each gathers all weights
-        batches, tokens = [[] for _ in range(rounds * ranks)], [0] * (rounds * ranks)
-        for part in parts:
-            b = tokens.index(min(tokens))
-            if batches[b] and tokens[b] + computed(part) > budget:
-                break
-            batches[b].append(part)
-            tokens[b] += computed(part)
+    sums = {name: torch.zeros((), dtype=torch.float64, device=learner.device) for name in SUMS}
+    grad_norms = []
+    bad_updates = []
+    for u, micro_batches in enumerate(work):
+        loss = torch.zeros((), device=learner.device)
+        for i, (batch, old_logp) in enumerate(zip(micro_batches, old_logps[u], strict=True)):
+            if u == 0:  # later the policy has changed, and the step has to be finished
+                check_signals()
+            if isinstance(learner.policy, FSDPModule):
+                # Nodes exchange gradients once, with those of the last micro-batch.
+                learner.policy.set_requires_all_reduce(i == len(micro_batches) - 1)
+            tokens = max(1, n_tokens[u])
+            loss += add_gradients(learner, batch, old_logp, kl, temperature, tokens, sums)
+        norm = optimizer_step(learner, loss)
+        if norm is None:
+            bad_updates.append(u)
         else:
-            break
-    batches.sort(
-        key=lambda batch: -sum(map(computed, batch))
-    )  # those that ranks compute at one time are alike
-    return [batches[rank::ranks] for rank in range(ranks)]
+            grad_norms.append(norm)
+
+    metrics = means(sums, max(1, sum(n_tokens)), with_kl=learner.reference is not None)
+    metrics["grad_norm"] = max(grad_norms, default=math.nan)
+    metrics["bad_updates"] = bad_updates
+    metrics["bad_prompts"] = [place for u in bad_updates for place in shares[u].tolist()]
+    metrics["skipped_prompts"] = len(groups) - computed_prompts
+    return metrics
 
 
-# What an idle rank computes: sharded layers need all ranks at every forward, AdamW needs gradients, if only of 0.
-IDLE = [
-    Group(
-        Prompt([0], None),
-        [],
-        [Response([0], [0.0], [0], "", "")],
-        torch.zeros(1, 0),
-        torch.zeros(1),
+def count_sampled(groups: list[Group], places: np.ndarray) -> int:
+    """Sampled tokens of the groups at these places."""
+    total = 0
+    for place in places:
+        for response in groups[place].responses:
+            total += sum(response.mask)
+    return total
+
+
+def old_logps_of(policy, work: list[list[MicroBatch]], temperature: float) -> list[list]:
+    """Log-probs (N,) of each micro-batch of each update, under the policy that sampled.
+
+    None for the first update: its policy is the one that sampled, and logp.detach() stands in.
+    """
+    old_logps = [[None] * len(work[0])]
+    with torch.no_grad():
+        for micro_batches in work[1:]:
+            logps = []
+            for batch in micro_batches:
+                check_signals()
+                logps.append(policy(batch.row, temperature))
+            old_logps.append(logps)
+    if isinstance(policy, FSDPModule):
+        # A forward without backward leaves embeddings and head gathered, and AdamW would step on
+        # copies.
+        policy.reshard()
+    return old_logps
+
+
+def add_gradients(
+    learner: Learner,
+    batch: MicroBatch,
+    old_logp: Tensor | None,
+    kl: float,
+    temperature: float,
+    n_tokens: float,
+    sums: dict[str, Tensor],
+) -> Tensor:
+    """One micro-batch: forward, and backward, which adds to the gradients. Returns its loss.
+
+    What is logged of it is added to `sums`.
+    """
+    logp = learner.policy(batch.row, temperature)  # (N,)
+    if old_logp is None:
+        old_logp = logp.detach()
+    loss, stats = rvpo.policy_loss(
+        logp, old_logp, batch.sampler_logp, batch.advantages, batch.mask, n_tokens
     )
-]
+    if learner.reference is not None:
+        with torch.no_grad():
+            ref_logp = learner.reference(batch.row, temperature)
+        stats["kl"] = (rvpo.kl_k3(logp, ref_logp) * batch.mask).sum()
+        loss = loss + kl * stats["kl"] / n_tokens
+    stats["loss"] = loss * n_tokens
+    stats["tokens"] = batch.mask.sum()
+    stats["entropy"] = -(logp.detach() * batch.mask).sum()  # an estimate: the mean of -log p
+    (loss * WORLD).backward()  # fully_shard takes the mean over ranks, this is a sum
+    for name, value in stats.items():
+        sums[name] += value.detach()
+    return loss.detach()
+
+
+def optimizer_step(learner: Learner, loss: Tensor) -> float | None:
+    """Takes a step on the gradients that are there. loss: this rank's part.
+
+    Returns their norm before clipping. Returns None, on all ranks, if norm or loss is not finite:
+    then nothing was changed.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(learner.policy.parameters(), GRAD_CLIP)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    norm = norm.item()
+    finite = math.isfinite(norm) and math.isfinite(all_sum(loss).item())
+    if finite:
+        learner.optimizer.step()
+    learner.optimizer.zero_grad()
+    return norm if finite else None
+
+
+def means(sums: dict[str, Tensor], n_tokens: float, with_kl: bool) -> dict[str, float]:
+    """The metrics of all ranks, from each rank's sums over tokens."""
+    totals = dict(zip(sums, all_sum(torch.stack([*sums.values()])).tolist(), strict=True))
+    loss = totals.pop("loss")
+    tokens = totals.pop("tokens")
+    if not with_kl:
+        del totals["kl"]
+    metrics = {"loss": loss / n_tokens}
+    for name, total in totals.items():
+        metrics[name] = total / tokens if tokens else math.nan
+    return metrics
 
 
 def all_sum(tensor: Tensor) -> Tensor:
@@ -101,119 +195,106 @@ def all_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def row_of(
-    groups: list[Group], device: torch.device
-) -> tuple[policies.Row, Tensor, Tensor, Tensor]:
-    """A micro-batch as one row, and of its N response tokens, in that order: mask, log-prob when sampled, advantage."""
-    row = policies.pack(
-        [(group.prompt.ids, [r.tokens for r in group.responses]) for group in groups], device
+# Dealing out: which rank computes what
+
+# What an idle rank computes. Sharded layers need all ranks at every forward, and AdamW needs
+# gradients, if only of 0.
+IDLE = Group(
+    prompt=Prompt([0], None),
+    channels=[],
+    responses=[Response([0], [0.0], [0], "", "")],
+    rewards=torch.zeros(1, 0),
+    advantages=torch.zeros(1),
+)
+
+
+def my_micro_batches(groups: list[Group], budget: int, device: torch.device) -> list[MicroBatch]:
+    """This rank's part of the work, on its device."""
+    mine = deal(groups, WORLD, budget)[RANK]
+    return [pack(part or [IDLE], device) for part in mine]
+
+
+def pack(groups: list[Group], device: torch.device) -> MicroBatch:
+    """Groups as one row of tokens."""
+    sequences = []
+    lengths = []
+    mask = []
+    sampler_logp = []
+    for group in groups:
+        sequences.append((group.prompt.ids, [response.tokens for response in group.responses]))
+        for response in group.responses:
+            lengths.append(len(response.tokens))
+            mask += response.mask
+            sampler_logp += response.logp
+    rollout_advantages = torch.cat([group.advantages for group in groups])
+    advantages = rollout_advantages.repeat_interleave(torch.tensor(lengths))
+    return MicroBatch(
+        policies.pack(sequences, device),
+        torch.tensor(mask, dtype=torch.float32, device=device),
+        torch.tensor(sampler_logp, dtype=torch.float32, device=device),
+        torch.as_tensor(advantages, dtype=torch.float32, device=device),
     )
-    responses = [response for group in groups for response in group.responses]
-    lengths = torch.tensor([len(response.tokens) for response in responses])
-    advantages = torch.cat([group.advantages for group in groups]).repeat_interleave(lengths)
-    mask, logp = ([x for r in responses for x in r.mask], [x for r in responses for x in r.logp])
-    return row, *(
-        torch.as_tensor(x, dtype=torch.float32, device=device) for x in (mask, logp, advantages)
-    )
 
 
-def update(
-    learner: Learner, groups: list[Group], updates: int, kl: float, temperature: float, budget: int
-) -> dict[str, float]:
-    """Optimizer steps on one batch of groups, `updates` of them, each on prompts of its own. kl: coefficient of the
-    penalty. budget: most tokens in a micro-batch. A prompt whose advantages are all 0 has no gradient and is not
-    computed, unless there is a KL penalty. Returns the mean loss over all of the tokens, other means over those that
-    were computed, the largest gradient norm before clipping, and which updates were left out because loss or gradient
-    was not finite (bad_updates; bad_prompts: places in the batch). Raises checkpoint.Stop on all ranks, with the policy
-    unchanged."""
-    policy, device = learner.policy, learner.device
-    slots = np.array_split(np.arange(len(groups)), updates)
-    # Sampled tokens of each update, also of prompts that are not computed. Counted first, over all ranks: any split
-    # into micro-batches and ranks then gives the same mean over tokens, and losses and gradients simply add up.
-    n_tokens = [
-        sum(sum(response.mask) for slot in share for response in groups[slot].responses)
-        for share in slots
-    ]
-    kept = [
-        [groups[slot] for slot in share if kl or groups[slot].advantages.any()] for share in slots
-    ]
-    packed = [
-        [row_of(batch or IDLE, device) for batch in deal(some, WORLD, budget)[RANK]]
-        for some in kept
-    ]
-    # Old log-probs. None for the first update: its policy is the one that sampled, and logp.detach() stands in.
-    old_logp = [[None] * len(packed[0])]
-    with torch.no_grad():
-        for batches in packed[1:]:
-            old_logp.append([check_signals() or policy(row, temperature) for row, *_ in batches])
-    if isinstance(policy, FSDPModule):
-        policy.reshard()  # a forward without backward leaves embeddings and head gathered: AdamW would step on copies
-    names = [
-        *"loss tokens clip_fraction is_weight sampler_gap entropy".split(),
-        *["kl"] * bool(learner.reference),
-    ]
-    sums, grad_norms, bad = (
-        {name: torch.zeros((), dtype=torch.float64, device=device) for name in names},
-        [],
-        [],
-    )
-    for u, batches in enumerate(packed):
-        losses = torch.zeros((), device=device)
-        for i, ((row, mask, sampler_logp, advantages), old) in enumerate(
-            zip(batches, old_logp[u], strict=True)
-        ):
-            if u == 0:  # afterwards the policy has changed, and the step is finished
-                check_signals()
-            logp = policy(row, temperature)
-            loss, stats = rvpo.policy_loss(
-                logp,
-                logp.detach() if old is None else old,
-                sampler_logp,
-                advantages,
-                mask,
-                max(1, n_tokens[u]),
-            )
-            stats["entropy"] = -(
-                logp.detach() * mask
-            ).sum()  # an estimate: the mean of -log p over sampled tokens
-            stats["tokens"] = mask.sum()
-            if learner.reference is not None:
-                with torch.no_grad():
-                    ref_logp = learner.reference(row, temperature)
-                stats["kl"] = (rvpo.kl_k3(logp, ref_logp) * mask).sum()
-                loss = loss + kl * stats["kl"] / max(1, n_tokens[u])
-            stats["loss"] = loss * n_tokens[u]
-            if isinstance(
-                policy, FSDPModule
-            ):  # gradients go from node to node once, with those of the last batch
-                policy.set_requires_all_reduce(i == len(batches) - 1)
-            (loss * WORLD).backward()  # fully_shard takes the mean over ranks, this is a sum
-            losses += loss.detach()
-            for name in names:
-                sums[name] += stats[name].detach()
-        norm = step(learner, losses)
-        (bad if norm is None else grad_norms).append(u if norm is None else norm)
-    loss, tokens, *others = all_sum(torch.stack([*sums.values()])).tolist()
-    return {
-        "loss": loss / max(1, sum(n_tokens)),
-        **{
-            name: total / tokens if tokens else math.nan
-            for name, total in zip(names[2:], others, strict=True)
-        },
-        "grad_norm": max(grad_norms, default=math.nan),
-        "bad_updates": bad,
-        "bad_prompts": [slot for u in bad for slot in slots[u].tolist()],
-        "skipped_prompts": len(groups) - sum(map(len, kept)),
-    }
+def deal(groups: list[Group], ranks: int, budget: int) -> list[list[list[Group]]]:
+    """Returns each rank's micro-batches: a list of groups each, of at most `budget` tokens.
+
+    All ranks get equally many, at least one, because sharded ranks wait for each other at every
+    layer; some may be empty. They are as few as will do, because each gathers all weights. A group
+    is split if its responses exceed the budget or one rank's part of the work. One response that
+    exceeds the budget by itself is a micro-batch of its own.
+    """
+    response_tokens = sum(computed(group) - len(group.prompt.ids) for group in groups)
+    largest = math.ceil(response_tokens / ranks)  # a rank's part of the work
+    parts = []
+    for group in groups:
+        parts += split(group, min(budget - len(group.prompt.ids), largest))
+    parts.sort(key=computed, reverse=True)
+
+    tokens = sum(min(computed(part), budget) for part in parts)
+    rounds = max(1, math.ceil(tokens / ranks / budget))
+    micro_batches = fill(parts, rounds * ranks, budget)
+    while micro_batches is None:
+        rounds += 1
+        micro_batches = fill(parts, rounds * ranks, budget)
+
+    # The largest first: what ranks compute at the same time is of nearly the same size.
+    micro_batches.sort(key=lambda batch: -sum(map(computed, batch)))
+    return [micro_batches[rank::ranks] for rank in range(ranks)]
 
 
-def step(learner: Learner, loss: Tensor) -> float | None:
-    """An optimizer step on the gradients that are there. Returns their norm before clipping. None, on all ranks, if it
-    or the loss (this rank's) is not finite: then nothing was changed."""
-    norm = torch.nn.utils.clip_grad_norm_(learner.policy.parameters(), GRAD_CLIP)
-    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-    finite = math.isfinite(norm) and math.isfinite(all_sum(loss).item())
-    if finite:
-        learner.optimizer.step()
-    learner.optimizer.zero_grad()
-    return norm if finite else None
+def fill(parts: list[Group], bins: int, budget: int) -> list[list[Group]] | None:
+    """Puts each part into the bin with the fewest tokens. None if one does not fit there."""
+    contents = [[] for _ in range(bins)]
+    tokens = [0] * bins
+    for part in parts:
+        emptiest = tokens.index(min(tokens))
+        if contents[emptiest] and tokens[emptiest] + computed(part) > budget:
+            return None
+        contents[emptiest].append(part)
+        tokens[emptiest] += computed(part)
+    return contents
+
+
+def split(group: Group, limit: int) -> list[Group]:
+    """Parts whose responses have at most `limit` computed tokens; a single one may have more."""
+    parts = [[]]
+    tokens = 0
+    for i, response in enumerate(group.responses):
+        n = predicting(response)
+        if parts[-1] and tokens + n > limit:
+            parts.append([])
+            tokens = 0
+        parts[-1].append(i)
+        tokens += n
+    return [group.part(chosen) for chosen in parts]
+
+
+def computed(group: Group) -> int:
+    """Tokens of a group that go through the model: its prompt once, and its responses."""
+    return len(group.prompt.ids) + sum(map(predicting, group.responses))
+
+
+def predicting(response: Response) -> int:
+    """Tokens of a response that predict another one: all but the last."""
+    return max(0, len(response.tokens) - 1)

@@ -61,8 +61,8 @@ def judged(task: str, example: Example) -> list[str]:
     """The items that the task would have a judge decide."""
     module, items = tasks.task_module(task), []
     kind = module.HealthBench if task == "healthbench" else module.Rubrics
-    judge = SimpleNamespace(start=lambda messages, responses, texts: items.extend(texts))
-    kind.start(SimpleNamespace(judge=judge), example, [])
+    task = SimpleNamespace(ask=lambda example, responses, texts: items.extend(texts))
+    kind.start(task, example, [])
     return items
 
 

@@ -130,13 +130,19 @@ def gather(local: list) -> list:
     return [items[i] for i in range(max(map(len, lists))) for items in lists if i < len(items)]
 
 
-def on_rank_0(work: Callable) -> None:
-    """work() on rank 0. All ranks wait for it, and raise OSError or InputError if it did."""
-    failed = None
+def on_rank_0(work: Callable):
+    """work() on rank 0, and its result there; None on the others. All ranks wait for it, and raise
+    OSError or InputError if it did."""
+    result = failure = None
     if RANK == 0:
         try:
-            work()
-        except (OSError, InputError) as error:
-            failed = (InputError if isinstance(error, InputError) else OSError), str(error)
-    if failed := gather([failed])[0]:
-        raise failed[0](failed[1])
+            result = work()
+        except InputError as error:
+            failure = InputError, str(error)
+        except OSError as error:
+            failure = OSError, str(error)
+    failure, *_ = gather([failure])  # rank 0's
+    if failure:
+        kind, message = failure
+        raise kind(message)
+    return result

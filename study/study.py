@@ -51,7 +51,7 @@ import train
 import update
 from config import TrainConfig
 from infra.log import Log
-from infra.resume import NoCheckpoints
+from infra.state import NoCheckpoints
 from rewards import Channel, Task, to_unit
 from rollout import Sampler
 from tools.stats import table

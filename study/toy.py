@@ -323,10 +323,10 @@ def warm_start(
     """A policy that has imitated noisy demonstrations (a key of FAULTS), and is right now and then."""
     policy, rng, faults = make_policy(seed), random.Random(seed), FAULTS[demonstrations]
     prompts = make_prompts(4000, f"demonstrations {seed}")
-    demos = [
-        (ids, [demonstration(rng, example.messages[0]["content"], faults)])
-        for ids, example in prompts
-    ]
+    demos = []
+    for prompt in prompts:
+        request = prompt.example.messages[0]["content"]
+        demos.append((prompt.ids, [demonstration(rng, request, faults)]))
     optimizer = torch.optim.AdamW(policy.parameters(), fused=True)
     for step in range(steps):
         for group in optimizer.param_groups:

@@ -145,7 +145,7 @@ def read(category: str) -> list[Example]:
             ),
             json.dumps([category, entry["function"], answers.get(entry["id"])]),
             id=entry["id"],
-            group=category,
+            category=category,
         )
         for entry in entries
     ]

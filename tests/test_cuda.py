@@ -17,7 +17,6 @@ from config import TrainConfig
 from infra import pretrained, ranks
 from infra.ranks import InputError
 from local import hf
-from rewards import Task
 
 
 def head_and_logp(n: int):
@@ -40,7 +39,7 @@ def head_and_logp(n: int):
 
 def test_logits_of_half_precision_are_not_rounded_and_the_head_s_gradient_is_summed_in_float32():
     """By the way over chunks; rounding the logits alone would cost a thousand times as much."""
-    hidden, head, targets, exact, expected = head_and_logp(3 * policies.LOGITS[0] + 5)
+    hidden, head, targets, exact, expected = head_and_logp(3 * policies.LOGITS_ON_CPU + 5)
     logp = policies.LogProbs.apply(hidden, head, targets, 0.5)
     rounded = ((hidden @ head.T).float() / 0.5).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
     assert (
@@ -121,13 +120,8 @@ def test_moments_are_made_before_the_engine(monkeypatch, tiny):
     )
     monkeypatch.setattr(hf, "HFEngine", lambda *args: None)
     config = TrainConfig(model=str(tiny), engine="hf", max_tokens=8)
-    learner, *_ = train.setup(
-        config,
-        torch.device("cpu"),
-        Task.__new__(Task),
-        pretrained.describe(str(tiny), 8, trained=True),
-        20,
-    )
+    known = pretrained.describe(str(tiny), 8, trained=True)
+    learner, _ = train.load(config, torch.device("cpu"), known, 20)
     made = optimizers[1]
     assert [*made] == [*learner.policy.parameters()] and all(
         {"step", "exp_avg", "exp_avg_sq"} <= made[p].keys() for p in made

@@ -102,7 +102,7 @@ def test_an_advantage_does_not_depend_on_the_length_of_a_response(agg):
             Prompt([0] * 10, None), [Channel("a"), Channel("b")], responses, BOTH_ONE_ONE_NONE
         )
         train.set_advantages([group], agg, 1.0)
-        *_, advantages = update.row_of([group], torch.device("cpu"))
+        *_, advantages = update.pack([group], torch.device("cpu"))
         assert all(len(of_one.unique()) == 1 for of_one in advantages.split(lengths))
         seen.append([of_one[0].item() for of_one in advantages.split(lengths)])
     assert seen[0] == seen[1] and seen[0] == sorted(seen[0], reverse=True)

@@ -183,7 +183,7 @@ def test_healthbench(evaluate, tmp_path):
 
 def test_healthbench_clips_the_mean_and_bootstraps():
     samples = [
-        {"id": str(i), "group": "", "scores": {"overall": x}}
+        {"id": str(i), "category": "", "scores": {"overall": x}}
         for i, x in enumerate([-3.0, 0.5, 0.7, 1.0])
     ]
     clipped, plain = (
@@ -449,7 +449,7 @@ def of_bfcl():
 def test_bfcl_has_the_rows_of_v3(of_bfcl):
     examples = of_bfcl.prompts(0, None)[1]
     assert {
-        category: sum(example.group == category for example in examples) for category in SIZES
+        category: sum(example.category == category for example in examples) for category in SIZES
     } == SIZES
     assert (
         len(examples) == len({example.id for example in examples}) == 3641
@@ -462,7 +462,7 @@ def test_bfcl_ground_truth_passes_its_checker(of_bfcl):
     passed, total = 0, 0
     for example in of_bfcl.prompts(0, None)[1]:
         category, functions, truth = json.loads(example.reference)
-        assert category == example.group
+        assert category == example.category
         if "relevance" in category:
             continue
         right = echo(category, functions, truth)
@@ -477,7 +477,7 @@ def test_bfcl_ground_truth_passes_its_checker(of_bfcl):
 def test_bfcl_relevance_and_format(of_bfcl):
     call = '<think> t </think>\n<tool_call>\n{"name": "f", "parameters": {}}\n</tool_call>'
     refusal = "<think> t </think>\n<response> I have no tool for that. </response>"
-    by_group = {example.group: example for example in of_bfcl.prompts(0, None)[1]}
+    by_group = {example.category: example for example in of_bfcl.prompts(0, None)[1]}
     for group, response, scores in [
         ("irrelevance", call, (0, 1)),
         ("irrelevance", refusal, (1, 1)),
@@ -522,7 +522,7 @@ def test_bfcl_prompt_is_toolrls(of_bfcl):
         user["content"]
         == "**Dialogue Records History**\n<user> Find the area of a triangle with a base of 10 units and height of 5 units. </user>"
     )
-    java = next(example for example in examples if example.group == "java")
+    java = next(example for example in examples if example.category == "java")
     assert (
         "Java 8 SDK syntax" in java.messages[0]["content"]
         and "in string representation" in java.messages[0]["content"]
@@ -545,7 +545,7 @@ def test_bfcl_averages_by_hand(of_bfcl):
     samples = [
         {
             "id": f"{c}{i}",
-            "group": c,
+            "category": c,
             "scores": {"correct": float(i < 10 * right.get(c, 0)), "format": 1.0},
         }
         for c in SIZES
@@ -593,7 +593,7 @@ def result(tmp_path, name, values, task="gpqa", **settings):
     )
     (folder / "samples.jsonl").write_text(
         "\n".join(
-            json.dumps({"id": str(i), "group": "", "scores": scores})
+            json.dumps({"id": str(i), "category": "", "scores": scores})
             for i, scores in enumerate(values)
         )
     )
@@ -676,7 +676,7 @@ def test_compare_refuses(tmp_path):
     ):
         broken.append(result(tmp_path, f"odd{number}", [scores]))
     twice = result(tmp_path, "twice", [{"s": 1.0}])
-    (tmp_path / "twice/samples.jsonl").write_text('{"id": "0", "group": "", "scores": {}}\n' * 2)
+    (tmp_path / "twice/samples.jsonl").write_text('{"id": "0", "category": "", "scores": {}}\n' * 2)
     with pytest.raises(InputError, match="no metric in common"):
         comparison.compare(good, result(tmp_path, "other", [{"t": 1.0}]))
     for path in [*broken, twice]:
@@ -702,12 +702,12 @@ def test_compare_says_what_it_cannot_read(tmp_path, monkeypatch, capsys):
         ("nothing", "nothing: no results of eval.py are there"),
     ]:
         with pytest.raises(InputError) as error:
-            comparison.print_comparison(["good", other])
+            comparison.main(["good", other])
         assert str(error.value).startswith(message)
     with pytest.raises(
         InputError, match="usage: python tools/compare.py runs/A runs/B, each a directory"
     ):
-        comparison.print_comparison(["good"])
+        comparison.main(["good"])
     assert capsys.readouterr().out == ""
 
 
@@ -727,10 +727,10 @@ def test_scores_of_one_id_are_averaged_without_those_that_are_missing():
         Example(question, "r", id="x"),
         Example(question),
         Example(question, id="x"),
-        Example(question, id="x", group="other"),
+        Example(question, id="x", category="other"),
     ]
     first, second, third = records(task, examples, ["1", "0.5", "nan", "0"])
-    assert (first["id"], first["group"], second["id"], third["group"]) == ("x", "", "1", "other")
+    assert (first["id"], first["category"], second["id"], third["category"]) == ("x", "", "1", "other")
     assert (
         first["scores"]["a"] == 1
         and second["scores"]["a"] == 0.5

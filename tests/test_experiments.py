@@ -183,7 +183,7 @@ def test_an_experiment_killed_in_the_middle_and_its_table(monkeypatch, tmp_path)
                 json.loads(
                     (
                         tmp_path
-                        / f"runs/tiny-rar-medicine-3B-{m}-s{seed}-healthtools/step-{step}/results.json"
+                        / f"runs/tiny-rar-medicine-3B-{m}-s{seed}-healthbench/step-{step}/results.json"
                     ).read_text()
                 )["metrics"]
                 for step in (0, 2, 3)
@@ -210,7 +210,7 @@ def test_an_experiment_killed_in_the_middle_and_its_table(monkeypatch, tmp_path)
     items = [
         compare(
             *(
-                tmp_path / f"runs/tiny-rar-medicine-3B-{m}-s{seed}-healthtools/step-3/results.json"
+                tmp_path / f"runs/tiny-rar-medicine-3B-{m}-s{seed}-healthbench/step-3/results.json"
                 for m in ("gdpo", "rvpo")
             )
         )[0]["p"]

@@ -409,10 +409,17 @@ def test_a_long_retry_after_is_waited_for(monkeypatch):
     async def sleep(seconds):
         waited.append(seconds)
 
+    refused = set()
+
+    def refuse_once(body, n):
+        prompt = body["messages"][0]["content"]
+        if prompt in refused:
+            return graded(body)
+        refused.add(prompt)
+        return 429, "quota", {"Retry-After": "600"}
+
     monkeypatch.setattr(openai._base_client.anyio, "sleep", sleep)
-    client = make(
-        Server(lambda body, n: (429, "quota", {"Retry-After": "600"}) if n <= 20 else graded(body))
-    )
+    client = make(Server(refuse_once))
     assert ask(client, [f"meets 1, {i}" for i in range(20)], n=1).tolist() == [[1]] * 20
     assert waited == [600] * 20 and client.take_counts()["retries"] == 20
 

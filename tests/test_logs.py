@@ -9,9 +9,10 @@ import pytest
 import torch
 from test_train import TINY, command, launch
 
-from infra.log import Log, RunLog, channel_stats, open_tracker
+from infra.log import Log, RunLog, open_tracker
 from infra.prompts import Prompt
 from infra.resume import finish
+from infra.statistics import channel_stats
 from rewards import Channel, Example
 from rollout import Group, Response
 

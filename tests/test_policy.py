@@ -74,7 +74,7 @@ def test_one_row_is_exactly_separate_sequences(request, architecture, checkpoint
     embeddings and biases, Llama with neither."""
     path, results = request.getfixturevalue(architecture), []
     n = sum(len(response) for _, responses in GROUPS for response in responses)
-    assert n > policies.LOGITS[0]
+    assert n > policies.LOGITS_ON_CPU
     weights = torch.randn(n, generator=torch.Generator().manual_seed(0))
     packed = policies.load(path, CPU)
     if checkpointing:
@@ -189,8 +189,8 @@ class Vocabulary(TorchDispatchMode):
 
 
 def test_memory_does_not_grow_with_tokens_times_vocabulary(monkeypatch, llama, vocabulary):
-    """Forward and backward: no more than LOGITS rows of logits at a time, however many tokens there are."""
-    monkeypatch.setattr(policies, "LOGITS", (128, 128))
+    """Forward and backward: no more than LOGITS_ON_CPU rows of logits at a time, however many tokens there are."""
+    monkeypatch.setattr(policies, "LOGITS_ON_CPU", 128)
     policy, lm, seen = policies.load(llama, CPU), hf.load(llama, CPU), {}
     for n in (512, 1024):
         groups = [(tokens(20), [tokens(n // 4, first) for first in (1, 2, 3, 4)])]

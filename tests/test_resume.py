@@ -25,8 +25,9 @@ import train
 import update
 from config import TrainConfig, parse
 from infra import pretrained, prompts, resume, run_directory, signals
+from infra import state as states
 from infra.ranks import InputError
-from infra.resume import State
+from infra.state import State
 from local import hf
 from rewards import Channel, Example, Task
 
@@ -213,8 +214,8 @@ def test_a_second_signal_ends_it_at_once(tmp_path):
             "def task(options):",
             """def task(options):
     import hashlib
-    from infra import resume
-    resume.save = lambda *args: (print("saving", flush=True), hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1))""",
+    from infra import state
+    state.save = lambda *args: (print("saving", flush=True), hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1))""",
         )
     )
     process = subprocess.Popen(
@@ -404,7 +405,7 @@ def test_ranks_with_different_prompts(monkeypatch, tmp_path):
 def test_a_checkpoint_that_lacks_the_shards_of_a_rank(monkeypatch, tmp_path, tiny_policy):
     """As on nodes that do not share a file system: the other rank sees a file that is not here."""
     monkeypatch.setattr(
-        resume,
+        states,
         "gather",
         lambda local: (
             [*local, ["shard-00002-model-00001-of-00001.safetensors"]]
@@ -416,7 +417,7 @@ def test_a_checkpoint_that_lacks_the_shards_of_a_rank(monkeypatch, tmp_path, tin
         InputError,
         match="could not be saved: shard-00002-model-00001-of-00001.safetensors of another rank is not in .*must be on a file system that all share",
     ):
-        resume.save(tmp_path, tiny_policy, update.make_optimizer(tiny_policy, 0.0), State(step=3))
+        states.save(tmp_path, tiny_policy, update.make_optimizer(tiny_policy, 0.0), State(step=3))
     assert not [*tmp_path.glob("state/step-*")]
 
 
@@ -434,15 +435,15 @@ def test_a_checkpoint_of_some_ranks_is_loaded_by_others(tmp_path, llama, total):
     """One rank's by several, then theirs by one; of parameters in shapes that ranks cannot share evenly."""
     policy = policies.load(llama, updates.CPU)
     optimizer = moments(policy)
-    resume.save(tmp_path / "one", policy, optimizer, State(step=3, optimizer_steps=1))
+    states.save(tmp_path / "one", policy, optimizer, State(step=3, optimizer_steps=1))
     on_ranks(total, total, tmp_path / "many", llama, llama, tmp_path / "one")
     again = policies.load(llama, updates.CPU)
     other = update.make_optimizer(again, 0.01)
-    assert resume.load(tmp_path / "many/state/step-4", again, other).step == 4
+    assert states.load(tmp_path / "many/state/step-4", again, other).step == 4
     assert (
         json.loads((tmp_path / "many/state/step-4/state.json").read_text())["world_size"] == total
     )
-    saved, loaded = resume.tensors(policy, optimizer), resume.tensors(again, other)
+    saved, loaded = states.tensors(policy, optimizer), states.tensors(again, other)
     assert saved.keys() == loaded.keys() and all(
         torch.equal(saved[name], loaded[name]) for name in saved
     )
@@ -578,10 +579,10 @@ def test_bad_options(monkeypatch, tmp_path, args, message):
 
 def test_a_checkpoint_of_another_model(tiny, llama, tmp_path):
     policy = policies.load(llama, updates.CPU)
-    resume.save(tmp_path, policy, moments(policy), State(step=3, optimizer_steps=1))
+    states.save(tmp_path, policy, moments(policy), State(step=3, optimizer_steps=1))
     other = policies.load(tiny, updates.CPU)
     with pytest.raises(InputError) as error:
-        resume.load(tmp_path / "state/step-3", other, update.make_optimizer(other, 0.01))
+        states.load(tmp_path / "state/step-3", other, update.make_optimizer(other, 0.01))
     assert str(error.value).startswith(
         f"{tmp_path}/state/step-3 is no checkpoint of this model: "
     ) and "\n" not in str(error.value)
@@ -715,7 +716,7 @@ def test_a_loss_that_is_not_finite(tmp_path):
             "def task(options):",
             """def task(options):
     import rvpo
-    from infra import ranks, resume
+    from infra import ranks, state
     real, calls = rvpo.policy_loss, []
 
     def loss(*args):
@@ -725,7 +726,7 @@ def test_a_loss_that_is_not_finite(tmp_path):
         return value * (float("nan") if ranks.RANK == ranks.WORLD - 1 and u == 1 and step + 1 in (2, 4, 5, 6) else 1), stats
 
     rvpo.policy_loss = loss
-    resume.BAD_STEPS = 3""",
+    state.BAD_STEPS = 3""",
         )
     )
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -805,7 +806,7 @@ def test_by_default_saving_waits_and_then_takes_a_hundredth(monkeypatch, tmp_pat
         (0.0, [0, 1, 0, 0]),
         (600.0, [0, 0, 0, 0]),
     ):  # the second save is due 100 times as long after
-        monkeypatch.setattr(resume, "FIRST_SAVE", first)
+        monkeypatch.setattr(states, "FIRST_SAVE", first)
         out = run(monkeypatch, tmp_path, "--save-every", "auto", name=f"first{first:.0f}")
         assert [
             x["seconds"]["save"] > 0 for x in lines(out / "metrics.jsonl") if "seconds" in x

@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT / "study"))
 import sign
 
 import rvpo
-from infra.log import credit
+from infra.statistics import credit
 from rewards import Channel
 from rollout import Group
 

@@ -88,7 +88,7 @@ def test_channels_by_hand(response, expected):
 
 
 def test_shortest_answer_satisfies_what_can_be_had_together():
-    _, example = toy.make_prompts(1, "x")[0]
+    example = toy.make_prompts(1, "x")[0].example
     got = toy.channels(example.messages[0]["content"], example.reference)
     channels, _ = toy.SUITE["no conflict"]
     assert all(got[c.name] == c.full for c in channels)
@@ -100,7 +100,7 @@ def test_sampler_and_policy_agree():
     prompts = toy.make_prompts(3, "x")
     engine = toy.engine(policy)
     engine.push(policies.full_weights(policy, engine.dtype))
-    ids, seeds = [ids for ids, _ in prompts], [5, 6, 5]
+    ids, seeds = [prompt.ids for prompt in prompts], [5, 6, 5]
     sampled = dict(engine.generate(ids, 4, seeds))
     assert sampled == dict(engine.generate(ids, 4, seeds)) and len({r.text for r in sampled[0]}) > 1
     row = policies.pack(

@@ -228,7 +228,7 @@ def test_prompts_without_signal_are_not_computed(tiny, monkeypatch):
         lambda module, inputs, out: computed[-1].append(inputs[0].tokens[0].tolist())
     )
     groups, dealt, deal = updates.batch_of(5, 4, silent=(0, 3)), [], update.deal
-    monkeypatch.setattr(train, "deal", lambda *args: dealt.append(deal(*args)) or dealt[-1])
+    monkeypatch.setattr(update, "deal", lambda *args: dealt.append(deal(*args)) or dealt[-1])
 
     def step(kl: float) -> None:
         optimizer = updates.Recorder(policy.parameters(), lr=0.0)
@@ -652,7 +652,7 @@ def nothing_is_loaded(monkeypatch):
         (["--track", "trackio"], "--track trackio: it is not installed; pip install trackio"),
         (["--task", "x"], "--task x: choose one of tools, reply"),
         (["--agg", "x"], "--agg x: should be 'rvpo', 'gdpo'"),
-        (["--engine", "x"], "--engine x: should be 'vllm' or 'hf'"),
+        (["--engine", "x"], "--engine x: should be 'auto', 'vllm' or 'hf'"),
         (["--beta", "x"], "beta 'x' is neither"),
         (["--group", 1], "--group 1: should be greater than or equal to 2"),
         (["--prompts", 0], "--prompts 0: should be greater than or equal to 1"),

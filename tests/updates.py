@@ -7,7 +7,8 @@ from torch.distributed.tensor import DTensor
 
 import policy as policies
 import update
-from infra import pretrained, ranks, resume, run_directory
+from infra import pretrained, ranks, run_directory
+from infra import state as states
 from infra.prompts import Prompt
 from rollout import Group, Response
 
@@ -116,9 +117,9 @@ def main(out: Path, path: Path, reference: Path, *others: Path) -> None:
     if others and (others[0] / "state").exists():  # a run of one rank: save it as a run of several
         policy = policies.load(path, CPU, mesh)
         optimizer = torch.optim.AdamW(policy.parameters(), fused=True)
-        state = resume.load(run_directory.latest(others[0]), policy, optimizer)
+        state = states.load(run_directory.latest(others[0]), policy, optimizer)
         state.step = 4
-        resume.save(out, policy, optimizer, state)
+        states.save(out, policy, optimizer, state)
         return
     results = {"mesh": mesh.mesh.tolist(), "shards": {}, "weights": {}}
     for case, changes in CASES.items():

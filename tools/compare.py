@@ -1,102 +1,76 @@
 """Are two evaluations different? Paired by item, with intervals and p-values.
 
-python tools/compare.py runs/A runs/B
+    python tools/compare.py runs/A runs/B
+
+A and B are directories that eval.py wrote, or their results.json. A policy's of eval.py --policies
+is runs/NAME/step-N.
 """
 
+import argparse
 import json
 import math
 import sys
 from pathlib import Path
+from typing import NamedTuple, NoReturn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script sees its own folder only
 
 import numpy as np
 
-from eval import PAIRED_RESAMPLES, metrics, resample
+from infra.bootstrap import chunks, metrics, resample
 from infra.ranks import InputError, run_program
 from infra.run_directory import by_step
 from tools.stats import holm
 
+RESAMPLES = 10_000
 UNCOMPARED = {"model", "engine"}  # two evaluations may differ in these
 OF_SOME_MODELS = {"date", "enable_thinking"}  # one may lack these: its chat template does not ask
 
 
-def _read(file: Path) -> tuple[dict, list[dict]]:
-    """What two evaluations must share, and the items by id."""
-    try:
-        results = json.loads(file.read_text())
-        samples = [
-            json.loads(line) for line in (file.parent / "samples.jsonl").read_text().splitlines()
-        ]
-        settings = {"task": results["task"], "averages": results["averages"], **results["settings"]}
-        samples.sort(key=lambda sample: sample["id"])
-        values = [x for sample in samples for x in sample["scores"].values() if x is not None]
-        if len({(sample["id"], str(sample["group"])) for sample in samples}) < max(1, len(samples)):
-            raise ValueError("no items, or one of them twice")
-        if not all(type(x) in (int, float) and abs(x) < math.inf for x in values):
-            raise ValueError("a score that is no number")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+class Evaluation(NamedTuple):
+    file: Path  # its results.json
+    settings: dict  # what two evaluations must share
+    samples: list[dict]  # the items, by id
+
+    def items(self) -> list[tuple]:
+        return [(sample["id"], sample["category"]) for sample in self.samples]
+
+
+def main(argv: list[str]) -> None:
+    args = parse(argv)
+    rows = compare(find_results(args.first), find_results(args.second))
+    print(f"A: {args.first}")
+    print(f"B: {args.second}")
+    print(f"{'':>45}       A       B    B - A  [   95% interval ]       p  Holm's p      n")
+    for row in rows:
+        corrected = f"{row['p_holm']:.4f}" if "p_holm" in row else ""
+        print(
+            f"{row['metric']:>45}  {row['first']:6.3f}  {row['second']:6.3f}  "
+            f"{row['difference']:+7.3f}  [{row['low']:+7.3f}, {row['high']:+7.3f}]  "
+            f"{row['p']:6.4f}  {corrected:>8}  {row['n']:5}"
+        )
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    def fail(message: str) -> NoReturn:
         raise InputError(
-            f"{file} and the samples.jsonl beside it cannot be read as eval.py writes them: "
-            f"{type(error).__name__} {error}"
-        ) from error
-    return settings, samples
-
-
-def compare(first: Path, second: Path) -> list[dict]:
-    """Second minus first, paired by item: a 95% bootstrap interval and the two-sided p-value of a sign-flip permutation
-    test, for every metric that both have. All but the first are also corrected together by Holm. Nothing is clipped.
-    Raises InputError for different items or settings."""
-    (a, a_samples), (b, b_samples) = _read(first), _read(second)
-    if a.get("items") != b.get("items") or [(s["id"], s["group"]) for s in a_samples] != [
-        (s["id"], s["group"]) for s in b_samples
-    ]:
-        raise InputError("the two evaluations cannot be compared: they are of different items")
-    for key in sorted((a.keys() | b.keys()) - UNCOMPARED):
-        x, y = a.get(key), b.get(key)
-        if x != y and not (key in OF_SOME_MODELS and None in (x, y)):
-            raise InputError(
-                f"the two evaluations cannot be compared: {key} is {x} in {first}, and {y} in {second}"
-            )
-    groups, rows = np.array([sample["group"] for sample in a_samples]), []
-    of_b = metrics(b_samples, b["averages"])
-    for name, (x, weights) in metrics(a_samples, a["averages"]).items():
-        has = ~np.isnan(x) & ~np.isnan(of_b.get(name, [x * np.nan])[0]) & (weights > 0)
-        if not has.any():
-            continue
-        weights, x, y = weights[has] / weights[has].sum(), x[has], of_b[name][0][has]
-        difference = float(weights @ (y - x))
-        low, high = np.quantile(
-            resample(y - x, weights, groups[has], PAIRED_RESAMPLES, 0), [0.025, 0.975]
+            "usage: python tools/compare.py runs/A runs/B, each a directory that eval.py wrote"
         )
-        rng, part, extreme = np.random.default_rng(0), weights * (y - x), 0
-        for chunk in np.array_split(
-            np.arange(PAIRED_RESAMPLES), max(1, PAIRED_RESAMPLES * len(part) // 1_000_000)
-        ):
-            flipped = (rng.integers(2, size=(len(chunk), len(part))) * 2 - 1) @ part
-            extreme += int((np.abs(flipped) >= abs(difference) - 1e-12).sum())
-        rows.append(
-            {
-                "metric": name,
-                "first": float(weights @ x),
-                "second": float(weights @ y),
-                "difference": difference,
-                "low": float(low),
-                "high": float(high),
-                "p": (1 + extreme) / (1 + PAIRED_RESAMPLES),
-                "n": len(x),
-            }
-        )
-    if not rows:
-        raise InputError(f"{first} and {second} have no metric in common")
-    for row, p in zip(rows[1:], holm([row["p"] for row in rows[1:]]), strict=True):
-        row["p_holm"] = p
-    return rows
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.error = fail
+    parser.add_argument("first", metavar="A")
+    parser.add_argument("second", metavar="B")
+    return parser.parse_args(argv)
 
 
 def find_results(name: str) -> Path:
-    """The results.json of an evaluation, which is named by its directory or by this file. Raises
-    InputError."""
+    """The results.json of an evaluation, which is named by its directory or by this file.
+
+    Raises InputError.
+    """
     path = Path(name)
     file = path / "results.json" if path.is_dir() else path
     if file.is_file():
@@ -116,22 +90,109 @@ def find_results(name: str) -> Path:
     )
 
 
-def print_comparison(names: list[str]) -> None:
-    if len(names) != 2:
+def compare(first: Path, second: Path) -> list[dict]:
+    """Second minus first, paired by item, for every metric that both have. Nothing is clipped.
+
+    first, second: results.json files. p is of a two-sided sign-flip permutation test; low and high
+    are a 95% bootstrap interval. p_holm corrects all metrics except the first together.
+    Raises InputError for different items or settings.
+    """
+    a, b = read(first), read(second)
+    check_comparable(a, b)
+    categories = np.array([sample["category"] for sample in a.samples])
+    second_metrics = metrics(b.samples, b.settings["averages"])
+    rows = []
+    for name, (first_values, weights) in metrics(a.samples, a.settings["averages"]).items():
+        if name not in second_metrics:
+            continue
+        second_values, _ = second_metrics[name]
+        both = ~np.isnan(first_values) & ~np.isnan(second_values) & (weights > 0)
+        if both.any():
+            pairs = first_values[both], second_values[both]
+            rows.append({"metric": name, **paired(*pairs, weights[both], categories[both])})
+    if not rows:
+        raise InputError(f"{first} and {second} have no metric in common")
+    others = rows[1:]
+    for row, p in zip(others, holm([row["p"] for row in others]), strict=True):
+        row["p_holm"] = p
+    return rows
+
+
+def paired(
+    first: np.ndarray, second: np.ndarray, weights: np.ndarray, categories: np.ndarray
+) -> dict[str, float]:
+    """The comparison of one metric. All are (N,): an entry for each item that both have."""
+    weights = weights / weights.sum()
+    difference = float(weights @ (second - first))
+    means = resample(second - first, weights, categories, RESAMPLES, seed=0)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return {
+        "first": float(weights @ first),
+        "second": float(weights @ second),
+        "difference": difference,
+        "low": float(low),
+        "high": float(high),
+        "p": permutation_test(weights * (second - first), difference),
+        "n": len(first),
+    }
+
+
+def permutation_test(shares: np.ndarray, difference: float) -> float:
+    """The two-sided p-value of the difference: how often random signs make one as large.
+
+    shares (N,): what each item contributes to it.
+    """
+    rng = np.random.default_rng(0)
+    extreme = 0
+    for chunk in chunks(RESAMPLES, len(shares)):
+        signs = rng.integers(2, size=(len(chunk), len(shares))) * 2 - 1
+        extreme += int((np.abs(signs @ shares) >= abs(difference) - 1e-12).sum())
+    return (1 + extreme) / (1 + RESAMPLES)
+
+
+def read(file: Path) -> Evaluation:
+    """Raises InputError for anything that eval.py does not write."""
+    try:
+        results = json.loads(file.read_text())
+        settings = {"task": results["task"], "averages": results["averages"], **results["settings"]}
+        lines = (file.parent / "samples.jsonl").read_text().splitlines()
+        samples = [json.loads(line) for line in lines]
+        samples.sort(key=lambda sample: sample["id"])
+        evaluation = Evaluation(file, settings, samples)
+        check_samples(evaluation)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(
-            "usage: python tools/compare.py runs/A runs/B, each a directory that eval.py wrote"
-        )
-    rows = compare(*[find_results(name) for name in names])
-    for letter, name in zip("AB", names, strict=True):
-        print(f"{letter}: {name}")
-    print(f"{'':>45}       A       B    B - A  [   95% interval ]       p  Holm's p      n")
-    for row in rows:
-        corrected = f"{row['p_holm']:.4f}" if "p_holm" in row else ""
-        print(
-            f"{row['metric']:>45}  {row['first']:6.3f}  {row['second']:6.3f}  {row['difference']:+7.3f}  "
-            f"[{row['low']:+7.3f}, {row['high']:+7.3f}]  {row['p']:6.4f}  {corrected:>8}  {row['n']:5}"
-        )
+            f"{file} and the samples.jsonl beside it cannot be read as eval.py writes them: "
+            f"{type(error).__name__} {error}"
+        ) from error
+    return evaluation
+
+
+def check_samples(evaluation: Evaluation) -> None:
+    """Raises ValueError, or what a malformed line raises."""
+    names = {(name, str(category)) for name, category in evaluation.items()}
+    if len(names) < max(1, len(evaluation.samples)):
+        raise ValueError("no items, or one of them twice")
+    for sample in evaluation.samples:
+        for score in sample["scores"].values():
+            if score is not None and not (type(score) in (int, float) and abs(score) < math.inf):
+                raise ValueError("a score that is no number")
+
+
+def check_comparable(a: Evaluation, b: Evaluation) -> None:
+    """Raises InputError."""
+    if a.settings.get("items") != b.settings.get("items") or a.items() != b.items():
+        raise InputError("the two evaluations cannot be compared: they are of different items")
+    for key in sorted((a.settings.keys() | b.settings.keys()) - UNCOMPARED):
+        in_a, in_b = a.settings.get(key), b.settings.get(key)
+        if key in OF_SOME_MODELS and None in (in_a, in_b):
+            continue
+        if in_a != in_b:
+            raise InputError(
+                f"the two evaluations cannot be compared: {key} is {in_a} in {a.file}, and {in_b} "
+                f"in {b.file}"
+            )
 
 
 if __name__ == "__main__":
-    run_program(print_comparison, sys.argv[1:])
+    run_program(main, sys.argv[1:])

@@ -23,8 +23,8 @@ ROOT, GIB = Path(__file__).parent.parent, 2**30
 PHASES = {
     "_wrapped_call_impl": "forward",
     "backward": "backward",
-    "step": "step",
-}  # of what `entry` calls
+    "optimizer_step": "step",
+}  # of what `entries` call
 NO_KERNEL = {
     "empty",
     "empty_like",
@@ -87,14 +87,19 @@ class GPU(FakeTensorMode):
 
     avoid_device_init = True  # a property of FakeTensorMode
 
-    def __init__(self, lm, entry: Callable):
-        """lm: the model, without memory. entry: the function whose calls are the phases."""
+    def __init__(self, lm, entries: list[Callable]):
+        """lm: the model, without memory. entries: the functions whose calls are the phases."""
         super().__init__(allow_non_fake_inputs=True)
         self.shapes, self.words = (
             {tuple(sorted(p.shape)) for p in lm.parameters()},
             lm.config.vocab_size,
         )
-        self.entry, self.phase, self.events, self.now = entry.__code__, "load", 0, 0
+        self.entries, self.phase, self.events, self.now = (
+            {entry.__code__ for entry in entries},
+            "load",
+            0,
+            0,
+        )
         self.held: dict[int, Block] = {}  # by storage
         self.reset()
         backend._setup_privateuseone_for_python_backend("gpu", Device())
@@ -170,7 +175,7 @@ class GPU(FakeTensorMode):
         while frame:
             file, of_fsdp = source(frame.f_code.co_filename)
             line, sharding = line or (file and f"{file}:{frame.f_lineno}"), sharding or of_fsdp
-            if frame.f_code is self.entry:
+            if frame.f_code in self.entries:
                 return PHASES.get(callee, "rest"), line, sharding
             callee, frame = (
                 callee if frame.f_code.co_name == "<listcomp>" else frame.f_code.co_name,

@@ -106,7 +106,10 @@ class Weights(dict):
 def simulate(args: argparse.Namespace) -> dict:
     """What happens on rank 0 in an update and a push: name -> a number, or numbers by kind, phase or line of code."""
     config, budget, R, G = qwen(args.size), args.tokens_per_microbatch, args.response, args.group
-    gpu, device = GPU(lm := skeleton(config), update.update), torch.device("gpu", 0)
+    gpu, device = (
+        GPU(lm := skeleton(config), [update.update, update.add_gradients, update.old_logps_of]),
+        torch.device("gpu", 0),
+    )
     policies.compute_dtype = lambda _: torch.bfloat16
     pretrained.safe_open = lambda *_: Weights(lm.named_parameters())
     torch.cuda.get_device_properties = lambda: argparse.Namespace(total_memory=args.memory * GIB)

@@ -144,7 +144,7 @@ def ours(args: argparse.Namespace) -> None:
     from infra import pretrained, prompts
     from infra.log import Log
     from infra.ranks import join
-    from infra.resume import NoCheckpoints
+    from infra.state import NoCheckpoints
     from local import models
     from rewards import Channel, Example, Task
     from rollout import Decoding, Sampler, VLLMEngine
