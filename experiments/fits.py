@@ -100,7 +100,7 @@ def share_of_vllm(simulated: dict, memory: float) -> float:
 
 
 def fit(size: str, machine: Machine) -> tuple[int, float, dict] | None:
-    """(tokens of a micro-batch, share of vLLM, the simulation), or None if the model does not fit."""
+    """(tokens of a micro-batch, share of vLLM, the simulation); None if the model does not fit."""
     _, _, total = parameters(size)
     usable = USABLE * machine.memory
     if OUTSIDE + 12 * total / machine.gpus / GIB > usable:  # weights and AdamW's moments in fp32
