@@ -1,7 +1,7 @@
 """Our scores against the scores that other tools gave to the same cases.
 
 agreement.json holds {"what tool": [[case, the tool's scores], ...]}. The versions of the tools, and why
-some of their scores differ, are in docs/experiments.md. No other tool is run here.
+some of their scores differ, are in docs/evaluate.md. No other tool is run here.
 """
 
 import collections

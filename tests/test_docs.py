@@ -36,16 +36,14 @@ RUN = [
     "python train.py --task examples/polite.py --steps 1 --prompts 2 --name polite",
     "python eval.py --task examples/polite.py --model runs/polite --max-tokens 64",
     "python tools/plot.py runs/polite runs/polite --out both.png",
-]  # `runs/A runs/B` in README
+]
 NOT_HERE = {  # why
     "make demo": "minutes",
-    "make study": "minutes",
     "python study/study.py": "minutes",
     "python tools/step.py": "minutes",
     "python study/text.py": "days",
     "python study/text_report.py": "tests/test_text.py",
     "python study/more.py": "hours",
-    "python study/demo.py": "tests/test_text.py",
     "python study/sign.py": "tests/test_sign.py",
     "make gpu": "tests/test_gpu.py",
     "make .venv/ready": "it is what runs this",
@@ -65,6 +63,7 @@ NOT_HERE = {  # why
     "python eval.py --task bfcl": "tests/test_eval.py",
     "python eval.py --task mine.py": "tests/test_eval.py",
     "python tools/plot.py runs/A-bfcl": "tests/test_eval.py",
+    "python tools/plot.py runs/A runs/B": "RUN has it with a run that exists",
 }
 
 
