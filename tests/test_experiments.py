@@ -85,7 +85,7 @@ def test_the_files_hold_options_that_exist_each_with_its_source(name, monkeypatc
 
 
 def test_what_the_paper_and_its_sources_say(monkeypatch):
-    """docs/experiments.md has the sources."""
+    """docs/reproduce.md has the sources."""
     (job,) = run.jobs(
         options(monkeypatch, "tools", "--models", "1.5B", "--methods", "rvpo 1", "--seeds", "7")
     )
