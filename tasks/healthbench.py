@@ -83,6 +83,11 @@ def _tags(holder: dict, key: str, where: str) -> list[str]:
     return tags
 
 
+def judged_items(example: Example) -> list[str]:
+    """What the judge decides."""
+    return [item.text for item in example.criteria]
+
+
 class HealthBench(Judged):
     """A prompt's K channels are its criteria, met or not. The reference holds its themes."""
 
@@ -105,7 +110,7 @@ class HealthBench(Judged):
         return [Channel(item.text) for item in example.criteria]
 
     def start(self, example: Example, responses: list[str]) -> Callable[[], np.ndarray]:
-        return self.ask(example, responses, [item.text for item in example.criteria])
+        return self.ask(example, responses, judged_items(example))
 
     def result(
         self, example: Example, response: str, rewards: np.ndarray

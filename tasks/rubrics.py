@@ -158,6 +158,11 @@ class Judged(Task):
             )
 
 
+def judged_items(example: Example) -> list[str]:
+    """What the judge decides."""
+    return [PITFALL + c.text if c.category == "pitfall" else c.text for c in example.criteria]
+
+
 class Rubrics(Judged):
     """The K channels of a prompt are its criteria, in their order.
 
@@ -187,8 +192,7 @@ class Rubrics(Judged):
 
     def start(self, example: Example, responses: list[str]) -> Callable[[], np.ndarray]:
         pitfalls = np.array([c.category == "pitfall" for c in example.criteria])  # (K,)
-        items = [PITFALL + c.text if c.category == "pitfall" else c.text for c in example.criteria]
-        verdicts = self.ask(example, responses, items)
+        verdicts = self.ask(example, responses, judged_items(example))
 
         def rewards() -> np.ndarray:
             met = verdicts()  # (G, K)
