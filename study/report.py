@@ -41,6 +41,11 @@ def shares(result: dict) -> dict[str, float]:
     return {name: min(1.0, last(result, name) / full) for name, full in result["full"].items()}
 
 
+def mean_reward(result: dict) -> float:
+    """Of all channels at the end."""
+    return np.mean([last(result, name) for name in result["full"]])
+
+
 def lasts(results: list[dict]) -> list[float]:
     """Of each seed, the joint rate at the end."""
     return [last(result) for result in results]
@@ -53,7 +58,7 @@ def after_a_third(results: list[dict]) -> float:
 
 
 def worst_channel(results: list[dict]) -> str:
-    """The channel that is the farthest from satisfied at the end, and its share, mean over seeds."""
+    """The channel that is the farthest from satisfied at the end, and its share; means of seeds."""
     of_seeds = [shares(result) for result in results]
     means = {}
     for name in of_seeds[0]:
@@ -124,7 +129,7 @@ def compare(cells: Cells, rates: dict[tuple[str, str], float], task: str) -> str
     for method, results in cells.items():
         final = finals[method]
         peaks = [max(result["eval"]["joint"]) for result in results]
-        rewards = [[last(result, name) for name in result["full"]] for result in results]
+        rewards = [mean_reward(result) for result in results]
         rows.append(
             [
                 method,

@@ -1,13 +1,14 @@
-"""Does the soft minimum do what it is for, and when not? Every aggregation on three small tasks, all else equal.
+"""Does the soft minimum do what it is for, and when not? Every aggregation on three small tasks.
 
-    python study/study.py --out runs/study                     # up to an hour on two cores; killed, it goes on
+    python study/study.py --out runs/study   # up to an hour on two cores; killed, it goes on
     python study/study.py --out runs/study-20 --first-seed 20  # other held-out seeds
-    python study/study.py --out study                          # makes the tables of this folder's study.jsonl again
+    python study/study.py --out study        # the tables of this folder's study.jsonl again
 
-Writes study.jsonl (each run's settings and curves, in four digits), study.md (the tables) and study.png into --out. A
-run that is in study.jsonl is not run again. A run is train.fit itself, with the tasks, the policy and the engine of
-toy.py: same warm start, prompts, request seeds and steps for every aggregation. The learning rate is chosen for each
-aggregation and task on tuning seeds, then eight others count.
+It writes study.jsonl (each run's settings and curves, in four digits), study.md (the tables) and
+study.png into --out. A run that is in study.jsonl is not run again. A run is train.fit itself, with
+the tasks, the policy and the engine of toy.py. Warm start, prompts, request seeds and steps are the
+same for every aggregation. The learning rate is chosen for each aggregation and task on tuning
+seeds, then eight others count.
 """
 
 import argparse
@@ -173,7 +174,7 @@ def train_run(run: Run, channels: list[Channel]) -> Records:
 
 
 def result(run: Run) -> dict:
-    """Trains. Returns the curves of the evaluations, and what was logged as means of EVERY steps."""
+    """Trains. Returns curves of the evaluations, and of what was logged, means of EVERY steps."""
     channels, _ = toy.SUITE[run.task]
     channels = [
         toy.reward(c.name, c.full, run.scale, run.wrong) if c.name == run.channel else c
@@ -226,7 +227,7 @@ def sampled(rollouts: list[dict], group: int) -> tuple[torch.Tensor, torch.Tenso
 
 
 def credit(rewards: torch.Tensor, advantages: torch.Tensor) -> list[float]:
-    """Mean advantage of a rollout that alone satisfies a channel, and of one that alone fails in it.
+    """Mean advantage of a rollout that alone satisfies a channel, and of one that alone fails.
 
     Counted where that is all that differs in the group; NaN if it is in none.
     rewards (P, G, K), advantages (P, G)."""
@@ -320,7 +321,7 @@ def tuning() -> list[Run]:
 
 
 def merit(results: list[dict]) -> tuple[float, float]:
-    """By which a learning rate is chosen: the mean joint rate; if equal, the mean of all channels."""
+    """By which a learning rate is chosen: the mean joint rate; if equal, that of all channels."""
     satisfied = [[*shares(result).values()] for result in results]
     return np.mean([last(result) for result in results]), np.mean(satisfied)
 
