@@ -6,7 +6,9 @@ import io
 import json
 import math
 import random
+from unittest import mock
 
+import huggingface_hub
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -26,72 +28,62 @@ ROW = {
 }
 
 
+def with_truth(text: str) -> dict:
+    return {**ROW, "reward_model": {"ground_truth": text}}
+
+
 def test_train_and_test_prompts_never_meet():
-    texts = {
-        split: {json.dumps(e.messages) for e in tools.examples(3000, split)}
-        for split in ("train", "test")
-    }
-    assert not texts["train"] & texts["test"]
-    assert min(map(len, texts.values())) > 2990
-    assert (
-        tools.examples(5, "train")
-        == tools.examples(5, "train")
-        != tools.examples(5, "train", seed=1)
-    )
-    assert (
-        tools.prompts(5, 3) == (tools.examples(5, "train"), tools.examples(3, "test"))
-        and len(tools.prompts(0, None)[1]) == 200
-    )
+    train = {json.dumps(e.messages) for e in tools.examples(3000, "train")}
+    test = {json.dumps(e.messages) for e in tools.examples(3000, "test")}
+    assert not train & test
+    assert min(len(train), len(test)) > 2990
+    first = tools.examples(5, "train")
+    assert first == tools.examples(5, "train") != tools.examples(5, "train", seed=1)
+    assert tools.prompts(5, 3) == (first, tools.examples(3, "test"))
+    _, held_out = tools.prompts(0, None)
+    assert len(held_out) == 200
 
 
-def test_the_prompts_are_those_of_earlier_runs():
-    made = [
-        json.dumps([[e.messages, e.reference] for e in tools.examples(500, split)])
-        for split in ("train", "test")
-    ]
-    assert [hashlib.sha256(text.encode()).hexdigest()[:16] for text in made] == [
-        "1177bc958f2fd479",
-        "c8cae6ed85dd128a",
-    ]
+@pytest.mark.parametrize(
+    ("split", "digest"), [("train", "1177bc958f2fd479"), ("test", "c8cae6ed85dd128a")]
+)
+def test_the_prompts_are_those_of_earlier_runs(split, digest):
+    text = json.dumps([[e.messages, e.reference] for e in tools.examples(500, split)])
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == digest
 
 
 def test_several_hundred_thousand_prompts():
-    """The birthday bound: 20,000 draws from 300,000 equally likely prompts would repeat some 660 times."""
+    """The birthday bound: 20,000 draws of 300,000 equally likely prompts repeat some 660 times."""
     rng = random.Random(0)
     drawn = {json.dumps(tools.example(rng).messages) for _ in range(20_000)}
     assert len(drawn) > 19_900
 
 
 def test_rlla_reads_every_format(tmp_path):
-    made = [
-        ROW,
-        {
-            **ROW,
-            "reward_model": {"ground_truth": "<think> t\u2028 </think>\n<response> r </response>"},
-        },
-    ]
+    reply = "<think> t\u2028 </think>\n<response> r </response>"
+    made = [ROW, with_truth(reply)]
     (tmp_path / "a.json").write_text(json.dumps(made))
-    (tmp_path / "a.jsonl").write_text(
-        "\n".join(json.dumps(row, ensure_ascii=False) for row in made) + "\n\n"
-    )
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(made), tmp_path / "a.parquet")
-    parsed = [
+    lines = [json.dumps(row, ensure_ascii=False) for row in made]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n\n")
+    write_parquet(tmp_path / "a.parquet", made)
+    of_json, of_jsonl, of_parquet = (
         rows.read(str(tmp_path / name), rlla.from_row)
         for name in ("a.json", "a.jsonl", "a.parquet")
-    ]
-    assert parsed[0] == parsed[1] == parsed[2]
-    assert (
-        parsed[0][0] == rewards.Example(PROMPT, CALL.removeprefix("<think> t </think>\n"))
-        and len(parsed[0]) == 2
     )
+    assert of_json == of_jsonl == of_parquet
+    first, _ = of_json
+    assert first == rewards.Example(PROMPT, CALL.removeprefix("<think> t </think>\n"))
+
+
+def write_parquet(path, made: list[dict]) -> None:
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(made), path)
 
 
 def test_a_thought_about_tags_is_no_tag(tmp_path):
-    """As 17 of the 399 rows of the distilled data have it; ToolRL's own parser would take the thought for the call."""
+    """As 17 of the 399 rows of the distilled data have it. ToolRL's own parser would take the
+    thought for the call."""
     thought = CALL.replace(" t ", " I put the call between <tool_call> tags, and no <response>. ")
-    (tmp_path / "a.json").write_text(
-        json.dumps([{**ROW, "reward_model": {"ground_truth": thought}}])
-    )
+    (tmp_path / "a.json").write_text(json.dumps([with_truth(thought)]))
     (example,) = rows.read(str(tmp_path / "a.json"), rlla.from_row)
     assert rlla.task(TrainConfig(task="rlla")).start(example, [CALL])().tolist() == [[1, 3]]
 
@@ -105,16 +97,10 @@ def test_a_thought_about_tags_is_no_tag(tmp_path):
         ({**ROW, "prompt": "text"}, "has no prompt"),
         ({**ROW, "prompt": [{"role": "user"}]}, "has no content in message 0"),
         ({**ROW, "reward_model": None}, "has no reference"),
-        ({**ROW, "reward_model": {"ground_truth": " "}}, "has no reference"),
-        (
-            {**ROW, "reward_model": {"ground_truth": "<tool_call>\n{\n</tool_call>"}},
-            "cannot be parsed",
-        ),
-        ({**ROW, "reward_model": {"ground_truth": "<tool_call>"}}, "cannot be parsed"),
-        (
-            {**ROW, "reward_model": {"ground_truth": '<tool_call>\n{"name": "f"}\n</tool_call>'}},
-            "parameters",
-        ),
+        (with_truth(" "), "has no reference"),
+        (with_truth("<tool_call>\n{\n</tool_call>"), "cannot be parsed"),
+        (with_truth("<tool_call>"), "cannot be parsed"),
+        (with_truth('<tool_call>\n{"name": "f"}\n</tool_call>'), "parameters"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path, row, message):
@@ -134,19 +120,12 @@ def test_an_unreadable_file_is_named(tmp_path, content):
 
 def load(task: str, train_data, test_data, n_train: int | None, n_test: int | None):
     """What a task of files trains on and holds out."""
-    from_row = (
-        rlla.from_row
-        if task == "rlla"
-        else functools.partial(rubrics.from_row, by_title=task == "rubric")
-    )
+    from_row = functools.partial(rubrics.from_row, by_title=task == "rubric")
+    if task == "rlla":
+        from_row = rlla.from_row
     public = {"rlla": rlla.PUBLIC, **rubrics.PUBLIC}.get(task)
-    return rows.prompts(
-        TrainConfig(
-            task=task, data=train_data and str(train_data), eval_data=test_data and str(test_data)
-        ),
-        public,
-        from_row,
-    )(n_train, n_test)
+    files = {"data": train_data and str(train_data), "eval_data": test_data and str(test_data)}
+    return rows.prompts(TrainConfig(task=task, **files), public, from_row)(n_train, n_test)
 
 
 # Chats
@@ -158,15 +137,9 @@ CLOCK = {"type": "function", "function": {"name": "clock", "parameters": {}}}
 
 
 def of_chat(*more: dict, **columns) -> rewards.Example:
-    return rubrics.from_row(
-        {
-            "prompt": [{"role": "user", "content": "u"}, *more],
-            "rubric": [{"description": "d"}],
-            **columns,
-        },
-        "row 0",
-        True,
-    )
+    prompt = [{"role": "user", "content": "u"}, *more]
+    row = {"prompt": prompt, "rubric": [{"description": "d"}], **columns}
+    return rubrics.from_row(row, "row 0", True)
 
 
 @pytest.mark.parametrize(
@@ -227,7 +200,8 @@ def test_a_message_keeps_what_a_chat_template_can_take(given, kept):
         ),
         (
             {"role": "user", "content": "c", "images": ["x.png"]},
-            "row 0 has 'images' in message 1, which no chat template is given: a message may have role, content, tool_calls, name",
+            "row 0 has 'images' in message 1, which no chat template is given: "
+            "a message may have role, content, tool_calls, name",
         ),
         (
             {"role": "assistant", "tool_calls": "f()"},
@@ -246,23 +220,19 @@ def test_what_a_chat_template_cannot_take_is_refused(message, said):
 
 
 def test_a_chat_of_the_assistants_alone_asks_nothing():
-    with pytest.raises(
-        InputError, match="row 0 has no prompt: all of its messages are the assistant's"
-    ):
-        rubrics.from_row(
-            {"prompt": [{"role": "assistant", "content": "a"}], "rubric": RUBRIC}, "row 0", True
-        )
+    row = {"prompt": [{"role": "assistant", "content": "a"}], "rubric": RUBRIC}
+    message = "row 0 has no prompt: all of its messages are the assistant's"
+    with pytest.raises(InputError, match=message):
+        rubrics.from_row(row, "row 0", True)
 
 
 @pytest.mark.parametrize("made", [[CLOCK], json.dumps([CLOCK])])
 def test_tools_are_a_column(made):
-    assert (
-        of_chat(tools=made).tools == (CLOCK,) and of_chat(tools=None).tools == of_chat().tools == ()
-    )
+    assert of_chat(tools=made).tools == (CLOCK,)
+    assert of_chat(tools=None).tools == of_chat().tools == ()
     assert rlla.from_row({**ROW, "tools": made}, "row 0").tools == (CLOCK,)
-    with pytest.raises(
-        InputError, match="row 0 has tools that are no list of JSON objects: 'clock'"
-    ):
+    message = "row 0 has tools that are no list of JSON objects: 'clock'"
+    with pytest.raises(InputError, match=message):
         of_chat(tools="clock")
 
 
@@ -278,10 +248,9 @@ def test_a_parquet_file_adds_no_keys_to_objects(tmp_path):
         {**ROW, "prompt": [*PROMPT, call]},
         ROW,
     ]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(made), tmp_path / "a.parquet")
-    assert [e.messages for e in rows.read(str(tmp_path / "a.parquet"), rlla.from_row)] == [
-        row["prompt"] for row in made
-    ]
+    write_parquet(tmp_path / "a.parquet", made)
+    examples = rows.read(str(tmp_path / "a.parquet"), rlla.from_row)
+    assert [e.messages for e in examples] == [row["prompt"] for row in made]
 
 
 def test_a_null_prompt_leaves_the_question():
@@ -300,26 +269,26 @@ def test_a_null_prompt_leaves_the_question():
     ],
 )
 def test_a_download_is_known_by_its_name_or_its_content(monkeypatch, url, content):
-    monkeypatch.setattr(rows.urllib.request, "urlopen", lambda url, timeout: io.BytesIO(content))
+    serve(monkeypatch, content)
     assert rows.read_rows(url) == [{"a": "1", "b": "2"}]
 
 
 def test_what_was_downloaded_and_cannot_be_parsed(monkeypatch):
-    monkeypatch.setattr(
-        rows.urllib.request, "urlopen", lambda url, timeout: io.BytesIO(b"<html>Log in</html>")
-    )
-    with pytest.raises(
-        InputError,
-        match=r"https://h/a\?x=1, line 1 cannot be read as parquet, JSON \(a list\), JSONL or CSV: Expecting value",
-    ):
+    serve(monkeypatch, b"<html>Log in</html>")
+    formats = r"parquet, JSON \(a list\), JSONL or CSV"
+    message = rf"https://h/a\?x=1, line 1 cannot be read as {formats}: Expecting value"
+    with pytest.raises(InputError, match=message):
         rows.read_rows("https://h/a?x=1")
+
+
+def serve(monkeypatch, content: bytes) -> None:
+    monkeypatch.setattr(rows.urllib.request, "urlopen", lambda url, timeout: io.BytesIO(content))
 
 
 def test_held_out_rows(tmp_path):
     path = tmp_path / "a.json"
-    path.write_text(
-        json.dumps([{**ROW, "prompt": [{"role": "user", "content": str(i)}]} for i in range(10)])
-    )
+    made = [{**ROW, "prompt": [{"role": "user", "content": str(i)}]} for i in range(10)]
+    path.write_text(json.dumps(made))
     train, held_out = load("rlla", path, None, 1, 3)
     assert [e.messages[0]["content"] for e in train] == list("0123456") and len(held_out) == 3
     train, held_out = load("rlla", path, path, None, 4)
@@ -346,15 +315,16 @@ RUBRIC = [
 
 
 def rubric(tmp_path, task="rar-medicine", lines=None):
-    (tmp_path / "r.jsonl").write_text(
-        "\n".join(map(json.dumps, lines or [{"question": "q", "rubric": RUBRIC}]))
-    )
-    return load(task, None, tmp_path / "r.jsonl", 0, None)[1]
+    """The examples of a file of these lines, or of one row with RUBRIC."""
+    made = lines or [{"question": "q", "rubric": RUBRIC}]
+    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, made)))
+    _, examples = load(task, None, tmp_path / "r.jsonl", 0, None)
+    return examples
 
 
 @pytest.fixture
 def judged(monkeypatch):
-    """A task of rubrics whose judge says that everything is met, and remembers what it was asked."""
+    """A task of rubrics whose judge finds everything met, and remembers what it was asked."""
 
     class Yes:
         def check(self):
@@ -362,9 +332,8 @@ def judged(monkeypatch):
 
         def start(self, messages, responses, items):
             self.items = items
-            return lambda: np.array(
-                [[math.nan if "f" in item.split() else 1.0 for item in items]] * len(responses)
-            )
+            verdicts = [math.nan if "f" in item.split() else 1.0 for item in items]
+            return lambda: np.array([verdicts] * len(responses))
 
     monkeypatch.setattr(rubrics, "Judge", lambda options, explain: Yes())
     return rubrics.task(TrainConfig(task="rar-medicine", judge_url="http://h/v1", judge_model="m"))
@@ -409,11 +378,8 @@ def test_pitfalls_are_asked_about_and_inverted(tmp_path, judged):
     assert judged.judge.items == ["says a", "b", "c", f"{pitfall}Fails to d", f"{pitfall}e", "f"]
     scores, more = judged.result(example, "r1", rewards[0])
     assert scores == {"joint": 0, "essential": 1, "important": 1, "optional": 1, "pitfall": 0}
-    assert (
-        more["response"] == "r1"
-        and more["rewards"]["4 Fails to d"] == 0
-        and math.isnan(more["rewards"]["6 f"])
-    )
+    assert more["response"] == "r1" and more["rewards"]["4 Fails to d"] == 0
+    assert math.isnan(more["rewards"]["6 f"])
     scores, _ = judged.result(example, "r1", np.full(6, math.nan))
     assert all(math.isnan(score) for score in scores.values())
 
@@ -452,46 +418,30 @@ def test_a_bad_rubric_is_named(tmp_path, row, message):
 
 @pytest.mark.parametrize("title", ["", " ", "a\nb", "\ud800", 5, "joint"])
 def test_a_bad_title_is_named(tmp_path, title):
+    row = {"question": "q", "rubric": [{"description": "d", "title": title}]}
     with pytest.raises(InputError, match="has an item with title"):
-        rubric(
-            tmp_path,
-            "rubric",
-            [{"question": "q", "rubric": [{"description": "d", "title": title}]}],
-        )
+        rubric(tmp_path, "rubric", [row])
 
 
 def test_public_rubrics_come_from_the_hubs_parquet_files(tmp_path, monkeypatch):
     """As the hub lays them out on refs/convert/parquet; the hub itself is out of a test's reach."""
-    import huggingface_hub
-
     for split, n in (("train", 3), ("test", 2)):
         (tmp_path / "default" / split).mkdir(parents=True)
         made = [
             {"question": f"{split} {i}", "rubric": RUBRIC[:2], "rubric_count": 2} for i in range(n)
         ]
-        pyarrow.parquet.write_table(
-            pyarrow.Table.from_pylist(made), tmp_path / "default" / split / "0000.parquet"
-        )
-    asked = []
-    monkeypatch.setattr(
-        huggingface_hub,
-        "snapshot_download",
-        lambda *args, **options: asked.append((args, options)) or str(tmp_path),
-    )
+        write_parquet(tmp_path / "default" / split / "0000.parquet", made)
+    download = mock.Mock(return_value=str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     train, held_out = load("rar-science", None, None, 1, 5)
-    assert [e.messages[0]["content"] for e in train + held_out] == [
-        "train 0",
-        "train 1",
-        "train 2",
-        "test 0",
-        "test 1",
-    ]
-    assert asked[0][0] == ("anisha2102/RaR-Science",) and asked[0][1]["repo_type"] == "dataset"
-    with pytest.raises(
-        InputError,
-        match="hf://anisha2102/RaR-Medicine/dev could not be downloaded .*no split 'dev'.*--data",
-    ):
-        load("rar-medicine", "hf://anisha2102/RaR-Medicine/dev", None, 1, 5)
+    questions = [e.messages[0]["content"] for e in train + held_out]
+    assert questions == ["train 0", "train 1", "train 2", "test 0", "test 1"]
+    first, *_ = download.call_args_list
+    assert first.args == ("anisha2102/RaR-Science",) and first.kwargs["repo_type"] == "dataset"
+    dev = "hf://anisha2102/RaR-Medicine/dev"
+    message = f"{dev} could not be downloaded .*no split 'dev'.*--data"
+    with pytest.raises(InputError, match=message):
+        load("rar-medicine", dev, None, 1, 5)
     for n_train in (0, 1):
         with pytest.raises(InputError, match="--task rubric needs --data"):
             load("rubric", None, None, n_train, 5)
@@ -501,8 +451,5 @@ def test_the_digest_of_examples_without_tools_is_that_of_earlier_runs():
     """Else no older run could be resumed, and no older evaluation compared. Tools count."""
     example = rewards.Example([{"role": "user", "content": "q"}], "r")
     before = hashlib.sha256(b'[[[{"role": "user", "content": "q"}], "r", [], "", ""]]').hexdigest()
-    assert (
-        rewards.digest([example])
-        == before
-        != rewards.digest([example._replace(tools=({"name": "f"},))])
-    )
+    assert rewards.digest([example]) == before
+    assert rewards.digest([example._replace(tools=({"name": "f"},))]) != before

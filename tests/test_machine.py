@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.util
+import json
 import subprocess
 import sys
 
@@ -15,11 +16,11 @@ from local import cpu, machine
 
 def without(monkeypatch, module: str) -> None:
     real = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util,
-        "find_spec",
-        lambda name, *rest: None if name == module else real(name, *rest),
-    )
+
+    def find(name, *rest):
+        return None if name == module else real(name, *rest)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find)
 
 
 def lack_libnuma(monkeypatch) -> None:
@@ -34,22 +35,19 @@ def test_a_machine_without_libnuma(monkeypatch):
     lack_libnuma(monkeypatch)
     assert machine.problem(vllm=False) is None
     said = machine.problem(vllm=True)
-    assert "apt-get install libnuma1" in said and said.endswith(
-        "or leave vLLM out with make VLLM=no, and transformers will sample"
-    )
-    with pytest.raises(
-        InputError,
-        match=r"libnuma\.so\.1, and this machine lacks it: .*apt-get install libnuma1.*, or take --engine hf",
-    ):
+    assert "apt-get install libnuma1" in said
+    assert said.endswith("or leave vLLM out with make VLLM=no, and transformers will sample")
+    remedy = r".*apt-get install libnuma1.*, or take --engine hf"
+    with pytest.raises(InputError, match=r"libnuma\.so\.1, and this machine lacks it: " + remedy):
         cpu.prepare()
 
 
 @pytest.mark.parametrize("version", [(3, 10, 9), (3, 15, 0)])
 def test_a_python_for_which_the_lists_do_not_resolve(monkeypatch, version):
     monkeypatch.setattr(sys, "version_info", version)
-    assert machine.problem(vllm=False).startswith(
-        f"this is Python 3.{version[1]}, and 3.11 to 3.14 are supported: name another one"
-    )
+    said = machine.problem(vllm=False)
+    supported = "3.11 to 3.14 are supported: name another one"
+    assert said.startswith(f"this is Python 3.{version[1]}, and {supported}")
 
 
 def test_python_without_venv(monkeypatch):
@@ -68,37 +66,59 @@ def test_the_set_up_stops_with_one_sentence(tmp_path):
         capture_output=True,
         text=True,
     )
-    assert (
-        done.returncode == 1
-        and done.stderr.startswith("error: vLLM needs the library libnuma.so.1")
-        and done.stderr.count("\n") == 1
-    )
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: vLLM needs the library libnuma.so.1")
 
 
 def test_where_vllm_is_not_installed_transformers_samples(monkeypatch, capsys):
     without(monkeypatch, "vllm")
     assert parse(TrainConfig, "", []).engine == "hf"
-    assert (
-        capsys.readouterr().out
-        == "vLLM is not installed: transformers samples (--engine hf), which is slower\n"
-    )
+    said = capsys.readouterr().out
+    assert said == "vLLM is not installed: transformers samples (--engine hf), which is slower\n"
 
 
-@pytest.mark.parametrize(
-    ("work", "code", "said"),
-    [
-        ("pass", 0, ""),
-        ("raise ranks.InputError('no such file')", 1, "error: no such file\n"),
-        ("sys.exit(3)", 3, ""),
-        ("sys.exit()", 0, ""),
-        ("sys.exit('error: no')", 1, "error: no\n"),
-        ("raise KeyboardInterrupt", 130, "stopped by Ctrl-C\n"),
-        ("1 / 0", 1, None),
-    ],
-)
-def test_a_program_ends_with_the_code_that_it_means(work, code, said):
+# Each program is a fork of one process, which has imported what takes a second.
+ENDS = """
+import atexit, json, os, sys, tempfile
+from infra import ranks
+
+def end(work):
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as error:
+        child = os.fork()
+        if not child:
+            os.dup2(out.fileno(), 1)
+            os.dup2(error.fileno(), 2)
+            atexit.register(os.abort)
+            print("begun")
+            ranks.run_program(lambda: exec(work))
+        _, status = os.waitpid(child, 0)
+        said = []
+        for file in (out, error):
+            file.seek(0)
+            said.append(file.read().decode())
+        return os.waitstatus_to_exitcode(status), *said
+
+print(json.dumps([end(work) for work in json.loads(sys.argv[1])]))
+"""
+
+
+def test_a_program_ends_with_the_code_that_it_means():
     """Also where a library would crash while Python is taken down."""
-    lines = f"import atexit, os, sys\nfrom infra import ranks\natexit.register(os.abort)\ndef work():\n    {work}\nprint('begun')\nranks.run_program(work)\n"
-    done = subprocess.run([sys.executable, "-c", lines], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (code, "begun\n")
-    assert done.stderr == said if said is not None else "Traceback" in done.stderr
+    expected = {
+        "pass": (0, ""),
+        "raise ranks.InputError('no such file')": (1, "error: no such file\n"),
+        "sys.exit(3)": (3, ""),
+        "sys.exit()": (0, ""),
+        "sys.exit('error: no')": (1, "error: no\n"),
+        "raise KeyboardInterrupt": (130, "stopped by Ctrl-C\n"),
+        "1 / 0": (1, "Traceback"),
+    }
+    command = [sys.executable, "-c", ENDS, json.dumps([*expected])]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    ends = zip(expected.items(), json.loads(done.stdout), strict=True)
+    for (work, (code, said)), (ended, output, errors) in ends:
+        assert (ended, output) == (code, "begun\n"), work
+        if said == "Traceback":
+            assert said in errors
+        else:
+            assert errors == said, work
