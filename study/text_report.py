@@ -23,7 +23,7 @@ from tools.stats import sign_flips, spread, table
 ROOT = Path(__file__).parent.parent
 INTRODUCTION = """# Tables of the study on text
 
-Made by study/text_report.py from study/text.jsonl. [docs/text.md](../docs/text.md) says what they
+Made by study/text_report.py from study/text.jsonl. [docs/results.md](../docs/results.md) says what they
 mean.
 
 """
