@@ -80,7 +80,7 @@ def test_all_of_it_on_a_cpu(tmp_path):
 
 def test_a_push_that_loses_the_weights(tmp_path):
     """FAIL, with the figures, and exit code 1."""
-    for name in ("tools", "local", "tasks", "tests"):
+    for name in ("infra", "tools", "local", "tasks", "tests"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ROOT.glob("*.py"):
         shutil.copy(file, tmp_path)
@@ -134,7 +134,7 @@ def test_an_update_has_no_pad_token(monkeypatch):
         assert len(tokens) > 100 and learner.policy.lm.config.pad_token_id not in tokens
         return {"grad_norm": 1.0}
 
-    monkeypatch.setattr(gpu.train, "update", update)
+    monkeypatch.setattr(gpu.updates, "update", update)
     assert gpu.update("tiny", "off")["grad_norm"] == 1.0
 
 
