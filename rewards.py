@@ -1,8 +1,10 @@
-"""What a task is: its prompts, its reward channels, how responses are scored. The built-in ones are in tasks/; one of
-your own is a file with a function `task(config)` that returns a Task, see examples/polite.py.
+"""What a task is: prompts, reward channels, and how responses are scored.
 
-NaN says that a reward is missing for a response; it is left out, never counted as 0. Model output is data: it is
-parsed, never run.
+The built-in tasks are in tasks/. A task of your own is a file with a function `task(config)` that
+returns a Task, see examples/polite.py.
+
+NaN says that a reward is missing for a response: it is left out, and never counted as 0. What a
+model writes is data: it is parsed, and never run.
 """
 
 import contextlib
@@ -22,137 +24,223 @@ import numpy as np
 from infra import chats
 from infra.ranks import InputError
 
+LARGEST = 1e100  # of rewards: beyond it squares overflow, and the channel would lose its signal
 
-class Channel(NamedTuple):  # one reward
+
+class Channel(NamedTuple):
+    """One reward.
+
+    fn: (prompts, responses, references), three lists of G texts -> a list of G numbers. A prompt is
+    what `asked` returns. A response is whole, with its thoughts, which `answer` leaves out.
+    """
+
     name: str
-    fn: Callable[[list[str], list[str], list[str]], list[float]] | None = (
-        None  # see `score`; None: a judge decides
-    )
+    fn: Callable[[list[str], list[str], list[str]], list[float]] | None = None  # None: a judge's
     full: float = 1.0  # the value that satisfies it
-    bounds: tuple[float, float] = (
-        0.0,
-        1.0,
-    )  # its worst and its best value, which only --agg softmin asks for
-    weight: float = 1.0  # in the aggregation; 0: it is logged, and nothing else
+    bounds: tuple[float, float] = (0.0, 1.0)  # its worst and best value; only --agg softmin asks
+    weight: float = 1.0  # in the aggregation; 0: it is only logged
 
 
 class Example(NamedTuple):
-    """messages: the chat so far, [{role, content}], see tasks/chats.py. reference: a text with
-    which rule-based rewards compare a response. criteria: what a judge decides, see
-    tasks/rubrics.py. id: in an evaluation, examples with one id are one item, whose scores are
-    averaged. category: the one of a benchmark, over which it averages items. tools: JSON objects,
-    what the chat template says that the policy may call."""
+    """One prompt, with what its responses are scored by."""
 
-    messages: list[dict]
-    reference: str = ""
-    criteria: tuple = ()
-    id: str = ""
-    category: str = ""
-    tools: tuple = ()
-
-
-def digest(examples: list[Example]) -> str:
-    """SHA-256 of all that is in them. Without tools, the last field, it is that of before there
-    were any: older runs can be resumed, and older evaluations compared."""
-    content = [example if example.tools else example[:-1] for example in examples]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    messages: list[dict]  # the chat so far, [{role, content}], see infra/chats.py
+    reference: str = ""  # a text with which rule-based rewards compare a response
+    criteria: tuple = ()  # what a judge decides, see tasks/rubrics.py
+    id: str = ""  # an evaluation averages the scores of examples with one id: they are one item
+    category: str = ""  # of a benchmark, which averages over its items
+    tools: tuple = ()  # JSON objects: what the chat template says that the policy may call
 
 
 class Task:
-    """A rule-based one. Judged tasks and benchmarks (tasks/) replace what is different with them."""
+    """Prompts and channels whose rewards are functions.
 
-    temperature, max_tokens, clip = (
-        0.0,
-        1024,
-        False,
-    )  # of eval.py: how it samples, whether means are clipped to [0, 1]
+    Judged tasks and benchmarks (tasks/) are subclasses: they replace the methods that differ.
+    """
+
+    # How eval.py samples, and whether it clips means to [0, 1].
+    temperature = 0.0
+    max_tokens = 1024
+    clip = False
 
     def __init__(self, prompts: Callable, channels: list[Channel]):
-        """prompts: (n_train, n_test) -> (training examples, held-out examples); None: all. channels: every prompt's."""
+        """prompts: (n_train, n_test) -> (training examples, held-out examples); None means all.
+        channels: of every prompt. Raises InputError."""
         check_channels(channels)
-        names = [
-            "joint",
-            *(channel.name for channel in channels),
-        ]  # what evaluation calls all of them
+        names = [channel.name for channel in channels]
         weights = [channel.weight for channel in channels]
-        if (
-            len({*names}) < len(names)
-            or not any(weights)
-            or not all(0 <= weight < math.inf for weight in weights)
-        ):
+        distinct = len({"joint", *names}) == 1 + len(names)  # evaluations add "joint"
+        if not distinct or not any(weights) or not all(0 <= w < math.inf for w in weights):
             raise InputError(
-                "a task needs channels, each with a name of its own other than 'joint' and a weight of at "
-                f"least 0, not all 0, got {names[1:]} with {weights}"
+                "a task needs channels, each with a name of its own other than 'joint' and a "
+                f"weight of at least 0, not all 0, got {names} with {weights}"
             )
-        self.prompts, self._channels = prompts, channels
-
-    def weigh(self, text: str) -> None:
-        """--weights NAME=NUMBER,...: the channels that are not named keep their weight."""
-        known = {channel.name: channel.weight for channel in self._channels}
-        for part in text.split(","):
-            name, _, number = part.partition("=")
-            if (
-                name not in known
-                or not re.fullmatch(r"(\d+\.?\d*|\.\d+)(e-?\d+)?", number)
-                or float(number) > 1e6
-            ):
-                raise InputError(
-                    f"--weights {part}: must be NAME=NUMBER, the number at least 0 and the name one of "
-                    + ", ".join(known)
-                )
-            known[name] = float(number)
-        self._channels = [
-            channel._replace(weight=known[channel.name]) for channel in self._channels
-        ]
-        if not any(channel.weight for channel in self._channels):
-            raise InputError(
-                f"--weights {text}: all channels have weight 0, so there is nothing to learn from"
-            )
+        self.prompts = prompts
+        self._channels = channels
 
     def channels(self, example: Example) -> list[Channel]:
         """The channels of one prompt, K of them: the columns of `start`'s rewards."""
         return self._channels
 
+    def start(self, example: Example, responses: list[str]) -> Callable[[], np.ndarray]:
+        """Begins to score G responses to one prompt. Returns a function that waits for their
+        rewards (G, K). Only a judge has something to do before that is called."""
+        return lambda: score(self._channels, example, responses)
+
     def try_out(self, example: Example) -> None:
-        """Raises InputError for a faulty reward."""
+        """Called before the model is loaded. Raises InputError for a faulty reward."""
         score(self._channels, example, ["", example.reference])
 
-    def start(self, example: Example, responses: list[str]) -> Callable[[], np.ndarray]:
-        """G responses to one prompt -> a function that waits for their rewards (G, K). A judge begins at once."""
-        return lambda: score(self._channels, example, responses)
+    def weigh(self, text: str) -> None:
+        """--weights NAME=NUMBER,...: channels that it does not name keep their weight. Raises
+        InputError."""
+        weights = {channel.name: channel.weight for channel in self._channels}
+        for part in text.split(","):
+            name, _, number = part.partition("=")
+            is_number = re.fullmatch(r"(\d+\.?\d*|\.\d+)(e-?\d+)?", number)
+            if name not in weights or not is_number or float(number) > 1e6:
+                raise InputError(
+                    f"--weights {part}: must be NAME=NUMBER, the number at least 0 and the name "
+                    f"one of {', '.join(weights)}"
+                )
+            weights[name] = float(number)
+        self._channels = [
+            channel._replace(weight=weights[channel.name]) for channel in self._channels
+        ]
+        if not any(weights.values()):
+            raise InputError(
+                f"--weights {text}: all channels have weight 0, so there is nothing to learn from"
+            )
 
     def result(
         self, example: Example, response: str, rewards: np.ndarray
     ) -> tuple[dict[str, float], dict]:
-        """Of one evaluated response with its rewards (K,): (scores by name, channels with one name taken together; what
-        else to write into samples.jsonl)."""
-        channels, columns = self.channels(example), {}
+        """Of one evaluated response with rewards (K,): its scores by name, and what else to write
+        into samples.jsonl. Channels with one name are averaged."""
+        channels = self.channels(example)
+        present = {channel.name: [] for channel in channels}
         for channel, value in zip(channels, rewards.tolist(), strict=True):
-            columns.setdefault(channel.name, []).extend([] if math.isnan(value) else [value])
-        scores = {name: sum(x) / len(x) if x else math.nan for name, x in columns.items()}
-        return (
-            {"joint": float(satisfied(channels, rewards)), **scores},
-            {"response": response, "reference": example.reference},
-        )
+            if not math.isnan(value):
+                present[channel.name].append(value)
+        scores = {"joint": float(satisfied(channels, rewards))}
+        for name, values in present.items():
+            scores[name] = sum(values) / len(values) if values else math.nan
+        return scores, {"response": response, "reference": example.reference}
 
     def report(self, rewards: list[np.ndarray]) -> dict:
-        """What a judge did since the last call, over all ranks. rewards: of the whole batch, each (G, K)."""
+        """What a judge did since the last call, over all ranks; {} without one. rewards: of the
+        whole batch, each (G, K)."""
         return {}
 
     def check(self, report: dict) -> None:
         """Raises InputError, on all ranks alike, if a judge failed too often."""
 
     def averages(self) -> dict[str, dict[str, float]]:
-        """{name: {category: weight}}: the benchmark's means over categories, of the score "correct"."""
+        """{name: {category: weight}}: weighted means over categories of the score "correct", which
+        a benchmark reports."""
         return {}
+
+
+# Scoring
+
+
+def score(channels: list[Channel], example: Example, responses: list[str]) -> np.ndarray:
+    """(G, K) float64. Raises InputError naming a reward that fails or returns something else than
+    G numbers."""
+    columns = []
+    for channel in channels:
+        if channel.fn is None:
+            raise InputError(
+                f"reward '{channel.name}' has no function: "
+                f"write Channel('{channel.name}', function)"
+            )
+        with users_code(f"reward '{channel.name}'"):
+            # Each function gets lists of its own: it may change them.
+            prompts = [asked(example.messages)] * len(responses)
+            references = [example.reference] * len(responses)
+            values = channel.fn(prompts, list(responses), references)
+        check_values(channel.name, values, len(responses))
+        columns.append(np.asarray(values, dtype=np.float64))
+    return np.stack(columns, axis=-1).reshape(len(responses), len(columns))
+
+
+def answer(response: str) -> str:
+    """What follows a response's last </think>; nothing if the response ends in its thoughts."""
+    _, _, said = response.rpartition("</think>")
+    return "" if "<think>" in said else said
+
+
+def asked(messages: list[dict]) -> str:
+    """The last message that is not the assistant's: a chat may end in how an answer begins."""
+    *_, last = [message for message in messages if message["role"] != "assistant"]
+    return last["content"] or ""
+
+
+def satisfied(channels: list[Channel], rewards: np.ndarray) -> np.ndarray:
+    """(..., K) -> (...): 1.0 if all rewards are full, else 0.0. A reward that is missing or has no
+    weight is left out; NaN if all are."""
+    left_out = np.isnan(rewards) | np.array([channel.weight == 0 for channel in channels])
+    full = np.array([channel.full for channel in channels])
+    all_full = (left_out | (rewards >= full - 1e-6)).all(-1)
+    return np.where(left_out.all(-1), np.nan, all_full)
+
+
+def to_unit(channels: list[Channel], rewards):
+    """Tensor (..., K) -> (..., K): each channel 0 at its worst and 1 at its best."""
+    worst, best = rewards.new_tensor([channel.bounds for channel in channels]).T
+    return (rewards - worst) / (best - worst)
+
+
+def digest(examples: list[Example]) -> str:
+    """SHA-256 of all that is in the examples."""
+    # Older runs had no tools, the last field. Without it their digest stays the same.
+    content = [example if example.tools else example[:-1] for example in examples]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+# Checks of what a user wrote
+
+
+@contextlib.contextmanager
+def users_code(what: str):
+    """For calls of what a user wrote: an exception becomes one InputError that says where it was
+    raised. The working directory stays, since paths such as runs/NAME count from it."""
+    try:
+        with contextlib.chdir("."):
+            yield
+    except InputError:
+        raise
+    except (Exception, SystemExit) as error:
+        *_, raised_at = traceback.extract_tb(error.__traceback__)
+        place = f" ({Path(raised_at.filename).name}, line {raised_at.lineno})"
+        if raised_at.filename == __file__:  # what the user wrote cannot be called
+            place = ""
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise InputError(f"{what} raised {reason}{place}") from error
+
+
+def check_values(name: str, values: object, n: int) -> None:
+    """Raises InputError if a reward did not return n numbers, NaN for a missing one."""
+    if not isinstance(values, (list, tuple, np.ndarray)) or len(values) != n:
+        raise InputError(
+            f"reward '{name}' returned {str(values)[:40]} for {n} responses: return a list, one "
+            "number a response"
+        )
+    for i, value in enumerate(values):
+        is_number = isinstance(value, (int, float, np.integer, np.floating, np.bool_))
+        if not is_number or abs(value if isinstance(value, int) else float(value)) > LARGEST:
+            raise InputError(
+                f"reward '{name}' returned {value!r:.40} for response {i}: "
+                "return a finite number, or NaN if it is missing"
+            )
 
 
 def check_channels(channels: object) -> None:
     """Raises InputError for what cannot be a task's channels, each by itself."""
     if not isinstance(channels, (list, tuple)):
         raise InputError(
-            "a task's channels must be a list of rewards.Channel, and not a "
-            f"{type(channels).__name__}"
+            "a task's channels must be a list of rewards.Channel, "
+            f"and not a {type(channels).__name__}"
         )
     for i, channel in enumerate(channels):
         where = f"channel {i} of the task"
@@ -180,7 +268,7 @@ def check_channels(channels: object) -> None:
 
 
 def _is_finite(value: object) -> bool:
-    return isinstance(value, Real) and abs(value) <= 1e100
+    return isinstance(value, Real) and abs(value) <= LARGEST
 
 
 def _are_bounds(bounds: object) -> bool:
@@ -191,7 +279,7 @@ def _are_bounds(bounds: object) -> bool:
 
 
 def check_example(example: object, where: str) -> Example:
-    """The same, with messages and tools as chat templates take them. Raises InputError."""
+    """The example, with messages and tools as chat templates take them. Raises InputError."""
     if not isinstance(example, Example):
         raise InputError(
             f"{where} is a {type(example).__name__}: it must be a rewards.Example, "
@@ -211,77 +299,3 @@ def check_example(example: object, where: str) -> Example:
             )
     messages = chats.chat(example.messages, where)
     return example._replace(messages=messages, tools=chats.tools(example.tools, where))
-
-
-@contextlib.contextmanager
-def users_code(what: str):
-    """What a user wrote runs in this. An exception becomes one InputError that says where it was
-    raised. The working directory stays, for paths such as runs/NAME count from it."""
-    try:
-        with contextlib.chdir("."):
-            yield
-    except InputError:
-        raise
-    except (Exception, SystemExit) as error:
-        at = traceback.extract_tb(error.__traceback__)[-1]
-        place = f" ({Path(at.filename).name}, line {at.lineno})"
-        if at.filename == __file__:  # what the user wrote cannot be called
-            place = ""
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise InputError(f"{what} raised {reason}{place}") from error
-
-
-def answer(response: str) -> str:
-    """What follows a response's last </think>; nothing if the response ends in its thoughts."""
-    said = response.rpartition("</think>")[2]
-    return "" if "<think>" in said else said
-
-
-def asked(messages: list[dict]) -> str:
-    """The last message that is not the assistant's: a chat may end in how an answer begins."""
-    last = [message for message in messages if message["role"] != "assistant"][-1]
-    return last["content"] or ""
-
-
-def score(channels: list[Channel], example: Example, responses: list[str]) -> np.ndarray:
-    """(G, K) float64. Raises InputError naming a reward that fails or returns something else.
-
-    A channel's fn: (prompts, responses, references), three lists of G texts -> a list of G numbers,
-    NaN for a missing one. prompts: what `asked` says. responses: whole, with their thoughts, which
-    `answer` leaves out.
-    """
-    columns = []
-    for name, fn, *_ in channels:
-        if fn is None:
-            raise InputError(f"reward '{name}' has no function: write Channel('{name}', function)")
-        with users_code(f"reward '{name}'"):
-            n = len(responses)  # lists of its own: it may change them
-            values = fn([asked(example.messages)] * n, list(responses), [example.reference] * n)
-        if not isinstance(values, (list, tuple, np.ndarray)) or len(values) != len(responses):
-            raise InputError(
-                f"reward '{name}' returned {str(values)[:40]} for {len(responses)} responses: return a "
-                "list, one number a response"
-            )
-        for i, value in enumerate(values):
-            # Beyond 1e100 squares overflow, and the channel would lose its signal without a word.
-            number = isinstance(value, (int, float, np.integer, np.floating, np.bool_))
-            if not number or abs(value if isinstance(value, int) else float(value)) > 1e100:
-                raise InputError(
-                    f"reward '{name}' returned {value!r:.40} for response {i}: "
-                    "return a finite number, or NaN if it is missing"
-                )
-        columns.append(np.asarray(values, dtype=np.float64))
-    return np.stack(columns, axis=-1).reshape(len(responses), len(columns))
-
-
-def satisfied(channels: list[Channel], rewards: np.ndarray) -> np.ndarray:
-    """(..., K) -> (...), 1.0 if every reward that is present and has weight is full, else 0.0; NaN if there is none."""
-    missing = np.isnan(rewards) | np.array([channel.weight == 0 for channel in channels])
-    full = np.array([channel.full for channel in channels])
-    return np.where(missing.all(-1), np.nan, (missing | (rewards >= full - 1e-6)).all(-1))
-
-
-def to_unit(channels: list[Channel], rewards):
-    """(..., K) -> (..., K): each channel 0 at its worst and 1 at its best."""
-    worst, best = rewards.new_tensor([channel.bounds for channel in channels]).T
-    return (rewards - worst) / (best - worst)

@@ -1,33 +1,27 @@
-"""A task of your own: `python train.py --task examples/polite.py`, then `eval.py`. Being polite counts twice."""
+"""A task of your own: `python train.py --task examples/polite.py`, then `eval.py`.
+
+Being polite counts twice as much as being short.
+"""
 
 from rewards import Channel, Example, Task
 
-THINGS = (
-    "a chair",
-    "a ticket to Oslo",
-    "the bill",
-    "some water",
-    "a map",
-    "the time",
-    "an apple",
-    "a blanket",
-)
-CHATS = [
-    Example([{"role": "user", "content": f"Write one sentence that asks for {thing}."}])
-    for thing in THINGS
-]
+THINGS = ["a chair", "a ticket", "the bill", "some water", "a map", "the time", "an apple", "help"]
 
 
 def polite(prompts, responses, references):
-    return [float("please" in response.lower()) for response in responses]
+    # One "please" satisfies. Were more of them paid, `short` would be given up for them.
+    return [min(1, response.lower().count("please")) for response in responses]
 
 
 def short(prompts, responses, references):
     return [float(len(response) < 100) for response in responses]
 
 
-def task(options):
-    return Task(
-        lambda n_train, n_test: (CHATS[2:][:n_train], CHATS[:2][:n_test]),
-        [Channel("polite", polite, weight=2.0), Channel("short", short)],
-    )
+def prompts(n_train, n_test):
+    texts = [f"Write one sentence that asks for {thing}." for thing in THINGS]
+    examples = [Example([{"role": "user", "content": text}]) for text in texts]
+    return examples[2:][:n_train], examples[:2][:n_test]
+
+
+def task(config):
+    return Task(prompts, [Channel("polite", polite, weight=2), Channel("short", short)])

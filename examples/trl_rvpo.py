@@ -4,12 +4,13 @@
 
     RVPOTrainer("Qwen/Qwen2.5-1.5B-Instruct", [reward_a, reward_b], config, dataset).train()
 
-With this file and rvpo.py beside your script, or `PYTHONPATH=.:examples python yours.py`; several `reward_funcs`. What
-one of them answers with None is missing: it is left out, and not counted as 0. `reward_weights` weight the channels.
+Have this file and rvpo.py beside your script, or start it by `PYTHONPATH=.:examples python
+yours.py`. Each of `reward_funcs` is a channel, weighted by `reward_weights`. A reward of None is
+missing: it is left out, and not counted as 0.
 
-No effect on the loss: `scale_rewards` and `multi_objective_aggregation`. `mask_truncated_completions` takes completions
-out of the loss, not out of their group. What TRL logs as advantages, `reward_std` and `frac_reward_zero_std` is still
-its own.
+`scale_rewards` and `multi_objective_aggregation` have no effect on the loss.
+`mask_truncated_completions` takes completions out of the loss, not out of their group. What TRL
+logs as advantages, `reward_std` and `frac_reward_zero_std` is still its own.
 """
 
 from trl import GRPOTrainer
@@ -19,21 +20,17 @@ from rvpo import advantages
 
 class RVPOTrainer(GRPOTrainer):
     def _calculate_rewards(self, *args):
-        self.raw_rewards = super()._calculate_rewards(
-            *args
-        )  # of all processes, one row a completion, None is NaN
+        # Of all processes, a row a completion; None is NaN.
+        self.raw_rewards = super()._calculate_rewards(*args)
         return self.raw_rewards
 
     def _generate_and_score_completions(self, inputs):
         batch = super()._generate_and_score_completions(inputs)
         group = self.num_generations if self.model.training else self.num_generations_eval
-        rewards = self.raw_rewards.unflatten(
-            0, (-1, group)
-        )  # a prompt's completions are neighbours: (P, G, K)
-        whole = advantages(
-            rewards, "rvpo", beta=2.0, weights=self.reward_weights.to(rewards)
-        ).flatten()
-        batch["advantages"] = whole.chunk(self.accelerator.num_processes)[
-            self.accelerator.process_index
-        ]
+        # A prompt's completions are neighbours.
+        rewards = self.raw_rewards.unflatten(0, (-1, group))  # (P, G, K)
+        weights = self.reward_weights.to(rewards)
+        of_all = advantages(rewards, "rvpo", beta=2.0, weights=weights).flatten()
+        of_processes = of_all.chunk(self.accelerator.num_processes)
+        batch["advantages"] = of_processes[self.accelerator.process_index]
         return batch

@@ -1,13 +1,15 @@
 """RVPO as an advantage estimator of verl 0.9.1.
 
-    VERL_USE_EXTERNAL_MODULES=verl_rvpo PYTHONPATH=.:examples python -m verl.trainer.main_ppo trainer.use_v1=False \\
-        algorithm.adv_estimator=gdpo '+algorithm.gdpo_reward_keys=[format,tool]' ...
+    VERL_USE_EXTERNAL_MODULES=verl_rvpo PYTHONPATH=.:examples python -m verl.trainer.main_ppo \\
+        trainer.use_v1=False algorithm.adv_estimator=gdpo \\
+        '+algorithm.gdpo_reward_keys=[format,tool]' ...
 
-`compute_score` returns a dict of `score` and the rewards that the keys name (missing: NaN); their weights are
-`+algorithm.gdpo_reward_weights`. verl hands single rewards only to the estimator called `gdpo`, and only in its legacy
-trainer: hence the last line, and trainer.use_v1=False. The default trainer (V1) drops them, GDPO's too.
+`compute_score` returns a dict of `score` and the rewards that the keys name (missing: NaN); their
+weights are `+algorithm.gdpo_reward_weights`. verl hands single rewards only to the estimator called
+`gdpo`, and only in its legacy trainer: hence the last line, and trainer.use_v1=False. The default
+trainer (V1) drops them, GDPO's too.
 
-No effect: `norm_adv_by_std_in_grpo`, `use_kl_in_reward`. Groups may be interleaved and of unequal size.
+`norm_adv_by_std_in_grpo` and `use_kl_in_reward` have no effect.
 """
 
 import numpy as np
@@ -20,19 +22,18 @@ from rvpo import advantages
 @register_adv_est("rvpo")
 def estimator(token_level_rewards, response_mask, index, config, non_tensor_batch, **_):
     """Advantages and returns (B, T) of B responses. index (B,): the prompt that each belongs to."""
-    rewards = torch.tensor(
-        np.stack([non_tensor_batch[key].astype(float) for key in config.gdpo_reward_keys], -1)
-    )
-    _, group = np.unique(
-        index, return_inverse=True
-    )  # groups may be interleaved and of unequal size: pad with NaN
-    place = [(group[:i] == group[i]).sum() for i in range(len(group))]
+    columns = [non_tensor_batch[key].astype(float) for key in config.gdpo_reward_keys]
+    rewards = torch.tensor(np.stack(columns, -1))  # (B, K)
+    # Groups may be interleaved and of unequal size: they are padded with NaN.
+    _, group = np.unique(index, return_inverse=True)  # (B,)
+    place = [(group[:i] == group[i]).sum() for i in range(len(group))]  # (B,) in its group
     padded = rewards.new_full((max(group) + 1, max(place) + 1, rewards.shape[1]), torch.nan)
     padded[group, place] = rewards
-    whole = advantages(padded, "rvpo", beta=2.0, weights=config.get("gdpo_reward_weights"))[
-        group, place
-    ]
-    return (whole.to(token_level_rewards)[:, None] * response_mask,) * 2
+    weights = config.get("gdpo_reward_weights")
+    of_groups = advantages(padded, "rvpo", beta=2.0, weights=weights)  # (P, G)
+    of_responses = of_groups[group, place].to(token_level_rewards)  # (B,)
+    over_tokens = of_responses[:, None] * response_mask  # (B, T)
+    return over_tokens, over_tokens
 
 
 ADV_ESTIMATOR_REGISTRY["gdpo"] = estimator

@@ -1,4 +1,4 @@
-"""The experiments' files."""
+"""The experiments' files, which have one table for each kind of option."""
 
 import tomllib
 from pathlib import Path
@@ -8,14 +8,16 @@ NAMES = sorted(file.stem for file in FOLDER.glob("*.toml"))
 
 
 def read(name: str) -> dict:
-    """experiments/NAME.toml. One that is `like` another has that one's tables, and those options in them, that it does
-    not have itself; its models and methods are its own."""
-    found = tomllib.loads((FOLDER / f"{name}.toml").read_text())
-    if "like" in found:
-        base = read(found["like"])
-        found = (
-            base
-            | found
-            | {part: base[part] | found.get(part, {}) for part in ("train", "eval", "table")}
-        )
-    return found
+    """experiments/NAME.toml.
+
+    One that is `like` another takes from it the tables that it lacks, and the options that its
+    tables `train`, `eval` and `table` lack.
+    """
+    experiment = tomllib.loads((FOLDER / f"{name}.toml").read_text())
+    if "like" not in experiment:
+        return experiment
+    base = read(experiment["like"])
+    merged = base | experiment
+    for part in ("train", "eval", "table"):
+        merged[part] = base[part] | experiment.get(part, {})
+    return merged

@@ -1,16 +1,16 @@
-"""Which model fits which GPUs, and how long the paper's tool run takes there: README's and docs/gpu.md's table.
+"""Which model fits which GPUs, and how long the paper's tool run takes: docs/gpu.md's table.
 
-    python experiments/fits.py                        # half an hour on a CPU: every line simulates the memory of a GPU
+    python experiments/fits.py                        # a quarter of an hour on a CPU
     python experiments/fits.py --gpu H100 --gpus 8    # some of its lines
 
-Memory is tools/simulate.py's, with what it assumes for CUDA and vLLM. Seconds are experiments/roofline.py's, and those
-of the collectives that the simulation counts. Nothing here is measured; docs/gpu.md says what was.
+Memory is simulated by tools/simulate.py, with what it assumes for CUDA and vLLM. Seconds come from
+experiments/roofline.py, and from the bytes that the simulation sends. Nothing here is measured.
 """
+# ruff: noqa: E402
 
 import argparse
 import sys
 
-OPTIONS = None
 if __name__ == "__main__":  # before torch is imported: --help must not wait for it
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -51,7 +51,7 @@ PROMPT, RESPONSE_TOKENS, GROUP = LENGTHS["rlla"].prompt, RESPONSE["rlla"], TRAIN
 
 
 class Machine(NamedTuple):
-    """Equal GPUs. Operations and bytes a second are the data sheets'; what a link carries is assumed."""
+    """Equal GPUs. Rates are those of the data sheets; that of the link is assumed."""
 
     gpu: str
     memory: float  # GiB that torch reports
@@ -85,7 +85,6 @@ def simulate(size: str, machine: Machine, budget: int) -> dict:
         "prompt": round(PROMPT),
         "group": GROUP,
         "response": RESPONSE_TOKENS,
-        "updates": TRAIN["updates"],
         "tokens-per-microbatch": budget,
     }
     command = [sys.executable, str(ROOT / "tools/simulate.py"), "--json"]
@@ -95,13 +94,13 @@ def simulate(size: str, machine: Machine, budget: int) -> dict:
 
 
 def share_of_vllm(simulated: dict, memory: float) -> float:
-    """--gpu-memory that holds the weights, the KV cache and what vLLM takes beside them; 1 if none does."""
+    """--gpu-memory that holds all that vLLM needs; 1 if none does."""
     vllm = simulated["vllm_weights_gib"] + simulated["vllm_cache_gib"] + ENGINE
     return next((share for share in SHARES if vllm <= share * memory), 1.0)
 
 
 def fit(size: str, machine: Machine) -> tuple[int, float, dict] | None:
-    """(tokens of a micro-batch, vLLM's share, the simulation) of the largest micro-batch that fits; None if none does."""
+    """(tokens of a micro-batch, share of vLLM, the simulation); None if the model does not fit."""
     _, _, total = parameters(size)
     usable = USABLE * machine.memory
     if OUTSIDE + 12 * total / machine.gpus / GIB > usable:  # weights and AdamW's moments in fp32
@@ -128,9 +127,11 @@ def seconds(size: str, machine: Machine, budget: int, share: float, simulated: d
 
     at_once = budget // round(PROMPT + GROUP * (RESPONSE_TOKENS - 1))  # prompts of a micro-batch
     micro_batches = updates * math.ceil(prompts / updates / machine.gpus / at_once)
-    simulated_micro_batches = 2 * updates
-    sent = sum(simulated.get("collectives_gib", {}).values()) * GIB * (1 - 1 / machine.gpus)
-    sending = sent * micro_batches / simulated_micro_batches / machine.link
+    sent = simulated.get("collectives_gib", {})  # of two micro-batches, without old log-probs
+    gathered = sent.get("allgather_base", 0.0) * (1 + (1 - 1 / updates) / 2)
+    reduced = sent.get("reduce_scatter_base", 0.0)
+    others = 1 - 1 / machine.gpus  # the share that is not on this GPU already
+    sending = micro_batches / 2 * (gathered + reduced) * GIB * others / machine.link
 
     lengths = PROMPT, RESPONSE_TOKENS, TRAIN["max_tokens"]
     memory = share * machine.memory * GIB / GPU_BYTES  # roofline's GPU has 80 GB
@@ -162,8 +163,10 @@ def line(size: str, machine: Machine) -> list[str] | None:
 
 if __name__ == "__main__":
     print(
-        "| GPUs | Qwen2.5 | GiB while sampling / at the update's peak | options | update, s | transfers, s "
-        "| sampling, s | step, s | 100 steps, hours |\n" + "|---" * 9 + "|"
+        "| GPUs | Qwen2.5 | GiB while sampling / at the update's peak | options "
+        "| update, s | transfers, s | sampling, s | step, s | 100 steps, hours |\n"
+        + "|---" * 9
+        + "|"
     )
     for machine in MACHINES:
         for gpus in (1, 8):

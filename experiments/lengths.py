@@ -1,10 +1,12 @@
-"""How long the prompts are that policies and judges get: recorded, and counted in a file of the user's."""
+"""How long the prompts are that policies and judges get.
+
+The lengths of the paper's data are recorded here; those of a user's file are counted.
+"""
 
 import functools
 import math
 import statistics
 import sys
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import tasks
@@ -19,7 +21,7 @@ ROWS = 500  # of a file, evenly spaced, are counted
 
 
 class Lengths(NamedTuple):
-    """Mean tokens. Those of a judge's prompt are without its chat template, which adds 10 to 30 a request."""
+    """Mean tokens. A judge's prompt is counted without its chat template (10 to 30 a request)."""
 
     source: str
     prompt: float  # the policy's, with its chat template
@@ -30,7 +32,8 @@ class Lengths(NamedTuple):
     more: float = 0.0  # each further criterion, where one request has all
 
 
-# Counted with Qwen2.5's tokenizer. Of RaR's data only the number of criteria was known (arXiv 2507.17746).
+# Counted with Qwen2.5's tokenizer. Of RaR's data only the number of criteria was known
+# (arXiv 2507.17746).
 _RAR = "RaR's number of criteria; all else HealthBench's, though RaR's prompts are single questions"
 LENGTHS = {
     "rlla": Lengths("399 of the training rows", 760),
@@ -57,41 +60,46 @@ def read_examples(task: str, path: str) -> list[Example]:
     return rows.read(path, functools.partial(module.from_row, **extra))
 
 
-def judged(task: str, example: Example) -> list[str]:
-    """The items that the task would have a judge decide."""
-    module, items = tasks.task_module(task), []
-    kind = module.HealthBench if task == "healthbench" else module.Rubrics
-    task = SimpleNamespace(ask=lambda example, responses, texts: items.extend(texts))
-    kind.start(task, example, [])
-    return items
-
-
 def count(task: str, path: str, tokenizer) -> Lengths:
     """Of a file in the task's schema. Raises InputError."""
     from infra import prompts
 
+    examples = read_examples(task, path)
+    examples = examples[:: max(1, math.ceil(len(examples) / ROWS))]
+    if not examples:
+        raise InputError(f"{path} has no rows")
+    encoded = prompts.encode(tokenizer, examples, sys.maxsize)
+    prompt = statistics.fmean(len(prompt.ids) for prompt in encoded)
+    source = f"{len(examples)} rows of {path}"
+    if not examples[0].criteria:
+        return Lengths(source, prompt)
+    judged = [count_judged(task, example, tokenizer) for example in examples]
+    return Lengths(source, prompt, *map(statistics.fmean, zip(*judged, strict=True)))
+
+
+def count_judged(task: str, example: Example, tokenizer) -> tuple[float, ...]:
+    """(criteria, begin, middle, item, more) of Lengths, of one example."""
+
     def tokens(text: str) -> int:
         return len(tokenizer(text, add_special_tokens=False).input_ids)
 
-    found, parts = read_examples(task, path), []
-    found = found[:: max(1, math.ceil(len(found) / ROWS))]
-    if not found:
-        raise InputError(f"{path} has no rows")
-    prompt = statistics.fmean(len(x.ids) for x in prompts.encode(tokenizer, found, sys.maxsize))
-    for example in found if found[0].criteria else ():
-        items = {f"criterion_{k}": text for k, text in enumerate(judged(task, example), 1)}
-        ask = functools.partial(judge_prompt, example.messages, "", explain=task in EXPLAINED)
-        whole, response, label = ask(items), 'Response to grade:\n"', "\ncriterion_1: "
-        start = (
-            whole.index("\n" + response) + 1 + len(response)
-        )  # quoted messages have no line breaks
-        end = whole.index(label, start) + len(label)
-        item = statistics.fmean(
-            tokens(text[text.index(f"\n{name}: ", start) + len(name) + 3 :])
-            for name, text in ((name, ask({name: items[name]})) for name in items)
-        )
-        more = (tokens(whole[end:]) - item) / (len(items) - 1) if len(items) > 1 else item
-        parts.append((len(items), tokens(whole[:start]), tokens(whole[start:end]), item, more))
-    return Lengths(
-        f"{len(found)} rows of {path}", prompt, *map(statistics.fmean, zip(*parts, strict=True))
-    )
+    def ask(items: dict[str, str]) -> str:
+        return judge_prompt(example.messages, "", items, explain=task in EXPLAINED)
+
+    texts = tasks.task_module(task).judged_items(example)
+    items = {f"criterion_{k}": text for k, text in enumerate(texts, 1)}
+    whole = ask(items)
+    # Quoted messages have no line breaks, so the first match is the prompt's own.
+    start = end_of('\nResponse to grade:\n"', whole, 0)
+    end = end_of("\ncriterion_1: ", whole, start)
+    rests = []
+    for name, text in items.items():
+        alone = ask({name: text})
+        rests.append(tokens(alone[end_of(f"\n{name}: ", alone, start) :]))
+    item = statistics.fmean(rests)
+    more = (tokens(whole[end:]) - item) / (len(items) - 1) if len(items) > 1 else item
+    return len(items), tokens(whole[:start]), tokens(whole[start:end]), item, more
+
+
+def end_of(part: str, text: str, start: int) -> int:
+    return text.index(part, start) + len(part)

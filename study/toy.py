@@ -1,9 +1,12 @@
-"""The study's small world: a language of 37 words, tasks on it, and a policy of 77,000 parameters, trained in seconds.
-Only what is small is here: the loop, the update, the advantages and the loss are train.py's and rvpo.py's.
+"""The study's small world: a language of 37 words, tasks on it, and a policy of 77,000 parameters.
 
-A prompt names a tool and three arguments with their values, "tool3 name5 7 name2 0 name9 4"; the answer is a call
-with them, "call tool3 name5 7 name2 0 name9 4 end", to which the politeness, detail and citation that some tasks
-reward can be added.
+Only what is small is here. The loop, the update, the advantages and the loss are train.py's and
+rvpo.py's. A prompt names a tool and three arguments with their values:
+
+    tool3 name5 7 name2 0 name9 4
+
+The answer is a call with them, "call tool3 name5 7 name2 0 name9 4 end". Words of politeness,
+detail and citation, which some tasks reward, can be added to it.
 """
 
 import copy
@@ -43,15 +46,15 @@ CPU = torch.device("cpu")
 
 def make_prompts(n: int, seed: str) -> list[Prompt]:
     """n prompts. The reference is the shortest right answer."""
-    rng, out = random.Random(seed), []
+    rng = random.Random(seed)
+    prompts = []
     for _ in range(n):
         arguments = " ".join(f"name{name} {rng.randrange(10)}" for name in rng.sample(range(10), 3))
         prompt = f"tool{rng.randrange(8)} {arguments}"
         ids = [ID["<prompt>"], *(ID[word] for word in prompt.split()), ID["<answer>"]]
-        out.append(
-            Prompt(ids, Example([{"role": "user", "content": prompt}], f"call {prompt} end"))
-        )
-    return out
+        messages = [{"role": "user", "content": prompt}]
+        prompts.append(Prompt(ids, Example(messages, f"call {prompt} end")))
+    return prompts
 
 
 def demonstration(rng: random.Random, prompt: str, faults: dict[str, float]) -> list[int]:
@@ -63,39 +66,34 @@ def demonstration(rng: random.Random, prompt: str, faults: dict[str, float]) -> 
     tool, *arguments = prompt.split()
     words = ["call", f"tool{rng.randrange(8)}" if happens("tool") else tool]
     for extra in EXTRAS:
-        words += [extra] * sum(happens("extra") for _ in range(3))
+        words += [extra for _ in range(3) if happens("extra")]
     for name, value in zip(arguments[::2], arguments[1::2], strict=True):
-        if not happens("left out"):
-            words.append(f"name{rng.randrange(10)}" if happens("name") else name)
-            words += (
-                []
-                if happens("no value")
-                else [str(rng.randrange(10)) if happens("value") else value]
-            )
-    words += ["forbidden"] * happens("forbidden") + ["end"] * (not happens("no end"))
+        if happens("left out"):
+            continue
+        words.append(f"name{rng.randrange(10)}" if happens("name") else name)
+        if not happens("no value"):
+            words.append(str(rng.randrange(10)) if happens("value") else value)
+    if happens("forbidden"):
+        words.append("forbidden")
+    if not happens("no end"):
+        words.append("end")
     return [ID[word] for word in words[: LONGEST - 1]] + [ID["<stop>"]]
 
 
 @functools.lru_cache(4096)
 def channels(prompt: str, response: str) -> dict[str, float]:
     """Every channel that a task may have, each in [0, 1]."""
-    words, (tool, *arguments) = response.split(), prompt.split()
+    words = response.split()
+    tool, *arguments = prompt.split()
     wanted = dict(zip(arguments[::2], arguments[1::2], strict=True))
-    follows = dict(
-        reversed([*itertools.pairwise([*words, ""])])
-    )  # the word after the first occurrence of each
-    tools, names, values = (
-        sum(map(kind, words))
-        for kind in (
-            lambda word: word.startswith("tool"),
-            lambda word: word.startswith("name"),
-            str.isdigit,
-        )
-    )
-    present, right = (
-        sum(name in follows for name in wanted),
-        sum(follows.get(n) == v for n, v in wanted.items()),
-    )
+    follows = {}  # the word after the first occurrence of each
+    for word, following in itertools.pairwise([*words, ""]):
+        follows.setdefault(word, following)
+    tools = sum(word.startswith("tool") for word in words)
+    names = sum(word.startswith("name") for word in words)
+    values = sum(word.isdigit() for word in words)
+    present = sum(name in follows for name in wanted)
+    right = sum(follows.get(name) == value for name, value in wanted.items())
     once = words.count("call") == words.count("end") == 1
     return {
         "format": float(
@@ -115,18 +113,16 @@ def channels(prompt: str, response: str) -> dict[str, float]:
 
 
 def reward(name: str, full: float = 1.0, scale: float = 1.0, wrong: float = 0.0) -> Channel:
-    """A channel, multiplied by `scale`, and in a share `wrong` of its values, at random, 1 minus the value."""
+    """A channel, multiplied by `scale`; in a share `wrong` of its values, at random, 1 - value."""
     rng = random.Random(0)
 
     def fn(prompts: list[str], responses: list[str], references: list[str]) -> list[float]:
-        values = (
-            channels(prompt, response)[name]
-            for prompt, response in zip(prompts, responses, strict=True)
-        )
-        noise = wrong * (
-            len(responses) > 1
-        )  # none in evaluations, which have one response a prompt
-        return [scale * (1 - value if rng.random() < noise else value) for value in values]
+        noise = wrong if len(responses) > 1 else 0.0  # an evaluation has one response a prompt
+        values = []
+        for prompt, response in zip(prompts, responses, strict=True):
+            value = channels(prompt, response)[name]
+            values.append(scale * (1 - value if rng.random() < noise else value))
+        return values
 
     return Channel(name, fn, full * scale, (0.0, scale))
 
@@ -159,7 +155,7 @@ FAULTS = {
 }
 # {task: (channels, demonstrations)}
 SUITE: dict[str, tuple[list[Channel], str]] = {
-    # Three extras, each paid up to three times, pull against a length limit that the demonstrations keep.
+    # Three extras, each paid up to three times, pull against a length limit that is kept at first.
     "conflict": ([*map(reward, CALL), *VERBOSE], "verbose"),
     # Everything can be had together; right values are rare at the start.
     "no conflict": ([*map(reward, CALL), reward("length10")], "plain"),
@@ -173,7 +169,8 @@ SUITE: dict[str, tuple[list[Channel], str]] = {
         ],
         "plain",
     ),
-    # The conflict with fewer channels, and with more: each extra once, twice and three times, of which once is enough.
+    # The conflict with fewer channels, and with more: each extra once, twice and three times.
+    # Once is enough.
     "K = 2": ([*VERBOSE[:2]], "verbose"),
     "K = 4": ([*VERBOSE], "verbose"),
     "K = 17": (
@@ -189,24 +186,15 @@ SUITE: dict[str, tuple[list[Channel], str]] = {
 def random_task(seed: str) -> tuple[list[Channel], str]:
     """2 to 9 channels of which an answer can satisfy all, and demonstrations."""
     rng = random.Random(seed)
+    prompt = "tool0 name0 0 name1 1 name2 2"
+    lengths = [reward(f"length{n}") for n in (10, 12, 14)]
+    others = [reward("no other names"), reward("no other values"), reward("brief", 0.2)]
+    pool = [*map(reward, CALL), *lengths, *VERBOSE[1:], *others]
     while True:
-        chosen = rng.sample(
-            [
-                *map(reward, CALL),
-                *(reward(f"length{n}") for n in (10, 12, 14)),
-                *VERBOSE[1:],
-                reward("no other names"),
-                reward("no other values"),
-                reward("brief", 0.2),
-            ],
-            rng.randint(2, 9),
-        )
-        prompt, extras = (
-            "tool0 name0 0 name1 1 name2 2",
-            [c.name for c in chosen if c.name in EXTRAS],
-        )
+        chosen = rng.sample(pool, rng.randint(2, 9))
+        extras = [channel.name for channel in chosen if channel.name in EXTRAS]
         best = channels(prompt, " ".join(["call", prompt, *extras, "end"]))
-        if all(best[c.name] >= c.full for c in chosen):
+        if all(best[channel.name] >= channel.full for channel in chosen):
             return chosen, rng.choice([*FAULTS])
 
 
@@ -220,31 +208,31 @@ def attend(
     sequences: policies.Sequences,
     **kwargs,
 ):
-    """policy._prompt_once for hundreds of sequences of a dozen tokens: one padded call is faster."""
-    n, seen = sequences.query_ends.diff().long(), sequences.key_ends.diff().long()
+    """policy._prompt_once for hundreds of short sequences: one padded call is faster."""
+    lengths = sequences.query_ends.diff().long()  # (sequences,)
+    seen = sequences.key_ends.diff().long()  # (sequences,)
     rows, columns = torch.arange(sequences.queries), torch.arange(sequences.keys)
-    # Where in the row queries and keys are: (sequences, longest), padded with the last of each.
-    queries = (n.cumsum(0) - n)[:, None] + rows.clamp(max=n[:, None] - 1)
+    # Where queries and keys are in the packed row: (sequences, longest), padded with the last one.
+    queries = (lengths.cumsum(0) - lengths)[:, None] + rows.clamp(max=lengths[:, None] - 1)
     keys = sequences.at[(seen.cumsum(0) - seen)[:, None] + columns.clamp(max=seen[:, None] - 1)]
-    query, key, value = (
-        query[0][:, queries],
-        key[0][:, keys],
-        value[0][:, keys],
-    )  # (heads, sequences, longest, D)
-    key, value = (x.repeat_interleave(len(query) // len(x), 0) for x in (key, value))
-    mask = (
-        columns <= rows[:, None] + (seen - n)[:, None, None]
-    )  # causal, aligned at the end of each
+    query = query[0][:, queries]  # (heads, sequences, longest, D)
+    copies = len(query) // key.shape[1]  # query heads that share a key
+    key = key[0][:, keys].repeat_interleave(copies, 0)
+    value = value[0][:, keys].repeat_interleave(copies, 0)
+    # Causal, aligned at the end of each sequence.
+    mask = columns <= rows[:, None] + (seen - lengths)[:, None, None]
     out = scaled_dot_product_attention(query, key, value, mask, scale=scaling)
-    return out[:, rows < n[:, None]].transpose(0, 1)[None], None
+    return out[:, rows < lengths[:, None]].transpose(0, 1)[None], None
 
 
 AttentionInterface.register("toy", attend)
 
 
 class Engine(HFEngine):
-    """local.hf.HFEngine for prompts of one length: all of a step at a time, from the same uniform numbers for the same
-    seed whatever the policy is, so that runs that differ in one thing differ by that alone."""
+    """local.hf.HFEngine for prompts of one length: it samples all of a step at a time.
+
+    The same seed gives the same uniform numbers whatever the policy is. So runs that differ in one
+    thing differ by that alone."""
 
     def __init__(self, lm):
         self.model, self.dtype = lm, lm.dtype
@@ -254,16 +242,12 @@ class Engine(HFEngine):
         self, prompts: list[list[int]], group: int, seeds: list[int]
     ) -> Iterator[tuple[int, list[Response]]]:
         """As HFEngine.generate, at temperature 1."""
-        uniform = torch.cat(
-            [
-                torch.rand(group, LONGEST, generator=torch.Generator().manual_seed(seed))
-                for seed in seeds
-            ]
-        )
-        out = self.model(
-            input_ids=torch.tensor(prompts).repeat_interleave(group, 0), use_cache=True
-        )
-        tokens, logps, done = [], [], torch.zeros(len(uniform), dtype=torch.bool)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        uniform = torch.cat([torch.rand(group, LONGEST, generator=g) for g in generators])  # (B, T)
+        ids = torch.tensor(prompts).repeat_interleave(group, 0)
+        out = self.model(input_ids=ids, use_cache=True)
+        tokens, logps = [], []
+        done = torch.zeros(len(uniform), dtype=torch.bool)
         for t in range(LONGEST):
             logp = out.logits[:, -1].log_softmax(-1)
             token = (logp.exp().cumsum(-1) < uniform[:, t, None]).sum(-1).clamp(max=len(WORDS) - 1)
@@ -272,20 +256,21 @@ class Engine(HFEngine):
             done |= token == 0
             if done.all() or t == LONGEST - 1:
                 break
-            out = self.model(
-                input_ids=token[:, None], past_key_values=out.past_key_values, use_cache=True
-            )
-        responses = []
-        for row, logp in zip(
-            torch.stack(tokens, 1).tolist(), torch.stack(logps, 1).tolist(), strict=True
-        ):
-            end = row.index(0) + 1 if 0 in row else len(row)
-            text = " ".join(WORDS[token] for token in row[:end] if token)
-            responses.append(
-                Response(row[:end], logp[:end], [1] * end, "stop" if 0 in row else "length", text)
-            )
+            cache = out.past_key_values
+            out = self.model(input_ids=token[:, None], past_key_values=cache, use_cache=True)
+        rows = zip(torch.stack(tokens, 1).tolist(), torch.stack(logps, 1).tolist(), strict=True)
+        responses = [self.response(*row) for row in rows]
         for i in range(len(prompts)):
             yield i, responses[i * group : (i + 1) * group]
+
+    @staticmethod
+    def response(tokens: list[int], logp: list[float]) -> Response:
+        """What was sampled until <stop>, which is token 0."""
+        stopped = 0 in tokens
+        end = tokens.index(0) + 1 if stopped else len(tokens)
+        text = " ".join(WORDS[token] for token in tokens[:end] if token)
+        finish = "stop" if stopped else "length"
+        return Response(tokens[:end], logp[:end], [1] * end, finish, text)
 
 
 def make_policy(seed: int) -> policies.Policy:
@@ -320,13 +305,12 @@ def engine(policy: policies.Policy) -> Engine:
 def warm_start(
     seed: int, demonstrations: str, steps: int = 300, batch: int = 128
 ) -> policies.Policy:
-    """A policy that has imitated noisy demonstrations (a key of FAULTS), and is right now and then."""
+    """A policy that has imitated noisy demonstrations (a key of FAULTS), and is sometimes right."""
     policy, rng, faults = make_policy(seed), random.Random(seed), FAULTS[demonstrations]
-    prompts = make_prompts(4000, f"demonstrations {seed}")
     demos = []
-    for prompt in prompts:
-        request = prompt.example.messages[0]["content"]
-        demos.append((prompt.ids, [demonstration(rng, request, faults)]))
+    for prompt in make_prompts(4000, f"demonstrations {seed}"):
+        content = prompt.example.messages[0]["content"]
+        demos.append((prompt.ids, [demonstration(rng, content, faults)]))
     optimizer = torch.optim.AdamW(policy.parameters(), fused=True)
     for step in range(steps):
         for group in optimizer.param_groups:

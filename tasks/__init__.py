@@ -1,4 +1,7 @@
-"""The built-in tasks, a file each, and how a task is found by its name. What a task is: rewards.Task."""
+"""The built-in tasks, a file each, and how a task is found by its name.
+
+What a task is: rewards.Task.
+"""
 
 import importlib
 import importlib.util
@@ -55,12 +58,12 @@ def load_task(config) -> Task:
     """The task that --task names, made for this configuration. Raises InputError."""
     if config.trains and config.task in BENCHMARKS:
         raise InputError(
-            f"--task {config.task}: a benchmark is not for training; use eval.py --task {config.task}, "
-            "and train on another task"
+            f"--task {config.task}: a benchmark is not for training; use eval.py --task "
+            f"{config.task}, and train on another task"
         )
-    make = getattr(task_module(config.task), "task", lambda config: None)
+    make = getattr(task_module(config.task), "task", None)
     with users_code(f"--task {config.task}: task(config)"):
-        task = make(config)
+        task = make(config) if make else None
     if not isinstance(task, Task):
         raise InputError(
             f"--task {config.task}: its function `task(config)` must return a rewards.Task"
@@ -80,14 +83,15 @@ def load_prompts(
     two = isinstance(made, (list, tuple)) and len(made) == 2
     if not two or isinstance(made[0], Example):
         raise InputError(f"{call} must return two lists, of training and of held-out examples")
-    checked = []
-    for part, examples in zip(("training", "held-out"), made, strict=True):
-        if not isinstance(examples, (list, tuple)):
-            raise InputError(
-                f"{call}: the {part} examples must be a list of rewards.Example, and "
-                f"not a {type(examples).__name__}"
-            )
-        where = f"--task {name}: {part} example"
-        checked.append([check_example(x, f"{where} {i}") for i, x in enumerate(examples)])
-    train, held_out = checked
-    return train, held_out
+    train, held_out = made
+    return _checked(train, name, call, "training"), _checked(held_out, name, call, "held-out")
+
+
+def _checked(examples: object, name: str, call: str, part: str) -> list[Example]:
+    if not isinstance(examples, (list, tuple)):
+        raise InputError(
+            f"{call}: the {part} examples must be a list of rewards.Example, and "
+            f"not a {type(examples).__name__}"
+        )
+    where = f"--task {name}: {part} example"
+    return [check_example(example, f"{where} {i}") for i, example in enumerate(examples)]

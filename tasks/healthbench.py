@@ -1,5 +1,7 @@
-"""HealthBench (github openai/simple-evals; arXiv 2505.08775): medical conversations, each with criteria for a judge.
-The wording of the prompt to the judge is our own."""
+"""HealthBench (github openai/simple-evals; arXiv 2505.08775).
+
+Medical conversations, each with criteria for a judge. The prompt to the judge is our own.
+"""
 
 import json
 from collections.abc import Callable
@@ -24,7 +26,7 @@ SUBSETS = {
 
 
 class Item(NamedTuple):
-    """A criterion. text: what the judge decides. tags: of which each "axis:..." is a score of its own."""
+    """A criterion. text: what the judge decides. tags: each "axis:..." is a score of its own."""
 
     text: str
     points: float  # negative: meeting it is bad
@@ -32,51 +34,62 @@ class Item(NamedTuple):
 
 
 def score(points: list[float], met: np.ndarray) -> float:
-    """Points of the items that are met, over the sum of the positive points; not clipped. NaN if there are none, or if
-    a verdict is missing."""
+    """Points of the items that are met, over the sum of the positive points; not clipped.
+
+    NaN if no points are positive, or if a verdict is missing.
+    """
     points = np.array(points)
     possible = points[points > 0].sum()
     return float((points * met).sum() / possible) if possible > 0 else float("nan")
 
 
 def from_row(row: dict, where: str) -> Example:
-    messages, tools = chats.chat(row.get("prompt"), where), chats.tools(row.get("tools"), where)
-    rubrics, themes = row.get("rubrics"), row.get("example_tags") or []
+    """One row in HealthBench's schema. Raises InputError."""
+    messages = chats.chat(row.get("prompt"), where)
+    tools = chats.tools(row.get("tools"), where)
+    rubrics = row.get("rubrics")
     if (
         not isinstance(rubrics, list)
-        or not all(
-            isinstance(r, dict)
-            and isinstance(r.get("criterion"), str)
-            and type(r.get("points")) in (int, float)
-            and abs(r["points"]) <= 1e6
-            for r in rubrics
-        )
-        or not any(r["points"] > 0 for r in rubrics)
+        or not all(map(_is_rubric, rubrics))
+        or not any(rubric["points"] > 0 for rubric in rubrics)
     ):
         raise InputError(
-            f'{where} has no rubrics: a list of {{"criterion": text, "points": number, "tags": [...]}}, '
-            "one of them with positive points"
+            f'{where} has no rubrics: a list of {{"criterion": text, "points": number, '
+            '"tags": [...]}, one of them with positive points'
         )
-    for tags in [themes, *(r.get("tags") or [] for r in rubrics)]:
-        if not isinstance(tags, list) or not all(
-            isinstance(tag, str) and tag.isprintable() for tag in tags
-        ):
-            raise InputError(f"{where} has tags that are no list of texts: {str(tags)[:40]!r}")
-    items = (
-        Item(f"[{r['points']:g}] {r['criterion']}", r["points"], tuple(r.get("tags") or []))
-        for r in rubrics
-    )
-    return Example(
-        messages,
-        json.dumps([tag for tag in themes if tag.startswith("theme:")]),
-        tuple(items),
-        str(row.get("prompt_id") or where),
-        tools=tools,
-    )
+    themes = [tag for tag in _tags(row, "example_tags", where) if tag.startswith("theme:")]
+    items = []
+    for rubric in rubrics:
+        points = rubric["points"]
+        text = f"[{points:g}] {rubric['criterion']}"
+        items.append(Item(text, points, tuple(_tags(rubric, "tags", where))))
+    name = str(row.get("prompt_id") or where)
+    return Example(messages, json.dumps(themes), tuple(items), name, tools=tools)
+
+
+def _is_rubric(rubric: object) -> bool:
+    if not isinstance(rubric, dict) or not isinstance(rubric.get("criterion"), str):
+        return False
+    points = rubric.get("points")
+    return type(points) in (int, float) and abs(points) <= 1e6
+
+
+def _tags(holder: dict, key: str, where: str) -> list[str]:
+    tags = holder.get(key) or []
+    if not isinstance(tags, list) or not all(
+        isinstance(tag, str) and tag.isprintable() for tag in tags
+    ):
+        raise InputError(f"{where} has tags that are no list of texts: {str(tags)[:40]!r}")
+    return tags
+
+
+def judged_items(example: Example) -> list[str]:
+    """What the judge decides."""
+    return [item.text for item in example.criteria]
 
 
 class HealthBench(Judged):
-    """The K channels of a prompt are its criteria, met or not. The reference of an example holds its themes."""
+    """A prompt's K channels are its criteria, met or not. The reference holds its themes."""
 
     temperature, max_tokens, clip = 0.5, 2048, True
     limited = "rows_missing", "the rows have a verdict"
@@ -97,27 +110,26 @@ class HealthBench(Judged):
         return [Channel(item.text) for item in example.criteria]
 
     def start(self, example: Example, responses: list[str]) -> Callable[[], np.ndarray]:
-        return self.ask(example, responses, [item.text for item in example.criteria])
+        return self.ask(example, responses, judged_items(example))
 
     def result(
         self, example: Example, response: str, rewards: np.ndarray
     ) -> tuple[dict[str, float], dict]:
-        """The score over all criteria, again under the name of each theme, and over the criteria of each axis."""
-        points = [item.points for item in example.criteria]
+        """Scores: of all criteria, once more as each theme's, and of the criteria of each axis."""
+        items = example.criteria
+        points = [item.points for item in items]
         overall = score(points, rewards)
         scores = {"overall": overall} | dict.fromkeys(json.loads(example.reference), overall)
-        for axis in sorted(
-            {tag for item in example.criteria for tag in item.tags if tag.startswith("axis:")}
-        ):
-            of_axis = [i for i, item in enumerate(example.criteria) if axis in item.tags]
+        tags = {tag for item in items for tag in item.tags}
+        for axis in sorted(tag for tag in tags if tag.startswith("axis:")):
+            of_axis = [i for i, item in enumerate(items) if axis in item.tags]
             scores[axis] = score([points[i] for i in of_axis], rewards[of_axis])
         return scores, {"response": response, "met": rewards.tolist()}
 
     def report(self, rewards: list[np.ndarray]) -> dict:
         """rows_missing: the share of rows that lack a verdict, and so have no score."""
-        return super().report(rewards) | {
-            "rows_missing": np.mean([np.isnan(x).any() for x in rewards])
-        }
+        rows_missing = np.mean([np.isnan(of_row).any() for of_row in rewards])
+        return super().report(rewards) | {"rows_missing": rows_missing}
 
 
 def task(config) -> Task:

@@ -1,8 +1,10 @@
-"""Rubrics: criteria for each prompt, which a judge decides, each a channel of its own. RaR-Medicine and RaR-Science
-(Rubrics as Rewards, arXiv 2507.17746), and files in their schema."""
+"""Rubrics: criteria for each prompt, which a judge decides, each a channel of its own.
+
+The data are RaR-Medicine and RaR-Science (Rubrics as Rewards, arXiv 2507.17746), and files in their
+schema.
+"""
 
 import functools
-import math
 import re
 from collections.abc import Callable
 from typing import NamedTuple
@@ -21,64 +23,73 @@ PUBLIC = {  # 17,926 + 2,242 and 18,333 + 2,292 rows
     "rar-medicine": "hf://anisha2102/RaR-Medicine/{split}",
     "rar-science": "hf://anisha2102/RaR-Science/{split}",
 }
-# RaR's categories: the weights of its explicit aggregation, and the smallest row weight, for rows that lack the prefix.
-CATEGORIES = {
-    "essential": (1.0, 5),
-    "important": (0.7, 3),
-    "optional": (0.3, 0),
-    "pitfall": (0.9, -math.inf),
-}
+# RaR's categories, with the weights of its explicit aggregation.
+CATEGORIES = {"essential": 1.0, "important": 0.7, "optional": 0.3, "pitfall": 0.9}
+PREFIX = re.compile(rf"\s*({'|'.join(CATEGORIES)}) criteria:\s*", re.IGNORECASE)
 WEIGHTS = "uniform", "category", "row"
 
-# Most pitfalls of RaR-Medicine are worded as the mistake ("Fails to mention ..."), most of RaR-Science as avoiding it:
-# neither sign is right for both, so one fixed question is asked, and inverted.
+# Most pitfalls of RaR-Medicine are worded as the mistake ("Fails to mention ..."), most of
+# RaR-Science as avoiding it. Neither sign is right for both, so one fixed question is asked, and
+# its verdict is inverted.
 PITFALL = "The response makes this mistake (the text names the mistake, or how to avoid it): "
 
 
 class Criterion(NamedTuple):
-    text: (
-        str  # the item that the judge decides; of a pitfall the mistake, so that meeting it is bad
-    )
+    text: str  # the item that the judge decides; of a pitfall the mistake: meeting it is bad
     label: str  # criteria with the same label are one line in the logs
     category: str  # of CATEGORIES
     weight: float = 1.0  # the row's, without its sign
 
 
 def criterion(item: object, where: str, by_title: bool) -> Criterion:
-    """One item of a rubric: {description, weight?, title?}. by_title: the title is its label. Raises InputError."""
-    text, weight = (
-        (item.get("description"), item.get("weight")) if isinstance(item, dict) else (None, None)
-    )
-    prefix = re.match(
-        r"\s*(essential|important|optional|pitfall) criteria:\s*", str(text), re.IGNORECASE
-    )
-    if not isinstance(text, str) or not text[prefix.end() if prefix else 0 :].strip():
+    """One item of a rubric: {description, weight?, title?}. by_title: the title is its label.
+
+    Raises InputError.
+    """
+    item = item if isinstance(item, dict) else {}
+    text, weight, title = item.get("description"), item.get("weight"), item.get("title")
+    prefix = PREFIX.match(text) if isinstance(text, str) else None
+    if prefix:
+        text = text[prefix.end() :]
+    if not isinstance(text, str) or not text.strip():
         raise InputError(f'{where} has an item of its rubric without a text "description"')
     if weight is not None and not (type(weight) in (int, float) and 1e-6 <= abs(weight) <= 1e6):
         raise InputError(
-            f"{where} has an item with weight {str(weight)[:40]!r}: it must be a number up to 1e6, other "
-            "than 0, negative for a pitfall"
+            f"{where} has an item with weight {str(weight)[:40]!r}: it must be a number up to 1e6, "
+            "other than 0, negative for a pitfall"
         )
-    by_weight = next(name for name, (_, low) in CATEGORIES.items() if (weight or 5) >= low)
-    category = prefix[1].lower() if prefix and by_weight != "pitfall" else by_weight
-    label = item["title"] if by_title and item.get("title") is not None else category
-    if (
-        not isinstance(label, str)
-        or not label.strip()
-        or not label.isprintable()
-        or label == "joint"
-    ):
+    category = category_of(weight or 5)
+    if prefix and category != "pitfall":
+        category = prefix[1].lower()
+    label = title if by_title and title is not None else category
+    if not _is_label(label):
         raise InputError(
-            f"{where} has an item with title {label!r}: it must be one line of text, and not 'joint', the "
-            "logs' name for all together"
+            f"{where} has an item with title {label!r}: it must be one line of text, and not "
+            "'joint', the logs' name for all together"
         )
-    return Criterion(
-        text[prefix.end() if prefix else 0 :].strip(), label, category, abs(weight or 1.0)
-    )
+    return Criterion(text.strip(), label, category, abs(weight or 1.0))
+
+
+def category_of(weight: float) -> str:
+    """Of an item that lacks the prefix of its category."""
+    if weight >= 5:
+        return "essential"
+    if weight >= 3:
+        return "important"
+    return "optional" if weight >= 0 else "pitfall"
+
+
+def _is_label(label: object) -> bool:
+    if not isinstance(label, str) or label == "joint":
+        return False
+    return bool(label.strip()) and label.isprintable()
 
 
 def from_row(row: dict, where: str, by_title: bool) -> Example:
-    """One row in RaR's schema: question (or prompt: a text or a chat), rubric [{description, weight, title}]."""
+    """One row in RaR's schema: question (or prompt), rubric [{description, weight, title}].
+
+    The prompt is a text or a chat.
+    """
     prompt = row.get("prompt")
     if prompt is None:  # two data sets in one table have both columns
         prompt = row.get("question")
@@ -100,10 +111,8 @@ def from_row(row: dict, where: str, by_title: bool) -> Example:
 class Judged(Task):
     """Its rewards are the verdicts of a judge."""
 
-    limited = (
-        "missing",
-        "the judge's verdicts are",
-    )  # by --judge-max-missing: a share in the report, and what it is of
+    # What --judge-max-missing limits: a share in the report, and what it is of.
+    limited = "missing", "the judge's verdicts are"
 
     def __init__(self, config, explain: bool = False):
         """explain: the judge gives a reason before each verdict."""
@@ -114,7 +123,8 @@ class Judged(Task):
             )
         if not config.judge_model:
             raise InputError("--judge-model: name the judge's model as its endpoint calls it")
-        self.judge, self.max_missing = Judge(config, explain), config.judge_max_missing
+        self.judge = Judge(config, explain)
+        self.max_missing = config.judge_max_missing
 
     def try_out(self, example: Example) -> None:
         """Raises InputError if the judge does not answer a question."""
@@ -123,8 +133,10 @@ class Judged(Task):
     def ask(
         self, example: Example, responses: list[str], items: list[str]
     ) -> Callable[[], np.ndarray]:
-        """As Judge.start, of what the responses say without their thoughts. An assistant's turn at
-        the end of the chat is how each of them begins."""
+        """As Judge.start, without the thoughts of the responses.
+
+        Each response begins with the assistant's message at the end of the chat, if there is one.
+        """
         messages, opening = example.messages, ""
         last = messages[-1]
         if last["role"] == "assistant" and not last.get("tool_calls"):
@@ -146,16 +158,23 @@ class Judged(Task):
             )
 
 
+def judged_items(example: Example) -> list[str]:
+    """What the judge decides."""
+    return [PITFALL + c.text if c.category == "pitfall" else c.text for c in example.criteria]
+
+
 class Rubrics(Judged):
-    """The K channels of a prompt are its criteria, in their order: 1 for one met or a pitfall avoided, 0 otherwise."""
+    """The K channels of a prompt are its criteria, in their order.
+
+    A reward is 1 for a criterion met or a pitfall avoided, 0 otherwise.
+    """
 
     weights = "uniform"  # or each category's, or each row's
 
     def __init__(self, config):
         by_title = config.task not in PUBLIC  # RaR's titles are others in every row
-        self.prompts = rows.prompts(
-            config, PUBLIC.get(config.task), functools.partial(from_row, by_title=by_title)
-        )
+        read_row = functools.partial(from_row, by_title=by_title)
+        self.prompts = rows.prompts(config, PUBLIC.get(config.task), read_row)
         super().__init__(config)
 
     def weigh(self, text: str) -> None:
@@ -164,21 +183,20 @@ class Rubrics(Judged):
         self.weights = text
 
     def channels(self, example: Example) -> list[Channel]:
-        def weight(c: Criterion) -> float:
-            return {"uniform": 1.0, "category": CATEGORIES[c.category][0], "row": c.weight}[
-                self.weights
-            ]
+        return [Channel(c.label, weight=self.weight(c)) for c in example.criteria]
 
-        return [Channel(c.label, weight=weight(c)) for c in example.criteria]
+    def weight(self, criterion: Criterion) -> float:
+        if self.weights == "category":
+            return CATEGORIES[criterion.category]
+        return criterion.weight if self.weights == "row" else 1.0
 
     def start(self, example: Example, responses: list[str]) -> Callable[[], np.ndarray]:
-        pitfall = np.array([c.category == "pitfall" for c in example.criteria])
-        items = [PITFALL + c.text if c.category == "pitfall" else c.text for c in example.criteria]
-        verdicts = self.ask(example, responses, items)
+        pitfalls = np.array([c.category == "pitfall" for c in example.criteria])  # (K,)
+        verdicts = self.ask(example, responses, judged_items(example))
 
         def rewards() -> np.ndarray:
-            met = verdicts()
-            return np.where(pitfall, 1 - met, met)
+            met = verdicts()  # (G, K)
+            return np.where(pitfalls, 1 - met, met)
 
         return rewards
 
@@ -187,10 +205,8 @@ class Rubrics(Judged):
     ) -> tuple[dict[str, float], dict]:
         scores, _ = super().result(example, response, rewards)
         texts = [f"{k} {c.text}" for k, c in enumerate(example.criteria, start=1)]
-        return scores, {
-            "response": response,
-            "rewards": dict(zip(texts, rewards.tolist(), strict=True)),
-        }
+        by_text = dict(zip(texts, rewards.tolist(), strict=True))
+        return scores, {"response": response, "rewards": by_text}
 
 
 def task(config) -> Task:

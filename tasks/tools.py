@@ -1,4 +1,7 @@
-"""The task `tools`: generated prompts that ask for one tool call in ToolRL's format, and seven channels in [0, 1]."""
+"""The task `tools`: prompts that ask for one tool call in ToolRL's format, and seven channels.
+
+Prompts are generated. Each channel is at most 1.
+"""
 
 import functools
 import hashlib
@@ -10,21 +13,18 @@ from rewards import Channel, Example, Task
 
 OPTIONS = ()  # none of those that only some tasks read
 
-VALUES = {
-    "city": "Paris Oslo Cairo Lima Tokyo Delhi Rome Berlin Madrid Dublin Vienna Prague Sydney Toronto Boston".split(),
-    "name": "Anna Ben Carla David Emma Felix Grace Henry Iris Jack Kate Leo Mia Noah Olga Paul".split(),
+CITIES = (
+    "Paris Oslo Cairo Lima Tokyo Delhi Rome Berlin Madrid Dublin "
+    "Vienna Prague Sydney Toronto Boston"
+)
+NAMES = "Anna Ben Carla David Emma Felix Grace Henry Iris Jack Kate Leo Mia Noah Olga Paul"
+SONGS = "Yesterday, Imagine, Thriller, Hello, Hey Jude, Let It Be, Purple Rain, Africa"
+VALUES = {  # of each parameter
+    "city": CITIES.split(),
+    "name": NAMES.split(),
     "food": "pizza sushi pasta tacos curry salad soup noodles burgers steak".split(),
     "day": "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split(),
-    "song": [
-        "Yesterday",
-        "Imagine",
-        "Thriller",
-        "Hello",
-        "Hey Jude",
-        "Let It Be",
-        "Purple Rain",
-        "Africa",
-    ],
+    "song": SONGS.split(", "),
     "word": "hello house water friend winter garden bread music light river".split(),
     "language": "French Spanish German Italian Dutch Polish Greek Swedish".split(),
     "days": range(2, 15),
@@ -46,27 +46,17 @@ TOOLS = {  # name: (description, request)
 }
 
 
-def _request(rng: random.Random, tool: str) -> tuple[str, str]:
-    """A user's request for the tool, and the answer to it."""
-    template = TOOLS[tool][1]
-    parameters = {
-        key: rng.choice(values) for key, values in VALUES.items() if "{" + key + "}" in template
-    }
-    call = json.dumps({"name": tool, "parameters": parameters})
-    return template.format(
-        **parameters
-    ), f"<think> I will use {tool}. </think>\n<tool_call>\n{call}\n</tool_call>"
-
-
 def example(rng: random.Random) -> Example:
-    """Three tools in the system prompt, two worked requests, one to answer. Without the worked ones a 135M model never
-    hits the format, and rewards that never vary teach nothing."""
-    names, lines = rng.sample(sorted(TOOLS), 3), ["Answer every request with one tool call. Tools:"]
+    """Three tools in the system prompt, two worked requests, one to answer.
+
+    Without the worked ones a 135M model never hits the format, and rewards that never vary teach
+    nothing.
+    """
+    names = rng.sample(sorted(TOOLS), 3)
+    lines = ["Answer every request with one tool call. Tools:"]
     for name in names:
         description, template = TOOLS[name]
-        lines.append(
-            f"{name}({', '.join(key for key in VALUES if '{' + key + '}' in template)}): {description}"
-        )
+        lines.append(f"{name}({', '.join(_keys(template))}): {description}")
     messages = [{"role": "system", "content": "\n".join(lines)}]
     for name in rng.sample(names, 2):
         request, answer = _request(rng, name)
@@ -75,9 +65,24 @@ def example(rng: random.Random) -> Example:
     return Example([*messages, {"role": "user", "content": request}], answer)
 
 
+def _keys(template: str) -> list[str]:
+    """The parameters that a request names."""
+    return [key for key in VALUES if "{" + key + "}" in template]
+
+
+def _request(rng: random.Random, tool: str) -> tuple[str, str]:
+    """A user's request for the tool, and the answer to it."""
+    _, template = TOOLS[tool]
+    parameters = {key: rng.choice(VALUES[key]) for key in _keys(template)}
+    call = json.dumps({"name": tool, "parameters": parameters})
+    answer = f"<think> I will use {tool}. </think>\n<tool_call>\n{call}\n</tool_call>"
+    return template.format(**parameters), answer
+
+
 def examples(n: int, split: str, seed: int = 0, draw=example) -> list[Example]:
     """n of 'train' or 'test'. A prompt's own hash decides its split, so that the two never meet."""
-    rng, out = random.Random(f"{split}/{seed}"), []
+    rng = random.Random(f"{split}/{seed}")
+    out = []
     while len(out) < n:
         drawn = draw(rng)
         digest = hashlib.sha256(json.dumps(drawn.messages).encode()).digest()
@@ -87,7 +92,10 @@ def examples(n: int, split: str, seed: int = 0, draw=example) -> list[Example]:
 
 
 def tool_calls(text: str) -> list[dict]:
-    """The first <tool_call> block, one JSON object with a "name" a line. Raises ValueError for anything else."""
+    """The first <tool_call> block: each line is a JSON object with a "name".
+
+    Raises ValueError for anything else.
+    """
     if "<tool_call>" not in text or "</tool_call>" not in text:
         raise ValueError("no <tool_call> block")
     block = text.split("<tool_call>")[1].split("</tool_call>")[0].strip()
@@ -110,41 +118,38 @@ BRIEF = 200  # characters: enough for a short thought and any call of the task
 def _call(text: str) -> tuple[str | None, dict]:
     """Name and parameters of the first call; (None, {}) if there is none that can be parsed."""
     try:
-        call = tool_calls(text)[0]
+        call, *_ = tool_calls(text)
     except ValueError:
-        call = {}
-    return (
-        (call["name"], call["parameters"])
-        if isinstance(call.get("parameters"), dict)
-        else (None, {})
-    )
+        return None, {}
+    if not isinstance(call.get("parameters"), dict):
+        return None, {}
+    return call["name"], call["parameters"]
 
 
 @functools.lru_cache(256)  # every channel of a response asks for all
 def values(response: str, reference: str) -> dict[str, float]:
-    """The value of every channel. A response without a call has 0 in the four that are about the call."""
-    (name, parameters), (true_name, true) = _call(response), _call(reference)
-    blocks = BLOCKS.search(response) if all(response.count(tag) == 1 for tag in TAGS) else None
-    right = [
-        key
-        for key in true
-        if key in parameters
-        and parameters[key] == true[key]
-        and type(parameters[key]) is type(true[key])
-    ]
+    """The value of every channel. Without a call, the four that are about the call are 0."""
+    name, parameters = _call(response)
+    true_name, true = _call(reference)
+    each_tag_once = all(response.count(tag) == 1 for tag in TAGS)
+    blocks = BLOCKS.search(response) if each_tag_once else None
+    in_blocks = len(blocks.group()) if blocks else 0
+    named = [key for key in true if key in parameters]
+    right = [key for key in named if _same(parameters[key], true[key])]
+    invented = sum(key not in true for key in parameters)
     return {
-        "format": float(
-            blocks is not None
-        ),  # think, newline, tool_call, each tag once; `clean` sees to text around
+        "format": float(blocks is not None),
         "tool": float(name == true_name),
-        "arg_names": sum(key in parameters for key in true) / len(true),
+        "arg_names": len(named) / len(true),
         "arg_values": len(right) / len(true),
-        "no_invented": (name is not None)
-        - sum(key not in true for key in parameters) / max(1, len(parameters)),
-        "clean": len(blocks.group() if blocks else "")
-        / max(1, len(response.strip())),  # share that is in the blocks
+        "no_invented": (name is not None) - invented / max(1, len(parameters)),
+        "clean": in_blocks / max(1, len(response.strip())),  # the share that is in the blocks
         "brief": min(1.0, max(0.0, 2 - len(response) / BRIEF)),  # falls to 0 at twice BRIEF
     }
+
+
+def _same(value: object, truth: object) -> bool:
+    return value == truth and type(value) is type(truth)
 
 
 def prompts(n_train: int, n_test: int | None) -> tuple[list[Example], list[Example]]:
@@ -153,17 +158,14 @@ def prompts(n_train: int, n_test: int | None) -> tuple[list[Example], list[Examp
 
 def task(config) -> Task:
     names = "format", "tool", "arg_names", "arg_values", "no_invented", "clean", "brief"
-    made = Task(
-        prompts,
-        [
-            Channel(
-                name,
-                lambda _, *pairs, name=name: [
-                    values(*pair)[name] for pair in zip(*pairs, strict=True)
-                ],
-            )
-            for name in names
-        ],
-    )
+    made = Task(prompts, [channel(name) for name in names])
     made.max_tokens = 256  # in an evaluation
     return made
+
+
+def channel(name: str) -> Channel:
+    def fn(prompts: list[str], responses: list[str], references: list[str]) -> list[float]:
+        pairs = zip(responses, references, strict=True)
+        return [values(*pair)[name] for pair in pairs]
+
+    return Channel(name, fn)

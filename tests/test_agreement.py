@@ -1,6 +1,6 @@
 """Our scores against the scores that other tools gave to the same cases.
 
-agreement.json holds {"what tool": [[case, the tool's scores], ...]}. docs/experiments.md says which
+agreement.json holds {"what tool": [[case, the tool's scores], ...]}. docs/evaluate.md says which
 versions they are of, and why some of their scores differ. No other tool is run here.
 """
 

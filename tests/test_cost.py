@@ -72,6 +72,21 @@ def test_recomputing_is_that_of_the_table_of_memory():
         assert roofline.recomputes(size, budget) == ("gc" in line)
 
 
+def test_what_fits_takes_as_long_as_its_cost():
+    from experiments import fits
+
+    (h100,) = [machine for machine in fits.MACHINES if machine.gpu == "H100"]
+    simulated = {"recomputes": 0, "collectives_gib": {"allgather_base": 80.0}}
+    update, sending, sampling, step = fits.seconds(
+        "1.5B", h100._replace(gpus=8), 8192, 0.4, simulated
+    )
+    assert (update, sampling) == pytest.approx(plans("tools")["tools"]["1.5B"][0].per_step)
+    # 4 updates of 16 prompts a GPU, 5 in a micro-batch: 16 micro-batches, and old log-probs for 12.
+    gathered = 16 / 2 * 80 * 2**30 * (1 + 3 / 4 / 2)
+    assert sending == pytest.approx(gathered * 7 / 8 / 300e9)
+    assert step == pytest.approx(1.1 * (update + sending + sampling))
+
+
 def test_benchmarks_are_those_of_the_tasks():
     tasks = {
         "healthbench": healthbench.HealthBench,

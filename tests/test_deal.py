@@ -104,7 +104,7 @@ def test_an_advantage_does_not_depend_on_the_length_of_a_response(agg):
 
 
 def test_z_scores_summed_over_tokens_would():
-    """As in an implementation of RVPO elsewhere (docs/experiments.md): a response that fails both
+    """As in an implementation of RVPO elsewhere (docs/choices.md): a response that fails both
     rewards beats longer ones that fail one."""
     z = rvpo.zscore(BOTH_ONE_ONE_NONE)
     assert rvpo.soft_min(z, 1.0).argmin() == 3

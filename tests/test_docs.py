@@ -1,5 +1,8 @@
-"""What README and docs show, typed: options exist, files are there, and what can run without a GPU and a network runs."""
+"""What README and docs show, typed: options exist, files are there, and commands run that need no
+GPU and no network. What takes too long has a reason here, or a test elsewhere."""
 
+import contextlib
+import io
 import json
 import re
 import shlex
@@ -9,17 +12,23 @@ import sys
 import pytest
 from conftest import ROOT
 
+import tasks
+from config import TrainConfig
+
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 
 
+def blocks(page, language: str = "") -> list[str]:
+    """What stands between fences of this language."""
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    return [text for name, text in fenced if name == language]
+
+
 def commands() -> list[str]:
-    """Of all fenced blocks, without comments, continued lines joined."""
-    text = "\n".join(
-        block
-        for page in PAGES
-        for block in re.findall(r"^```\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
-    )
-    lines = (re.sub(r"\s+#.*", "", line).strip() for line in text.replace("\\\n", " ").splitlines())
+    """Of all blocks, without comments, continued lines joined."""
+    text = "\n".join(block for page in PAGES for block in blocks(page))
+    lines = text.replace("\\\n", " ").splitlines()
+    lines = [re.sub(r"\s+#.*", "", line).strip() for line in lines]
     return sorted({line for line in lines if re.match(r"(python|torchrun|make|pip|vllm) ", line)})
 
 
@@ -27,16 +36,14 @@ RUN = [
     "python train.py --task examples/polite.py --steps 1 --prompts 2 --name polite",
     "python eval.py --task examples/polite.py --model runs/polite --max-tokens 64",
     "python tools/plot.py runs/polite runs/polite --out both.png",
-]  # `runs/A runs/B` in README
+]
 NOT_HERE = {  # why
     "make demo": "minutes",
-    "make study": "minutes",
     "python study/study.py": "minutes",
     "python tools/step.py": "minutes",
     "python study/text.py": "days",
     "python study/text_report.py": "tests/test_text.py",
     "python study/more.py": "hours",
-    "python study/demo.py": "tests/test_text.py",
     "python study/sign.py": "tests/test_sign.py",
     "make gpu": "tests/test_gpu.py",
     "make .venv/ready": "it is what runs this",
@@ -44,6 +51,7 @@ NOT_HERE = {  # why
     "python tools/gpu.py": "tests/test_gpu.py",
     "python tools/simulate.py": "tests/test_simulate.py",
     "python experiments/cost.py": "tests/test_cost.py",
+    "python experiments/fits.py": "a quarter of an hour",
     "python experiments/run.py": "tests/test_experiments.py",
     "python -m vllm": "minutes",
     "pip install": "network",
@@ -53,7 +61,9 @@ NOT_HERE = {  # why
     "python train.py --resume runs/NAME": "tests/test_resume.py",
     "python tools/compare.py": "tests/test_eval.py",
     "python eval.py --task bfcl": "tests/test_eval.py",
+    "python eval.py --task mine.py": "tests/test_eval.py",
     "python tools/plot.py runs/A-bfcl": "tests/test_eval.py",
+    "python tools/plot.py runs/A runs/B": "RUN has it with a run that exists",
 }
 
 
@@ -64,84 +74,68 @@ def test_every_command_is_run_or_has_a_reason_not_to_be():
     assert all(any(line.startswith(start) for line in shown) for start in NOT_HERE)
 
 
-@pytest.mark.parametrize(
-    "script",
-    [
-        "train.py",
-        "eval.py",
-        "tools/step.py",
-        "tools/gpu.py",
-        "tools/simulate.py",
-        "study/study.py",
-        "experiments/run.py",
-        "experiments/cost.py",
-    ],
+SCRIPTS = (
+    "train.py",
+    "eval.py",
+    "tools/step.py",
+    "tools/gpu.py",
+    "tools/simulate.py",
+    "study/study.py",
+    "experiments/run.py",
+    "experiments/cost.py",
+    "experiments/fits.py",
 )
+MORE_SCRIPTS = (  # whose options only sentences name
+    "study/text.py",
+    "study/demo.py",
+    "study/more.py",
+    "tools/plot.py",
+    "tests/kill_and_resume.py",
+)
+OTHERS = {  # options of vllm, torchrun and pip
+    "--served-model-name",
+    "--max-model-len",
+    "--gpu-memory-utilization",
+    "--enforce-eager",
+    "--tensor-parallel-size",
+    "--port",
+    "--nproc_per_node",
+    "--max-restarts",
+    "--shutdown-timeout",
+    "--nnodes",
+    "--rdzv-backend",
+    "--rdzv-endpoint",
+    "--no-deps",
+}
+
+
+def help_of(script: str) -> str:
+    command = [sys.executable, ROOT / script, "--help"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_every_option_that_is_shown_exists(script):
-    known = subprocess.run(
-        [sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True
-    ).stdout
-    lines = commands() + [
-        line
-        for page in PAGES
-        for line in re.findall(r"`((?:train|eval)\.py [^`]*)`", page.read_text())
-    ]
-    shown = {
-        word
-        for line in lines
-        if script in line
-        for word in shlex.split(line.partition(script)[2])
-        if word.startswith("--")
-    }
-    assert (
-        shown and [option for option in shown if f"{option} " not in known.replace("\n", " ")] == []
-    )
+    lines = commands()
+    for page in PAGES:
+        lines += re.findall(r"`((?:train|eval)\.py [^`]*)`", page.read_text())
+    shown = set()
+    for line in lines:
+        if script in line:
+            words = shlex.split(line.partition(script)[2])
+            shown |= {word for word in words if word.startswith("--")}
+    known = help_of(script).replace("\n", " ")
+    assert shown
+    assert [option for option in shown if f"{option} " not in known] == []
 
 
 def test_every_option_in_the_text_and_every_file_exists():
-    helps = [
-        subprocess.run(
-            [sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True
-        ).stdout
-        for script in (
-            "train.py",
-            "eval.py",
-            "tools/step.py",
-            "tools/gpu.py",
-            "tools/simulate.py",
-            "study/study.py",
-            "study/text.py",
-            "study/demo.py",
-            "study/more.py",
-            "tools/plot.py",
-            "experiments/run.py",
-            "experiments/cost.py",
-            "tests/kill_and_resume.py",
-        )
-    ]
-    others = {
-        "--served-model-name",
-        "--max-model-len",
-        "--gpu-memory-utilization",
-        "--enforce-eager",
-        "--nproc_per_node",
-        "--max-restarts",
-        "--shutdown-timeout",
-        "--nnodes",
-        "--rdzv-backend",
-        "--rdzv-endpoint",
-        "--no-deps",
-        "--tensor-parallel-size",
-        "--port",
-    }
+    helps = [help_of(script) for script in SCRIPTS + MORE_SCRIPTS]
     for page in PAGES:
         text = page.read_text()
-        unknown = {
-            option
-            for option in re.findall(r"(?<![\w-])--[a-z][\w-]+", text)
-            if option not in others and not any(option in said for said in helps)
-        }
-        assert not unknown, (page.name, unknown)
+        options = {*re.findall(r"(?<![\w-])--[a-z][\w-]+", text)} - OTHERS
+        unknown = [option for option in options if not any(option in said for said in helps)]
+        assert unknown == [], page.name
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
             assert (page.parent / target).exists(), (page.name, target)
 
@@ -169,6 +163,31 @@ def test_the_commands_as_typed(tmp_path):
     ] == 2
 
 
-def test_readme_is_short():
-    text = (ROOT / "README.md").read_text()
-    assert len(text.split()) <= 2000
+def test_pages_are_short():
+    words = {page.name: len(page.read_text().split()) for page in PAGES}
+    assert words.pop("README.md") <= 1500
+    assert {name: n for name, n in words.items() if n > 1200} == {}
+
+
+def test_readme_has_its_pictures():
+    pictures = re.findall(r"^!\[.+\]\((.+)\)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert pictures == ["docs/method.png", "docs/demo.png"]
+
+
+def test_the_three_lines_of_readme_print_what_it_says():
+    three_lines, _ = blocks(ROOT / "README.md", "python")
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(three_lines, {})  # noqa: S102
+    assert out.getvalue() in blocks(ROOT / "README.md")
+
+
+def test_the_task_of_readme_is_one(tmp_path):
+    _, task_file = blocks(ROOT / "README.md", "python")
+    (tmp_path / "mine.py").write_text(task_file)
+    config = TrainConfig(task=str(tmp_path / "mine.py"))
+    task = tasks.load_task(config)
+    train, held_out = tasks.load_prompts(task, config.task, 8, 2)
+    task.try_out(train[0])
+    rewards = task.start(train[0], ["Please, please, a spoon.", "word " * 21])()
+    assert rewards.tolist() == [[1.0, 1.0], [0.0, 0.0]]
+    assert len(train) == 4 and len(held_out) == 1

@@ -69,7 +69,7 @@ def test_the_files_hold_options_that_exist_each_with_its_source(name, monkeypatc
 
 
 def test_what_the_paper_and_its_sources_say(monkeypatch):
-    """docs/experiments.md has the sources."""
+    """docs/reproduce.md has the sources."""
     words = ["--models", "1.5B", "--methods", "rvpo 1", "--seeds", "7"]
     (job,) = run.jobs(options(monkeypatch, "tools", *words))
     tools = {
@@ -131,7 +131,7 @@ def test_a_finished_run_with_other_options_is_not_taken_for_the_experiment_s(mon
 
 
 def test_an_experiment_killed_in_the_middle_and_its_table(tmp_path):
-    """Two methods, three seeds. Runner and run are killed; the same line goes on, repeats nothing."""
+    """Runner and run are killed. The same line goes on, and repeats nothing that is done."""
     words = "medicine", "--tiny", "--methods", "rvpo", "gdpo"
     process, first = start(tmp_path, *words), tmp_path / "runs/tiny-rar-medicine-3B-rvpo-s0"
     deadline = time.monotonic() + 300

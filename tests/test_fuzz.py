@@ -1,5 +1,6 @@
-"""Whatever a policy, a judge or a data file may say: nothing is raised except InputError, values are
-in their range, and no time is lost."""
+"""Whatever a policy, a judge or a data file may say, values are in their range and no time is lost.
+
+Nothing is raised except InputError."""
 
 import functools
 import json

@@ -220,7 +220,7 @@ def test_each_prompt_is_sampled_once_with_its_own_seed(monkeypatch):
     monkeypatch.setattr(Echo, "start", lambda self, example, texts: texts)
     alone = sampler.sample(prompts, 1, 7)
     monkeypatch.setattr(rollout, "WORLD", 4)
-    monkeypatch.setattr("ranks.WORLD", 4)
+    monkeypatch.setattr("infra.ranks.WORLD", 4)
     for rank in range(4):
         monkeypatch.setattr(rollout, "RANK", rank)
         monkeypatch.setattr(rollout, "check_signals", lambda: None)

@@ -9,6 +9,7 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "study"))
 
+import demo
 import text
 import text_report
 
@@ -152,6 +153,10 @@ def test_the_demo(tiny, tmp_path):
     row = next(line for line in out.stdout.splitlines() if line.strip().startswith("short")).split()
     assert len(row) == 11  # a name and five means with their errors
     assert (tmp_path / "runs" / "d.png").stat().st_size > 10_000
+    curves = demo.read_curves(tmp_path / "runs" / "d.jsonl")
+    assert [*curves] == ["rvpo", "gdpo"]
+    assert [line["step"] for line in curves["gdpo"] if "train" in line] == [1, 2]
+    assert demo.table(curves) in out.stdout
     out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (
         out.returncode == 1

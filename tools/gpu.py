@@ -1,11 +1,12 @@
-"""Is all well on this machine's GPUs? One table in about ten minutes, with or without vLLM; nothing is downloaded.
+"""Is all well on this machine's GPUs? One table in about ten minutes, with or without vLLM.
 
-    make gpu                                # or python tools/gpu.py; on a CPU: the same with a tiny model
+    make gpu                                # or python tools/gpu.py; on a CPU: with a tiny model
     python tools/gpu.py --only run,update   # some of the checks
     python tools/gpu.py --ranks 2           # GPUs to shard over, default all; on a CPU: processes
 
-A line is pass, FAIL or skipped, with the reason and figures; the exit code is 1 if one is FAIL. Weights are random:
-those in the shapes of Qwen2.5-0.5B and 1.5B take 4 GB in the folder for temporary files, and stay there.
+A line is pass, FAIL or skipped, with the reason and figures; the exit code is 1 if one is FAIL.
+Nothing is downloaded. Weights are random: those in the shapes of Qwen2.5-0.5B and 1.5B take 4 GB in
+the folder for temporary files, and stay there.
 """
 
 import argparse
@@ -68,7 +69,8 @@ from torch.distributed.tensor import DTensor
 
 import policy as policies
 import update as updates
-from infra import pretrained, prompts, run_directory
+from infra import pretrained, run_directory
+from infra.prompts import Prompt
 from infra.ranks import RANK, WORLD, join, on_rank_0, run_program
 from local import models
 from rollout import Decoding, Group, Response, VLLMEngine
@@ -79,44 +81,49 @@ GIB = 2**30
 CUDA = torch.cuda.is_available()
 
 
-# The checks. Each is a process: what it leaves in a GPU, or breaks, is not the next one's. It returns figures, and the
-# reason under "FAIL" or "skipped".
+# The checks. Each is a process: what it leaves in a GPU, or breaks, is not the next one's. It
+# returns figures, and the reason under "FAIL" or "skipped".
 
 
 def device() -> dict:
-    query = "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
-    smi = shutil.which(query[0]) and subprocess.run(
-        query, check=False, stdout=subprocess.PIPE, text=True
-    )
-    driver = smi.stdout.partition("\n")[0] if smi and smi.returncode == 0 else None
+    """What the machine is, and whether this torch can use it."""
     name = torch.cuda.get_device_name() if CUDA else step.machine(argparse.Namespace(gpu=False))
     found = {
         "name": name,
         "gpus": torch.cuda.device_count() if CUDA else 0,
-        "driver": driver,
+        "driver": driver(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
     }
+    if not CUDA and found["driver"]:
+        return found | {
+            "FAIL": "this torch cannot use the GPU that nvidia-smi shows: is it the Python with "
+            "requirements.txt, and the driver 580 or newer?"
+        }
     if not CUDA:
-        return found | (
-            {
-                "FAIL": "this torch cannot use the GPU that nvidia-smi shows: is it the Python with "
-                "requirements.txt, and the driver 580 or newer?"
-            }
-            if driver
-            else {"skipped": "no GPU: what follows is of a tiny model on the CPU"}
-        )
-    (free, total), capability = torch.cuda.mem_get_info(), torch.cuda.get_device_capability()
+        return found | {"skipped": "no GPU: what follows is of a tiny model on the CPU"}
+    free, total = torch.cuda.mem_get_info()
+    major, minor = torch.cuda.get_device_capability()
     found |= {
-        "capability": "{}.{}".format(*capability),
+        "capability": f"{major}.{minor}",
         "memory_gib": total / GIB,
         "free_gib": free / GIB,
     }
-    if capability < (8, 0):
-        return found | {"FAIL": "compute capability 8.0 is needed"}
-    return found | (
-        {"FAIL": "another process holds much of its memory"} if free < 0.8 * total else {}
-    )
+    if major < 8:
+        found["FAIL"] = "compute capability 8.0 is needed"
+    elif free < 0.8 * total:
+        found["FAIL"] = "another process holds much of its memory"
+    return found
+
+
+def driver() -> str | None:
+    """NVIDIA's, None if there is none."""
+    if not shutil.which("nvidia-smi"):
+        return None
+    query = "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
+    answer = subprocess.run(query, check=False, stdout=subprocess.PIPE, text=True)
+    first, _, _ = answer.stdout.partition("\n")
+    return first if answer.returncode == 0 else None
 
 
 def tests() -> dict:
@@ -130,69 +137,58 @@ def tests() -> dict:
         text=True,
     )
     print(result.stdout)
-    found = {
-        f"tests_{word}": int(n)
-        for n, word in re.findall(r"(\d+) (passed|failed|skipped)", result.stdout)
-    }
-    if result.returncode or (CUDA and "tests_skipped" in found):
-        found["FAIL"] = (
-            reason(result.stdout) if result.returncode else "the kernel's own test was skipped"
-        )
+    counts = re.findall(r"(\d+) (passed|failed|skipped)", result.stdout)
+    found = {f"tests_{word}": int(n) for n, word in counts}
+    if result.returncode:
+        found["FAIL"] = reason(result.stdout)
+    elif CUDA and "tests_skipped" in found:
+        found["FAIL"] = "the kernel's own test was skipped"
     return found
 
 
-def far(gap: float, limit: float) -> dict:
-    return (
-        {}
-        if gap < limit
-        else {"FAIL": f"log-probs of sampler and trainer are {gap:.2g} apart, limit {limit:g}"}
-    )
+def too_far(gap: float, limit: float) -> dict:
+    """{"FAIL": why} if log-probs of sampler and trainer differ by more than they may."""
+    if gap < limit:
+        return {}
+    return {"FAIL": f"log-probs of sampler and trainer are {gap:.2g} apart, limit {limit:g}"}
 
 
 def run(name: str, engine: str, ranks: int, limit: float) -> dict:
-    """Three steps of train.py, killed after the first checkpoint and resumed; on a CPU as if it had been left alone."""
-    words = [
-        "--model",
-        models.resolve(name),
-        "--engine",
-        engine,
-        "--steps",
-        3,
-        "--save-every",
-        1,
-        "--max-tokens",
-        24,
-        "--lr",
-        1e-4,
-    ]
+    """Three steps of train.py, killed after the first checkpoint and resumed.
+
+    On a CPU its files must be those of a run that was left alone."""
+    options = ["--model", models.resolve(name), "--engine", engine, "--steps", 3]
+    options += ["--save-every", 1, "--max-tokens", 24, "--lr", 1e-4]
     with tempfile.TemporaryDirectory() as folder:
-        cwd, began = Path(folder), time.monotonic()
+        cwd = Path(folder)
         killed, log = cwd / "runs/killed", cwd / "killed.log"
-        process = runs.start("killed", cwd, ranks, *words)
+        began = time.monotonic()
+        process = runs.start("killed", cwd, ranks, *options)
         runs.wait((killed / "state/step-1").exists, process)
         if process.poll() is not None:
             sys.exit(f"{log.read_text()}\nit ended with {process.poll()} before it could be killed")
         os.kill(int((cwd / "pid-0").read_text()), signal.SIGKILL)
         process.wait()
-        then = time.monotonic()
-        runs.finish(runs.start("killed", cwd, ranks, *words, "--resume", "runs/killed"), log)
-        steps = [
-            line for line in map(json.loads, (killed / "metrics.jsonl").open()) if "loss" in line
-        ]
+        resumed = time.monotonic()
+        runs.finish(runs.start("killed", cwd, ranks, *options, "--resume", "runs/killed"), log)
+        ended = time.monotonic()
+        lines = [json.loads(line) for line in (killed / "metrics.jsonl").open()]
+        steps = [line for line in lines if "loss" in line]
         found = {
             "engine": engine,
             "steps": [line["step"] for line in steps],
-            "seconds_until_killed": then - began,
-            "seconds_resumed": time.monotonic() - then,
+            "seconds_until_killed": resumed - began,
+            "seconds_resumed": ended - resumed,
             "gap": max(line["sampler_gap"] for line in steps),
         }
         if found["steps"] != [1, 2, 3]:
             return found | {"FAIL": "metrics.jsonl should have each of three steps once"}
         if not CUDA:
-            runs.finish(runs.start("alone", cwd, ranks, *words), cwd / "alone.log")
-            if differ := runs.differences(cwd / "runs/alone", killed):
+            runs.finish(runs.start("alone", cwd, ranks, *options), cwd / "alone.log")
+            differ = runs.differences(cwd / "runs/alone", killed)
+            if differ:
                 return found | {"FAIL": f"left alone it has other {', '.join(differ)}"}
-    return found | far(found["gap"], limit)
+    return found | too_far(found["gap"], limit)
 
 
 def load(name: str) -> tuple[policies.Policy, torch.device]:
@@ -212,221 +208,240 @@ def seconds(work) -> float:
     return time.perf_counter() - began
 
 
+def free_gib() -> float:
+    if not CUDA:
+        return 0.0
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    return free / GIB
+
+
 def sync(name: str, limit: float) -> dict:
-    """vLLM's log-probs against the trainer's, when it lacks the newest weights, and when it has slept and got them."""
+    """vLLM's log-probs against the trainer's: before it has the newest weights, and after a push.
+
+    It sleeps in between."""
     if not importlib.util.find_spec("vllm"):
         return {"skipped": "vLLM is not installed"}
+    policy, device = load(name)
 
-    def gaps(sampled: list) -> torch.Tensor:
+    def push() -> None:
+        engine.push(policies.full_weights(policy, engine.dtype))
+
+    def gaps(sampled: list[tuple[int, list[Response]]]) -> torch.Tensor:
         """|log-prob of vLLM - the trainer's| of each token."""
-        groups = [
-            (prompts[i], [response.tokens for response in responses]) for i, responses in sampled
-        ]
+        groups, theirs = [], []
+        for i, responses in sampled:
+            groups.append((prompts[i], [response.tokens for response in responses]))
+            for response in responses:
+                theirs += response.logp
         with torch.no_grad():
             logp = policy(policies.pack(groups, device), 1.0).cpu()
         if isinstance(policy, FSDPModule):
             policy.reshard()  # a forward without backward leaves embeddings and head gathered
-        return (
-            logp - torch.tensor([x for _, responses in sampled for r in responses for x in r.logp])
-        ).abs()
+        return (logp - torch.tensor(theirs)).abs()
 
-    def free() -> float:
-        torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info()[0] / GIB if CUDA else 0.0
-
-    policy, device = load(name)
-    before, (path, tokenizer, stops, *_) = free(), pretrained.describe(str(policy.source), 64)
-    prompts, seeds = (
-        [[*range(3, 3 + n)] for n in (700, 17, 400, 129)],
-        [0, 100, 200, 300],
-    )  # over and under a block
+    before = free_gib()
+    path, tokenizer, stops, *_ = pretrained.describe(str(policy.source), 64)
+    prompts = [[*range(3, 3 + n)] for n in (700, 17, 400, 129)]  # over and under a block
+    seeds = [0, 100, 200, 300]
     engine = VLLMEngine(path, Decoding(tokenizer, stops, 1.0, 64), 800, gpu_memory=0.4)
-    engine.push(policies.full_weights(policy, engine.dtype))
+    push()
     sampled = [*engine.generate(prompts, 8, seeds)]
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            part = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            part += 0.02 * torch.randn_like(part)
-    stale, sleep = gaps(sampled).mean().item(), seconds(engine.sleep)
-    asleep, push = (
-        before - free(),
-        seconds(lambda: engine.push(policies.full_weights(policy, engine.dtype))),
-    )
+    disturb(policy)
+    stale = gaps(sampled).mean().item()
+    seconds_sleep = seconds(engine.sleep)
+    asleep = before - free_gib()
+    seconds_push = seconds(push)
     gap = gaps([*engine.generate(prompts, 8, seeds)])
     found = {
         "gap": gap.mean().item(),
         "rms": gap.square().mean().sqrt().item(),
         "tokens": len(gap),
         "stale_gap": stale,
-        "seconds_push": push,
-        "seconds_sleep": sleep,
-    } | ({"asleep_gib": asleep} if CUDA else {})
-    return found | (
-        far(found["gap"], limit)
-        or ({} if stale > 2 * found["gap"] else {"FAIL": "it pushed nothing new"})
-    )
+        "seconds_push": seconds_push,
+        "seconds_sleep": seconds_sleep,
+    }
+    if CUDA:
+        found["asleep_gib"] = asleep
+    if stale <= 2 * found["gap"]:
+        found["FAIL"] = "it pushed nothing new"
+    return found | too_far(found["gap"], limit)
+
+
+def disturb(policy: policies.Policy) -> None:
+    """New weights, near the old ones."""
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            local += 0.02 * torch.randn_like(local)
 
 
 def weights(name: str) -> dict:
     """All of them, as vLLM gets them."""
     policy, device = load(name)
-    return {
-        "seconds_full_weights": statistics.median(
-            seconds(
-                lambda: [
-                    None for _ in policies.full_weights(policy, policies.compute_dtype(device))
-                ]
-            )
-            for _ in range(3)
-        )
-    }
+    dtype = policies.compute_dtype(device)
+
+    def gather() -> None:
+        for _ in policies.full_weights(policy, dtype):
+            pass
+
+    return {"seconds_full_weights": statistics.median(seconds(gather) for _ in range(3))}
 
 
 def update(name: str, checkpointing: str, compiled: bool = False) -> dict:
-    """Updates of four micro-batches a rank, the first of them for warming up. compiled: each layer by torch.compile,
-    which train.py does not do."""
+    """Updates of four micro-batches a rank, the first of them for warming up.
+
+    compiled: each layer by torch.compile, which train.py does not do."""
     prompt, length, size, budget = (1000, 256, 16, 16384) if CUDA else (100, 24, 4, 512)
-    row = prompt + size * (length - 1)  # tokens that are computed of a group
+    tokens = prompt + size * (length - 1)  # that are computed of a group
     shape = {
         "prompt_tokens": prompt,
         "response_tokens": length,
         "group": size,
-        "prompts": 4 * WORLD * (budget // row),
+        "prompts": 4 * WORLD * (budget // tokens),
     }
     policy, device = load(name)
     policy.recompute(checkpointing, budget)
-    for layer in policy.lm.base_model.layers if compiled else ():
-        layer.compile()
+    if compiled:
+        for layer in policy.lm.base_model.layers:
+            layer.compile()
     learner = updates.Learner(policy, None, updates.make_optimizer(policy, 1e-6), device)
-    # From token 3 on: the pad token's embedding is 0, and RMSNorm makes its gradient overflow in a deep model.
-    responses = [
-        Response([*range(3 + g, 3 + g + length)], [-10.0] * length, [1] * length, "", "")
-        for g in range(size)
-    ]
-    groups = [
-        Group(
-            prompts.Prompt([*range(3 + p, 3 + p + prompt)], None),
-            [],
-            responses,
-            torch.zeros(size, 1),
-            torch.linspace(-1, 1, size),
-        )
-        for p in range(shape["prompts"])
-    ]
+    groups = made_up_groups(**shape)
     times, norms = [], []
+
+    def one_update() -> None:
+        log = updates.update(learner, groups, 1, 0.0, 1.0, budget)
+        norms.append(log["grad_norm"])
+
     try:
         for number in range(4):
             if CUDA and number == 1:  # the first makes AdamW's states, and fills caches
                 torch.cuda.reset_peak_memory_stats()
-            times.append(
-                seconds(
-                    lambda: norms.append(
-                        updates.update(learner, groups, 1, 0.0, 1.0, budget)["grad_norm"]
-                    )
-                )
-            )
+            times.append(seconds(one_update))
     except torch.OutOfMemoryError:
         if checkpointing == "on":
             raise
         return {"skipped": "out of memory, as it may be"}
     median = statistics.median(times[1:])
     found = {
-        "tokens_per_second": row * shape["prompts"] / median,
+        "tokens_per_second": tokens * shape["prompts"] / median,
         "seconds_update": median,
         "grad_norm": norms[-1],
         **step.utilization(median, WORLD, model=name, **shape),
     }
     if CUDA:
         found["peak_gib"] = torch.cuda.max_memory_allocated() / GIB
-        found |= simulated(name, checkpointing, found["peak_gib"]) if WORLD == 1 else {}
-    return (
-        found
-        if all(0 < norm < math.inf for norm in norms)
-        else found | {"FAIL": "a gradient is 0 or not finite"}
-    )
+        if WORLD == 1:
+            found |= simulated(name, checkpointing, found["peak_gib"])
+    if not all(0 < norm < math.inf for norm in norms):
+        found["FAIL"] = "a gradient is 0 or not finite"
+    return found
+
+
+def made_up_groups(
+    prompt_tokens: int, response_tokens: int, group: int, prompts: int
+) -> list[Group]:
+    """Responses begin with different tokens, from 3 on.
+
+    The pad token's embedding is 0, and RMSNorm makes its gradient overflow in a deep model."""
+    responses = []
+    for g in range(group):
+        tokens = [*range(3 + g, 3 + g + response_tokens)]
+        logp, mask = [-10.0] * response_tokens, [1] * response_tokens
+        responses.append(Response(tokens, logp, mask, "", ""))
+    rewards, advantages = torch.zeros(group, 1), torch.linspace(-1, 1, group)
+    groups = []
+    for p in range(prompts):
+        prompt = Prompt([*range(3 + p, 3 + p + prompt_tokens)], None)
+        groups.append(Group(prompt, [], responses, rewards, advantages))
+    return groups
 
 
 def simulated(name: str, checkpointing: str, peak: float) -> dict:
     """What tools/simulate.py says of the peak."""
-    words = [
-        "--json",
-        "--size",
-        name.removeprefix("random-"),
-        "--gpus",
-        "1",
-        "--gradient-checkpointing",
-        checkpointing,
-        *"--prompt 1000 --response 256 --group 16 --tokens-per-microbatch 16384".split(),
-    ]  # as in `update`
-    out = subprocess.run(
-        [sys.executable, ROOT / "tools/simulate.py", *words], check=True, stdout=subprocess.PIPE
-    )
-    expected = json.loads(out.stdout.splitlines()[-1])["peak_gib"]
-    close = abs(peak / expected - 1) < 0.15
-    return {"simulated_gib": expected} | (
-        {} if close else {"FAIL": "its peak is not what tools/simulate.py says"}
-    )
+    size = name.removeprefix("random-")
+    options = f"--json --size {size} --gpus 1 --gradient-checkpointing {checkpointing}"
+    options += " --prompt 1000 --response 256 --group 16 --tokens-per-microbatch 16384"  # `update`
+    command = [sys.executable, ROOT / "tools/simulate.py", *options.split()]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+    *_, last = output.splitlines()
+    expected = json.loads(last)["peak_gib"]
+    found = {"simulated_gib": expected}
+    if abs(peak / expected - 1) >= 0.15:
+        found["FAIL"] = "its peak is not what tools/simulate.py says"
+    return found
 
 
 # The table
 
 
-def reason(output: str) -> str:
-    """The line that says most of what a process printed before it failed."""
-    lines = re.findall(r"^(?:\[rank\d+\]:)?\s*(\S.*)", output, re.MULTILINE) or [
-        "it printed nothing"
-    ]
-    telling = [
-        line
-        for line in lines
-        if re.match(r"error: |FAILED |(?!.*ChildFailed)[\w.]*(Error|Exception)\b", line)
-    ]
-    return (telling or lines)[-1]
+def main(args: argparse.Namespace) -> int:
+    """All checks, then the table. Returns the exit code."""
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    log = args.out.with_suffix(".log")
+    content = {
+        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "command": shlex.join(sys.argv),
+        "versions": run_directory.versions(),
+        "checks": [],
+    }
+
+    def check(name: str, what: tuple | str) -> dict:
+        line = checked(name, what, log)
+        content["checks"].append(line)
+        # After each: the machine may be taken away.
+        args.out.write_text(json.dumps(content, indent=1) + "\n")
+        print(f"{name}: {line['outcome']}", file=sys.stderr, flush=True)
+        return line["figures"]
+
+    machine = check("device", ("device", 1, {}))
+    for name, what in plan(args, **machine).items():
+        if name.startswith((*args.only.split(","),)):
+            check(name, what)
+    for line in content["checks"]:
+        print_line(line)
+    print(args.out, log)
+    return int(any(line["outcome"] == "FAIL" for line in content["checks"]))
 
 
-def found_by(log: Path, check: str, processes: int, arguments: dict) -> dict:
-    """What that function returns, from a process of its own, or one a rank. The log has all that they print."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] * (
-        processes > 1
-    )
-    words = [sys.executable, *launcher, __file__, "--check", check, json.dumps(arguments)]
-    one_thread = {
-        "OMP_NUM_THREADS": "1",
-        **os.environ,
-    }  # beside other jobs several are slower than one
-    with log.open("ab") as file:
-        begin = file.tell()
-        process = subprocess.Popen(
-            words, stdout=file, stderr=file, env=one_thread, start_new_session=True
-        )
-        try:
-            process.wait(LIMIT)
-        except BaseException as error:  # Ctrl-C, too
-            os.killpg(process.pid, signal.SIGTERM)  # torchrun hands it on to its ranks
-            process.wait()
-            if not isinstance(error, subprocess.TimeoutExpired):
-                raise
-            return {"FAIL": f"not finished after {LIMIT} s"}
-    output = log.read_bytes()[begin:].decode(errors="replace")
-    found = re.findall("^FOUND (.*)", output, re.MULTILINE)
-    return json.loads(found[-1]) if found and process.returncode == 0 else {"FAIL": reason(output)}
+def checked(name: str, what: tuple | str, log: Path) -> dict:
+    """A line of results.json. what: function, processes and arguments, or why it is skipped."""
+    began = time.monotonic()
+    found = {"skipped": what} if isinstance(what, str) else found_by(log, *what)
+    outcome = next((word for word in ("FAIL", "skipped") if word in found), "pass")
+    return {
+        "check": name,
+        "outcome": outcome,
+        "reason": found.pop(outcome, ""),
+        "seconds": time.monotonic() - began,
+        "figures": found,
+    }
+
+
+def print_line(line: dict) -> None:
+    parts = [line["reason"]] if line["reason"] else []
+    for name, figure in line["figures"].items():
+        parts.append(f"{name} {figure:.3g}" if isinstance(figure, float) else f"{name} {figure}")
+    what = f"{line['check']:28}{line['outcome']:8}{line['seconds']:4.0f} s"
+    print(f"{what}  {', '.join(parts)}")
 
 
 def plan(
     args: argparse.Namespace, gpus: int = 0, memory_gib: float = 0.0, **machine
 ) -> dict[str, tuple | str]:
-    """Check -> function, processes and arguments; or why it is skipped. The machine is as `device` found it."""
+    """Check -> function, processes and arguments; or why it is skipped.
+
+    The machine is as `device` found it."""
     small = "random-0.5B" if gpus else "tiny"
     large = "random-1.5B" if memory_gib > 36 else small  # the largest whose update fits
-    limit = (
-        (0.05 if gpus else 1e-3) if args.gap_limit is None else args.gap_limit
-    )  # bfloat16, float32
-    ranks, lacking = args.ranks or gpus, "needs two GPUs" if gpus else "no GPU, and no --ranks"
+    limit = args.gap_limit
+    if limit is None:
+        limit = 0.05 if gpus else 1e-3  # bfloat16, float32
+    ranks = args.ranks or gpus
+    lacking = "needs two GPUs" if gpus else "no GPU, and no --ranks"
     engine = "vllm" if importlib.util.find_spec("vllm") and not args.quick else "hf"
-    trained, updated = (
-        {"name": small, "engine": engine, "limit": limit},
-        {"name": large, "checkpointing": "on"},
-    )
+    trained = {"name": small, "engine": engine, "limit": limit}
+    updated = {"name": large, "checkpointing": "on"}
     return {
         "tests": "--quick" if args.quick else ("tests", 1, {}),
         "run": ("run", 1, trained | {"ranks": 1}),
@@ -440,50 +455,45 @@ def plan(
     }
 
 
-def main(args: argparse.Namespace) -> int:
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    date, log, lines = time.strftime("%Y-%m-%d %H:%M:%S"), args.out.with_suffix(".log"), []
+def found_by(log: Path, check: str, processes: int, arguments: dict) -> dict:
+    """What that function returns, from a process of its own, or one a rank.
 
-    def check(name: str, what: tuple | str) -> dict:
-        began = time.monotonic()
-        found = {"skipped": what} if isinstance(what, str) else found_by(log, *what)
-        outcome = next((word for word in ("FAIL", "skipped") if word in found), "pass")
-        lines.append(
-            {
-                "check": name,
-                "outcome": outcome,
-                "reason": found.pop(outcome, ""),
-                "seconds": time.monotonic() - began,
-                "figures": found,
-            }
+    The log has all that they print."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command += [__file__, "--check", check, json.dumps(arguments)]
+    one_thread = {"OMP_NUM_THREADS": "1", **os.environ}  # beside other jobs several are slower
+    with log.open("ab") as file:
+        begin = file.tell()
+        process = subprocess.Popen(
+            command, stdout=file, stderr=file, env=one_thread, start_new_session=True
         )
-        content = {
-            "date": date,
-            "command": shlex.join(sys.argv),
-            "versions": run_directory.versions(),
-            "checks": lines,
-        }
-        args.out.write_text(
-            json.dumps(content, indent=1) + "\n"
-        )  # after each: the machine may be taken away
-        print(f"{name}: {outcome}", file=sys.stderr, flush=True)
-        return found
+        try:
+            process.wait(LIMIT)
+        except BaseException as error:  # Ctrl-C, too
+            os.killpg(process.pid, signal.SIGTERM)  # torchrun hands it on to its ranks
+            process.wait()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            return {"FAIL": f"not finished after {LIMIT} s"}
+    output = log.read_bytes()[begin:].decode(errors="replace")
+    found = re.findall("^FOUND (.*)", output, re.MULTILINE)
+    if process.returncode or not found:
+        return {"FAIL": reason(output)}
+    return json.loads(found[-1])
 
-    for name, what in plan(args, **check("device", ("device", 1, {}))).items():
-        if name.startswith((*args.only.split(","),)):
-            check(name, what)
-    for line in lines:
-        figures = (
-            f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
-            for key, value in line["figures"].items()
-        )
-        print(f"{line['check']:28}{line['outcome']:8}{line['seconds']:4.0f} s  ", end="")
-        print(*filter(None, [line["reason"], *figures]), sep=", ")
-    print(args.out, log)
-    return int(any(line["outcome"] == "FAIL" for line in lines))
+
+def reason(output: str) -> str:
+    """The line that says most of what a process printed before it failed."""
+    lines = re.findall(r"^(?:\[rank\d+\]:)?\s*(\S.*)", output, re.MULTILINE)
+    telling = re.compile(r"error: |FAILED |(?!.*ChildFailed)[\w.]*(Error|Exception)\b")
+    best = [line for line in lines if telling.match(line)]
+    return (best or lines or ["it printed nothing"])[-1]
 
 
 def one_check(name: str, arguments: str) -> None:
+    """In a process of `found_by`."""
     result = globals()[name](**json.loads(arguments))
     if RANK == 0:
         print("\nFOUND " + json.dumps(result), flush=True)

@@ -1,12 +1,14 @@
-"""From one or more runs of train.py, or of eval.py --policies, to one PNG and a table of their best and final policies.
+"""From runs of train.py, or of eval.py --policies, to one PNG and a table of their policies.
 
     python tools/plot.py runs/NAME [runs/OTHER ...] [--out FILE.png]
 
-A run of train.py: every channel, the joint rate, gradient norm. One of eval.py --policies: every
-metric of the benchmark. Lines: the sampled batches of training. Points with bars: held-out prompts,
-mean and standard error.
-The best and the final policy are those of the joint rate, or of the benchmark's first metric. The best of several is
-chosen on the prompts that measure it: it is biased upwards, the more so the more there are.
+A run of train.py: every channel, the joint rate, the gradient norm. One of eval.py --policies:
+every metric of the benchmark. Lines: the sampled batches of training. Points with bars: held-out
+prompts, mean and standard error.
+
+The best and the final policy are those of the joint rate, or of the benchmark's first metric. The
+best of several is chosen on the prompts that measure it: it is biased upwards, the more so the more
+there are.
 """
 
 import argparse
@@ -21,7 +23,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-TITLES = {"joint": "joint (all satisfied)", "grad_norm": "gradient norm"}
+TITLES = {"joint": "all channels satisfied (joint)", "grad_norm": "norm of the gradient"}
 OF_TRAINING = "joint", "grad_norm"  # panels beside the channels
 MARKS = {"best": "*", "final": "s"}  # matplotlib's markers
 
@@ -32,63 +34,69 @@ class Run(NamedTuple):
     metric: str  # by which the best is chosen
 
     def points(self, metric: str) -> list[tuple[int, float, float]]:
-        """(step, mean, standard error) of each evaluation that has the metric; the error of one prompt is 0."""
-        return [
-            (line["step"], line["eval"][metric][0], line["eval"][metric][1] or 0.0)
-            for line in self.evals
-            if line["eval"].get(metric, [None])[0] is not None
-        ]
+        """(step, mean, standard error) of each evaluation that has the metric.
+
+        The error of a single prompt is 0."""
+        points = []
+        for line in self.evals:
+            mean, error = line["eval"].get(metric, (None, None))
+            if mean is not None:
+                points.append((line["step"], mean, error or 0.0))
+        return points
 
     def marked(self) -> dict[str, tuple[int, float, float]]:
-        """The points that are marked, {} without evaluations. The best is the earliest of equal ones."""
+        """The points that are marked, if any. The best is the earliest of equal ones."""
         points = self.points(self.metric)
-        return (
-            {"best": max(points, key=lambda point: point[1]), "final": points[-1]} if points else {}
-        )
+        if not points:
+            return {}
+        return {"best": max(points, key=lambda point: point[1]), "final": points[-1]}
+
+    def curve(self, panel: str) -> list[float | None]:
+        """Of each training step: a channel's mean, or another number of the log."""
+        values = []
+        for line in self.steps:
+            channel = line["channels"].get(panel)
+            values.append(channel["mean"] if channel else line.get(panel))
+        return values
 
 
 def read_policies(folders: list[Path]) -> Run:
     """Of the step-N that eval.py --policies has written, each with a results.json."""
     evals = []
     for folder in folders:
+        file = folder / "results.json"
         try:
-            metrics = json.loads((folder / "results.json").read_text())["metrics"]
-            evals.append(
-                {
-                    "step": int(folder.name.removeprefix("step-")),
-                    "eval": {
-                        name: (values["mean"], values["stderr"]) for name, values in metrics.items()
-                    },
-                }
-            )
-            if not metrics:
+            step = int(folder.name.removeprefix("step-"))
+            metrics = json.loads(file.read_text())["metrics"]
+            means = {name: (values["mean"], values["stderr"]) for name, values in metrics.items()}
+            if not means:
                 raise ValueError("it has no metric")
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            sys.exit(f"error: {folder / 'results.json'} cannot be read: {error}")
+            sys.exit(f"error: {file} cannot be read: {error}")
+        evals.append({"step": step, "eval": means})
     evals.sort(key=lambda line: line["step"])
     return Run([], evals, next(iter(evals[0]["eval"])))
 
 
 def read(run: Path) -> Run:
     """Of a run's metrics.jsonl, or of its step-N if it is one of eval.py --policies."""
-    if folders := [*run.glob("step-*")]:
+    folders = [*run.glob("step-*")]
+    if folders:
         return read_policies(folders)
-    if not (run / "metrics.jsonl").is_file():
+    file = run / "metrics.jsonl"
+    if not file.is_file():
         sys.exit(
             f"error: {run}: no run is there; name the directory of a run of train.py, or of "
             "eval.py --policies"
         )
     try:
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
     except (OSError, ValueError) as error:
-        sys.exit(f"error: {run / 'metrics.jsonl'} cannot be read: {error}")
-    if not any("channels" in line for line in lines):
-        sys.exit(f"error: {run / 'metrics.jsonl'} holds no training step yet")
-    return Run(
-        [line for line in lines if "channels" in line],
-        [line for line in lines if "eval" in line],
-        "joint",
-    )
+        sys.exit(f"error: {file} cannot be read: {error}")
+    steps = [line for line in lines if "channels" in line]
+    if not steps:
+        sys.exit(f"error: {file} holds no training step yet")
+    return Run(steps, [line for line in lines if "eval" in line], "joint")
 
 
 def print_table(data: dict[str, Run]) -> None:
@@ -96,34 +104,36 @@ def print_table(data: dict[str, Run]) -> None:
     width = max(map(len, data))
     print(f"{'':{width}}  {'':>16}  {'start':>14}  {'best':>14}  (at step)  {'final':>14}")
     for name, run in data.items():
-        start, best, final = (
-            [run.points(run.metric)[0], *run.marked().values()] if run.marked() else [None] * 3
-        )
-        cells = [
-            f"{point[1]:.3f} ({point[2]:.3f})" if point else "-" for point in (start, best, final)
-        ]
-        print(
-            f"{name:{width}}  {run.metric:>16}  {cells[0]:>14}  {cells[1]:>14}  {best[0] if best else '-':>9}  "
-            f"{cells[2]:>14}"
-        )
+        start = best = final = at = "-"
+        marked = run.marked()
+        if marked:
+            first, *_ = run.points(run.metric)
+            start, best, final = map(cell, (first, marked["best"], marked["final"]))
+            at, _, _ = marked["best"]
+        print(f"{name:{width}}  {run.metric:>16}  {start:>14}  {best:>14}  {at:>9}  {final:>14}")
+
+
+def cell(point: tuple[int, float, float]) -> str:
+    _, mean, error = point
+    return f"{mean:.3f} ({error:.3f})"
+
+
+def panels_of(data: dict[str, Run]) -> list[str]:
+    """Channels, what train.py logs beside them, and what only a benchmark measures."""
+    channels, measured = {}, {}  # as ordered sets
+    for run in data.values():
+        for line in run.steps:
+            channels |= dict.fromkeys(line["channels"])
+        if not run.steps:
+            for line in run.evals:
+                measured |= dict.fromkeys(line["eval"])
+    trained = dict.fromkeys(OF_TRAINING if channels else ())
+    return [*(channels | trained | measured)]
 
 
 def plot(data: dict[str, Run], out: Path) -> None:
     """data: {what the legend says: run}."""
-    channels = list(
-        dict.fromkeys(
-            name for run in data.values() for line in run.steps for name in line["channels"]
-        )
-    )
-    measured = [
-        name
-        for run in data.values()
-        if not run.steps
-        for line in run.evals
-        for name in line["eval"]
-    ]
-    trained = OF_TRAINING if channels else ()
-    panels = list(dict.fromkeys([*channels, *trained, *measured]))
+    panels = panels_of(data)
     columns = min(5, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure, axes = plt.subplots(
@@ -135,38 +145,10 @@ def plot(data: dict[str, Run], out: Path) -> None:
         layout="constrained",
     )
     for axis, panel in zip(axes.flat, panels, strict=False):
-        for color, (name, run) in enumerate(data.items()):
-            means = [
-                {name: stats["mean"] for name, stats in line["channels"].items()}
-                for line in run.steps
-            ]
-            values = [
-                {**line, **mean}.get(panel) for line, mean in zip(run.steps, means, strict=True)
-            ]
-            axis.plot(
-                [line["step"] for line in run.steps],
-                values,
-                color=f"C{color}",
-                linewidth=1.2,
-                label=name,
-            )
-            if points := run.points(panel):
-                step, mean, error = zip(*points, strict=True)
-                axis.errorbar(
-                    step,
-                    mean,
-                    error,
-                    color=f"C{color}",
-                    fmt="o" if run.steps else "o-",
-                    markersize=4,
-                    capsize=3,
-                )
-            for mark, (step, mean, _) in run.marked().items() if panel == run.metric else ():
-                axis.plot(
-                    step, mean, MARKS[mark], color=f"C{color}", markersize=11, fillstyle="none"
-                )
+        for place, (name, run) in enumerate(data.items()):
+            draw(axis, panel, name, run, f"C{place}")
         low, high = axis.get_ylim()
-        if panel not in OF_TRAINING[1:] and low > -0.2 and high < 1.2:
+        if panel != "grad_norm" and low > -0.2 and high < 1.2:
             axis.set_ylim(-0.03, 1.03)
         axis.set_title(TITLES.get(panel, panel), fontsize=9)
         axis.tick_params(labelsize=8)
@@ -180,6 +162,20 @@ def plot(data: dict[str, Run], out: Path) -> None:
         figure.savefig(out, dpi=120)
     except OSError as error:
         sys.exit(f"error: {out} cannot be written ({error.strerror}): name another file with --out")
+
+
+def draw(axis, panel: str, name: str, run: Run, color: str) -> None:
+    """A run's line, its evaluations, and the marks of its policies."""
+    steps = [line["step"] for line in run.steps]
+    axis.plot(steps, run.curve(panel), color=color, linewidth=1.2, label=name)
+    points = run.points(panel)
+    if points:
+        step, mean, error = zip(*points, strict=True)
+        dots = "o" if run.steps else "o-"
+        axis.errorbar(step, mean, error, color=color, fmt=dots, markersize=4, capsize=3)
+    if panel == run.metric:
+        for mark, (step, mean, _) in run.marked().items():
+            axis.plot(step, mean, MARKS[mark], color=color, markersize=11, fillstyle="none")
 
 
 if __name__ == "__main__":
