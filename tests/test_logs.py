@@ -38,7 +38,7 @@ def test_channel_stats_by_hand():
     assert [stats[name]["std"] for name in "abc"] == pytest.approx([0.5, 3**-0.5, 0.0])
     assert [stats[name]["constant"] for name in "abc"] == [0.5, 1.0, 1.0]
     assert [stats[name]["missing"] for name in "abc"] == [0.0, 0.0, 0.5]
-    # z of the group with signal: (+x, 0), (-x, 0). Channel b binds in its first rollout, a in the second.
+    # z of the first group: (+x, 0), (-x, 0). Its first rollout is bound by b, its second by a.
     assert [stats[name]["binding"] for name in "abc"] == [0.5, 0.5, 0.0]
     assert sum(stats[name]["weight"] for name in "abc") == pytest.approx(1.0)
     assert stats["c"]["weight"] == 0
@@ -78,9 +78,12 @@ def test_a_channel_without_weight_is_logged_and_neither_binds_nor_counts():
 
 def figures(**others) -> dict:
     """What an update and the clock say of a step."""
-    seconds = {"sample": 1.0, "save": 9.0}
-    return {"grad_norm": 1.0, "entropy": 2.0, "beta": 1.0, "bad_updates": []} | {
-        "seconds": seconds,
+    return {
+        "grad_norm": 1.0,
+        "entropy": 2.0,
+        "beta": 1.0,
+        "bad_updates": [],
+        "seconds": {"sample": 1.0, "save": 9.0},
         **others,
     }
 
@@ -184,7 +187,7 @@ def test_the_final_table_keeps_what_is_missing(tmp_path, capsys):
 
 
 def test_tracking(tmp_path, monkeypatch):
-    """Metrics, the options, and samples as a table reach a package with wandb's interface; NaN, too."""
+    """Options, metrics and a table of samples reach a package with wandb's interface; NaN, too."""
     calls = []
     trackio = types.SimpleNamespace(
         Table=lambda columns, data: (columns, data),
