@@ -9,7 +9,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("study/*.md"))]
 
 
 def commands() -> list[str]:

@@ -143,7 +143,7 @@ def test_a_check_that_breaks_says_why(tmp_path):
         tmp_path / "log", "update", 1, {"name": "no/such/model", "checkpointing": "on"}
     )
     assert [*found] == ["FAIL"] and found["FAIL"].startswith(
-        "infra.ranks.InputError: --model no/such/model: no such file or directory"
+        "error: --model no/such/model: no such file or directory"
     )
     torchrun = "[rank1]: Traceback\n[rank1]: torch.OutOfMemoryError: CUDA out of memory. Tried\ntorch.x.ChildFailedError: \n====\n"
     assert (
