@@ -16,7 +16,11 @@ from conftest import ROOT
 import tasks
 from config import TrainConfig
 
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    *sorted(ROOT.glob("docs/*.md")),
+    *sorted(ROOT.glob("study/*.md")),
+]
 
 
 def blocks(page, language: str = "") -> list[str]:

@@ -86,7 +86,7 @@ def options() -> argparse.Namespace:
 
 
 def vowels(completions, **_) -> list[float]:
-    return [sum(c in "aeiou" for c in text) / max(1, len(text)) for text in completions]
+    return [sum(map(text.count, "aeiou")) / max(1, len(text)) for text in completions]
 
 
 def letters(completions, **_) -> list[float]:
