@@ -167,7 +167,8 @@ def test_the_commands_as_typed(tmp_path):
 
 
 def test_pages_are_short():
-    words = {page.name: len(page.read_text().split()) for page in PAGES}
+    pages = [page for page in PAGES if page.parent.name != "study"]  # those are tables
+    words = {page.name: len(page.read_text().split()) for page in pages}
     assert words.pop("README.md") <= 1500
     assert {name: n for name, n in words.items() if n > 1200} == {}
 
