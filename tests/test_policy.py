@@ -133,8 +133,8 @@ def test_other_architectures(config, tmp_path):
     ],
 )
 def test_a_response_sees_its_prompt_and_nothing_else(tiny_policy, g, i, changed):
-    """A changed token of a response moves its log-probs from there on; one of a prompt moves those of
-    all its responses. The others do not move beyond rounding. i: None for the prompt."""
+    """A changed token of a response moves its log-probs from there on; one of a prompt (i = None)
+    moves the log-probs of all its responses. No others move, beyond rounding."""
     groups = [(tokens(40), [tokens(9), tokens(6, 30)]), (tokens(10, 70), [tokens(8, 11)])]
     before = logp_of(tiny_policy, groups)
     prompt, responses = groups[g]
@@ -162,7 +162,7 @@ def test_a_row_without_any_response_token(tiny):
 
 
 class Vocabulary(TorchDispatchMode):
-    """Of all tensors (n, V) that are made, the largest n, and the most bytes that they hold at once."""
+    """Of all tensors (n, V) that are made, the largest n, and the most bytes they hold at once."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -199,7 +199,7 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary(monkeypatch, llama, v
 
 
 def test_a_compiled_layer_is_compiled_for_the_first_two_rows_alone(monkeypatch, tiny):
-    """For the second one with free sizes. What a layer is given has no lists, which would be compiled in."""
+    """The second time with free sizes. A layer is given no lists, which would be compiled in."""
     from torch._dynamo.utils import counters
 
     # Set where another test has loaded vLLM (local/cpu.py):
@@ -249,7 +249,7 @@ def test_full_weights_and_a_saved_checkpoint_are_the_policy(request, tmp_path, a
 
 
 def test_a_loaded_policy_is_what_transformers_loads(tiny):
-    """Buffers that are in no file, too, and no dropout, which gradient checkpointing would switch on."""
+    """Also buffers that are in no file; without dropout, which recomputing would switch on."""
     for checkpointing in (False, True):
         policy, lm = policies.load(tiny, CPU), hf.load(tiny, CPU)
         if checkpointing:
@@ -300,7 +300,7 @@ def varlen(
     window_size,
     enable_gqa=False,
 ):
-    """What torch's varlen_attn computes, aligned at the end as in FlashAttention, token by token."""
+    """What torch's varlen_attn computes: aligned at the end, as in FlashAttention, token by token."""
     assert query_ends.dtype == key_ends.dtype == torch.int32 and window_size == (-1, 0)
     assert enable_gqa == bool(policies.GQA)  # torch 2.11 has no such argument
     assert longest_query == query_ends.diff().max() and longest_key == key_ends.diff().max()
