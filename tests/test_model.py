@@ -39,13 +39,9 @@ def test_the_default_model_converts_from_its_package():
         for city in ("Paris", "Lima", "cheese")
     ]
     with torch.no_grad():
-        logp = [
-            part.sum().item()
-            for part in policy(pack([(prompt, answers)], torch.device("cpu")), 1.0).split(
-                [*map(len, answers)]
-            )
-        ]
-    assert logp[0] > logp[1] + 3 and logp[0] > logp[2] + 3
+        logp = policy(pack([(prompt, answers)], torch.device("cpu")), 1.0)
+    paris, lima, cheese = (part.sum() for part in logp.split([*map(len, answers)]))
+    assert paris > lima + 3 and paris > cheese + 3
 
 
 def test_models_that_cannot_be_used(tmp_path):
@@ -83,7 +79,7 @@ def refused(path, trained: bool = True) -> str:
 
 @pytest.mark.parametrize("dtype", [None, torch.float8_e4m3fn, torch.int8])
 def test_quantized_weights_are_not_trained(copied, dtype):
-    """By the configuration alone, or by the weights alone. Their codes were once trained as if they were weights."""
+    """By the configuration or the weights alone. Their codes were once trained as if weights."""
     name = "model.layers.0.mlp.up_proj.weight"
     if dtype:
         weights = load_file(copied / "model.safetensors")
@@ -95,8 +91,10 @@ def test_quantized_weights_are_not_trained(copied, dtype):
         torch.float8_e4m3fn: f"{name} is F8_E4M3",
         torch.int8: f"{name} is I8",
     }[dtype]
-    said = f"{copied} is quantized ({why}) and cannot be trained: name the model that it was made from, such as Qwen/Qwen3-8B for Qwen/Qwen3-8B-FP8"
-    assert refused(copied) == said
+    assert refused(copied) == (
+        f"{copied} is quantized ({why}) and cannot be trained: name the model that it was made "
+        "from, such as Qwen/Qwen3-8B for Qwen/Qwen3-8B-FP8"
+    )
     with pytest.raises(InputError, match="is quantized"):
         policies.load(copied, torch.device("cpu"))
     assert pretrained.describe(str(copied), 8)[0] == copied  # vLLM evaluates it
@@ -112,14 +110,12 @@ def test_weights_in_several_files_are_those_of_the_index(tiny, copied):
     ours, theirs = (
         dict(policies.load(path, torch.device("cpu")).named_parameters()) for path in (copied, tiny)
     )
-    assert ours.keys() == theirs.keys() and all(
-        torch.equal(ours[name], theirs[name]) for name in ours
-    )
-    lost = pretrained.weight_files(copied)[1]
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    _, lost, *_ = pretrained.weight_files(copied)
     lost.unlink()
-    assert (
-        refused(copied) == f"{copied} lacks {lost.name}, which model.safetensors.index.json names"
-    )
+    index = "model.safetensors.index.json"
+    assert refused(copied) == f"{copied} lacks {lost.name}, which {index} names"
 
 
 @pytest.mark.parametrize("indexed", [False, True])
@@ -127,15 +123,12 @@ def test_two_sets_of_weights(copied, indexed):
     """Which one was trained once depended on the order in which the file system lists them."""
     shutil.copy(copied / "model.safetensors", copied / "model-00001-of-00001.safetensors")
     if indexed:
-        (copied / "model.safetensors.index.json").write_text(
-            json.dumps({"weight_map": {"x": "model-00001-of-00001.safetensors"}})
-        )
-    assert (
-        refused(copied, trained=False)
-        == refused(copied)
-        == (
-            f"{copied} has two sets of weights, transformers would load model.safetensors and vLLM model-00001-of-00001.safetensors: remove the files that are not the model's"
-        )
+        index = {"weight_map": {"x": "model-00001-of-00001.safetensors"}}
+        (copied / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert refused(copied, trained=False) == refused(copied)
+    assert refused(copied) == (
+        f"{copied} has two sets of weights, transformers would load model.safetensors and vLLM "
+        "model-00001-of-00001.safetensors: remove the files that are not the model's"
     )
 
 
@@ -144,10 +137,8 @@ def test_a_pointer_of_git_lfs(copied, file):
     (copied / file).write_text(
         "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 5\n"
     )
-    assert (
-        f"{copied / file} is only git-lfs's pointer to the file: run `git lfs pull` there"
-        in refused(copied)
-    )
+    message = "is only git-lfs's pointer to the file: run `git lfs pull` there"
+    assert f"{copied / file} {message}" in refused(copied)
 
 
 @pytest.mark.parametrize("alone", [False, True])
@@ -156,36 +147,31 @@ def test_an_adapter_is_not_left_out(copied, alone):
     if alone:
         (copied / "config.json").unlink()
     said = refused(copied, trained=False)
-    assert (
-        f"{copied} has an adapter (adapter_config.json), which is not applied here: merge it into its model"
-        in said
-    )
+    message = "which is not applied here: merge it into its model"
+    assert f"{copied} has an adapter (adapter_config.json), {message}" in said
     assert ("or remove adapter_config.json" in said) is not alone
 
 
 def test_tokens_that_end_a_response(copied):
-    """An id without an embedding is never sampled, and without any end token each response runs to --max-tokens."""
+    """An id without an embedding is never sampled: each response would run to --max-tokens."""
     (copied / "generation_config.json").write_text('{"eos_token_id": [2, 1029]}')
-    assert (
-        "what ends a response has the token '', id 1029, but the model has only 1024 embeddings"
-        in refused(copied, trained=False)
-    )
+    message = "has the token '', id 1029, but the model has only 1024 embeddings"
+    assert f"what ends a response {message}" in refused(copied, trained=False)
     (copied / "generation_config.json").unlink()
     configure(copied, eos_token_id=None)
     tokenizer = pretrained.load_tokenizer(copied)
-    tokenizer.eos_token, tokenizer.chat_template = (
-        None,
-        "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}",
-    )
+    tokenizer.eos_token = None
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
     tokenizer.save_pretrained(copied)
-    assert (
-        "nothing would end a response: set eos_token in tokenizer_config.json, or eos_token_id in generation_config.json"
-        in refused(copied, trained=False)
+    message = (
+        "nothing would end a response: set eos_token in tokenizer_config.json, "
+        "or eos_token_id in generation_config.json"
     )
+    assert message in refused(copied, trained=False)
 
 
 def test_a_head_of_its_own_is_trained_and_saved(own_head, tmp_path):
-    """As transformers has it: config.json says that the embeddings are the head, the weights say otherwise."""
+    """As in transformers, although config.json says that the embeddings are the head."""
     ids = torch.arange(5, 40)[None]
 
     def logp(path):
@@ -196,19 +182,16 @@ def test_a_head_of_its_own_is_trained_and_saved(own_head, tmp_path):
     policy = policies.load(own_head, torch.device("cpu"))
     row = pack([(ids[0, :10].tolist(), [ids[0, 10:].tolist()])], torch.device("cpu"))
     torch.testing.assert_close(policy(row, 1.0).detach(), logp(own_head), atol=1e-4, rtol=0)
-    policies.save_policy(
-        policy, pretrained.load_tokenizer(own_head), torch.float32, tmp_path / "saved"
-    )
+    tokenizer = pretrained.load_tokenizer(own_head)
+    policies.save_policy(policy, tokenizer, torch.float32, tmp_path / "saved")
     assert torch.equal(logp(tmp_path / "saved"), logp(own_head))
     assert not AutoConfig.from_pretrained(tmp_path / "saved").tie_word_embeddings
 
 
 def test_a_head_that_is_the_embeddings_is_tied(copied):
     weights = load_file(copied / "model.safetensors")
-    save_file(
-        {**weights, "lm_head.weight": weights["model.embed_tokens.weight"].clone()},
-        copied / "model.safetensors",
-    )
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, copied / "model.safetensors")
     lm = policies.load(copied, torch.device("cpu")).lm
     assert lm.lm_head.weight is lm.model.embed_tokens.weight
 
@@ -216,21 +199,16 @@ def test_a_head_that_is_the_embeddings_is_tied(copied):
 def test_a_run_that_is_not_finished(tmp_path):
     (tmp_path / "config.json").write_text('{"data_sha256": "x"}')
     assert refused(tmp_path) == (
-        f"--model {tmp_path}: this run of train.py is not finished and has no checkpoint/ yet: go on with `python train.py --resume {tmp_path}`, "
+        f"--model {tmp_path}: this run of train.py is not finished and has no checkpoint/ yet: "
+        f"go on with `python train.py --resume {tmp_path}`, "
         f"or name a policy that it has kept, {tmp_path}/policies/step-N"
     )
 
 
 def test_the_hub_out_of_reach_is_one_sentence():
     code = "from infra import pretrained; pretrained.resolve('nobody/nothing')"
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={"HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "HOME": "/nonexistent"},
-    )
-    assert (
-        "InputError: --model nobody/nothing: no such directory, and the hub did not deliver it"
-        in result.stderr
-    )
+    offline = {"HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "HOME": "/nonexistent"}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=offline)
+    message = "no such directory, and the hub did not deliver it"
+    assert f"InputError: --model nobody/nothing: {message}" in result.stderr

@@ -1,4 +1,5 @@
-"""One row for several prompts and all their responses must be exactly one sequence a response, in little memory."""
+"""One row of several prompts and all their responses must be exactly one sequence a response, in
+little memory."""
 
 import shutil
 
@@ -38,24 +39,19 @@ GROUPS = [
 
 
 def gradient(module) -> dict[str, torch.Tensor]:
-    grads = {
-        name.removeprefix("lm."): parameter.grad for name, parameter in module.named_parameters()
-    }
+    grads = {name.removeprefix("lm."): p.grad for name, p in module.named_parameters()}
     module.zero_grad()
     return grads
 
 
 def separate_logp(lm, groups, temperature) -> torch.Tensor:
-    """The obvious way: plain transformers, each response behind its own copy of the prompt, unpadded."""
+    """The obvious way: transformers, each response behind its own copy of the prompt, unpadded."""
     out = []
     for prompt, responses in groups:
         for response in filter(None, responses):
-            logits = (
-                lm(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / temperature
-            )
-            out.append(
-                logits.log_softmax(-1).gather(-1, torch.tensor(response)[:, None]).squeeze(-1)
-            )
+            logits = lm(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+            logp = (logits / temperature).log_softmax(-1)
+            out.append(logp.gather(-1, torch.tensor(response)[:, None]).squeeze(-1))
     return torch.cat(out)
 
 
@@ -63,15 +59,20 @@ def logp_of(policy, groups, temperature: float = 1.0) -> list[list[torch.Tensor]
     """Log-probs, for each prompt and response."""
     with torch.no_grad():
         values = policy(pack(groups, CPU), temperature)
-    parts = iter(values.split([len(response) for _, responses in groups for response in responses]))
-    return [[next(parts) for _ in responses] for _, responses in groups]
+    parts = [*values.split([len(response) for _, responses in groups for response in responses])]
+    out = []
+    for _, responses in groups:
+        out.append(parts[: len(responses)])
+        del parts[: len(responses)]
+    return out
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("architecture", ["tiny", "llama"])
 def test_one_row_is_exactly_separate_sequences(request, architecture, checkpointing):
-    """Log-probs and the gradient of every parameter, with more tokens than there are logits at a time: Qwen2 with tied
-    embeddings and biases, Llama with neither."""
+    """Log-probs and the gradient of every parameter, with more tokens than logits at a time.
+
+    Qwen2 has tied embeddings and biases, Llama neither."""
     path, results = request.getfixturevalue(architecture), []
     n = sum(len(response) for _, responses in GROUPS for response in responses)
     assert n > policies.LOGITS_ON_CPU
@@ -79,9 +80,10 @@ def test_one_row_is_exactly_separate_sequences(request, architecture, checkpoint
     packed = policies.load(path, CPU)
     if checkpointing:
         packed.recompute("on", 0)
+    lm = hf.load(path, CPU)
     for module, logp in (
         (packed, packed(pack(GROUPS, CPU), 0.7)),
-        (lm := hf.load(path, CPU), separate_logp(lm, GROUPS, 0.7)),
+        (lm, separate_logp(lm, GROUPS, 0.7)),
     ):
         assert logp.dtype == torch.float32
         (weights * logp).mean().backward()
@@ -97,90 +99,84 @@ def test_one_row_is_exactly_separate_sequences(request, architecture, checkpoint
     "config", [Qwen3Config, MistralConfig, Phi3Config], ids=lambda config: config.model_type
 )
 def test_other_architectures(config, tmp_path):
-    """That are not refused (pretrained.TRAINABLE): log-probs."""
+    """Log-probs of those that are not refused (pretrained.TRAINABLE)."""
+    small = config(
+        vocab_size=1003,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=None,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(
-            config(
-                vocab_size=1003,
-                hidden_size=64,
-                intermediate_size=96,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                max_position_embeddings=512,
-                bos_token_id=None,
-                eos_token_id=2,
-                pad_token_id=0,
-            )
-        ).save_pretrained(tmp_path)
+        AutoModelForCausalLM.from_config(small).save_pretrained(tmp_path)
     assert config.model_type in pretrained.TRAINABLE
     with torch.no_grad():
-        packed, exact = (
-            policies.load(tmp_path, CPU)(pack(GROUPS, CPU), 0.7),
-            separate_logp(hf.load(tmp_path, CPU), GROUPS, 0.7),
-        )
+        packed = policies.load(tmp_path, CPU)(pack(GROUPS, CPU), 0.7)
+        exact = separate_logp(hf.load(tmp_path, CPU), GROUPS, 0.7)
     torch.testing.assert_close(packed, exact, atol=1e-4, rtol=0)
 
 
-def test_a_response_sees_its_prompt_and_nothing_else(tiny_policy):
-    """A token that changes moves the log-probs of its own response from there on, or those of all its prompt's
-    responses; of the others, no bit beyond rounding."""
+@pytest.mark.parametrize(
+    ("g", "i", "changed"),
+    [
+        (0, 0, {(0, 0)}),
+        (0, 1, {(0, 1)}),
+        (1, 0, {(1, 0)}),
+        (0, None, {(0, 0), (0, 1)}),
+        (1, None, {(1, 0)}),
+    ],
+)
+def test_a_response_sees_its_prompt_and_nothing_else(tiny_policy, g, i, changed):
+    """A changed token of a response moves its log-probs from there on; one of a prompt (i = None)
+    moves the log-probs of all its responses. No others move, beyond rounding."""
     groups = [(tokens(40), [tokens(9), tokens(6, 30)]), (tokens(10, 70), [tokens(8, 11)])]
     before = logp_of(tiny_policy, groups)
-    for where, changed in (
-        ((0, 0), {(0, 0)}),
-        ((0, 1), {(0, 1)}),
-        ((1, 0), {(1, 0)}),
-        ((0, None), {(0, 0), (0, 1)}),
-        ((1, None), {(1, 0)}),
-    ):
-        other = [
-            (list(prompt), [list(response) for response in responses])
-            for prompt, responses in groups
-        ]
-        g, i = where
-        (other[g][0] if i is None else other[g][1][i])[4] = 999
-        for (p, row), (_, row_before) in zip(
-            enumerate(logp_of(tiny_policy, other)), enumerate(before), strict=True
-        ):
-            for r, (a, b) in enumerate(zip(row, row_before, strict=True)):
-                moved = (a - b).abs()
-                if (p, r) in changed:
-                    assert moved[:4].max() < 1e-5 or i is None
-                    assert moved[4:].max() > 1e-3
-                else:
-                    assert moved.max() < 1e-5
+    prompt, responses = groups[g]
+    (prompt if i is None else responses[i])[4] = 999
+    after = logp_of(tiny_policy, groups)
+    for p, _ in enumerate(groups):
+        for r, (a, b) in enumerate(zip(after[p], before[p], strict=True)):
+            moved = (a - b).abs()
+            if (p, r) in changed:
+                assert moved[:4].max() < 1e-5 or i is None
+                assert moved[4:].max() > 1e-3
+            else:
+                assert moved.max() < 1e-5
 
 
 def test_a_row_without_any_response_token(tiny):
     policy = policies.load(tiny, CPU)
     logp = policy(pack([(tokens(5), [[], []])], CPU), 1.0)
     logp.sum().backward()
-    assert logp.shape == (0,) and all(
-        grad is None or not grad.any() for grad in gradient(policy).values()
-    )
+    assert logp.shape == (0,)
+    assert all(grad is None or not grad.any() for grad in gradient(policy).values())
 
 
 # Memory
 
 
 class Vocabulary(TorchDispatchMode):
-    """Of all tensors (n, V) that are made, the largest n, and the most bytes that any of them hold at a time."""
+    """Of all tensors (n, V) that are made, the largest n, and the most bytes they hold at once."""
 
     def __init__(self, size: int):
         super().__init__()
-        self.size, self.rows, self.peak, self.alive = size, 0, 0, {}
+        self.size = size
+        self.rows = self.peak = 0
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}  # storages and their bytes
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         for x in out if isinstance(out, (tuple, list)) else [out]:
             if isinstance(x, torch.Tensor) and x.shape[-1:] == (self.size,) and x._base is None:
                 self.rows = max(self.rows, x.numel() // self.size)
-                self.alive[x.untyped_storage()._cdata] = (
-                    StorageWeakRef(x.untyped_storage()),
-                    x.untyped_storage().nbytes(),
-                )
+                storage = x.untyped_storage()
+                self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
         self.alive = {
             key: (ref, size) for key, (ref, size) in self.alive.items() if not ref.expired()
         }
@@ -189,7 +185,7 @@ class Vocabulary(TorchDispatchMode):
 
 
 def test_memory_does_not_grow_with_tokens_times_vocabulary(monkeypatch, llama, vocabulary):
-    """Forward and backward: no more than LOGITS_ON_CPU rows of logits at a time, however many tokens there are."""
+    """Forward and backward: at most LOGITS_ON_CPU rows of logits at a time, however many tokens."""
     monkeypatch.setattr(policies, "LOGITS_ON_CPU", 128)
     policy, lm, seen = policies.load(llama, CPU), hf.load(llama, CPU), {}
     for n in (512, 1024):
@@ -203,17 +199,15 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary(monkeypatch, llama, v
 
 
 def test_a_compiled_layer_is_compiled_for_the_first_two_rows_alone(monkeypatch, tiny):
-    """For the second one with free sizes. What a layer is given has no lists, which would be compiled in."""
+    """The second time with free sizes. A layer is given no lists, which would be compiled in."""
     from torch._dynamo.utils import counters
 
-    monkeypatch.delenv(
-        "TORCHDYNAMO_DISABLE", raising=False
-    )  # set where another test has loaded vLLM (local/cpu.py)
+    # Set where another test has loaded vLLM (local/cpu.py):
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
     torch._dynamo.reset()
     counters.clear()
-    monkeypatch.setattr(
-        policies, "_attend_on_cpu", torch.compiler.disable(policies._attend_on_cpu)
-    )  # it loops over sequences
+    looping = torch.compiler.disable(policies._attend_on_cpu)  # it loops over sequences
+    monkeypatch.setattr(policies, "_attend_on_cpu", looping)
     policy, plain, compiled = policies.load(tiny, CPU), policies.load(tiny, CPU), []
     for layer in policy.lm.base_model.layers:
         layer.compile(backend="aot_eager")
@@ -239,47 +233,32 @@ def test_a_compiled_layer_is_compiled_for_the_first_two_rows_alone(monkeypatch, 
 def test_full_weights_and_a_saved_checkpoint_are_the_policy(request, tmp_path, architecture, tiny):
     """Names and numbers as transformers has them, tied ones under both names."""
     path = request.getfixturevalue(architecture)
-    policy, lm = policies.load(path, CPU), hf.load(path, CPU)
-    for checkpointed in (False, True):
-        if checkpointed:
-            policies.save_policy(
-                policy, AutoTokenizer.from_pretrained(tiny), torch.float32, tmp_path / "saved"
-            )
-            lm = hf.load(tmp_path / "saved", CPU)
-        full, expected = (
-            dict(policies.full_weights(policy, torch.float32)),
-            dict(lm.named_parameters(remove_duplicate=False)),
-        )
+    policy, tokenizer = policies.load(path, CPU), AutoTokenizer.from_pretrained(tiny)
+    policies.save_policy(policy, tokenizer, torch.float32, tmp_path / "saved")
+    for there in (path, tmp_path / "saved"):
+        full = dict(policies.full_weights(policy, torch.float32))
+        expected = dict(hf.load(there, CPU).named_parameters(remove_duplicate=False))
         assert full.keys() == expected.keys() and "lm_head.weight" in full
         assert all(torch.equal(full[name], expected[name]) for name in full)
         assert full["lm_head.weight"].data_ptr() != policy.lm.lm_head.weight.data_ptr()  # copies
-    assert (
-        load_file(tmp_path / "saved/model.safetensors").keys()
-        == load_file(path / "model.safetensors").keys()
-    )
-    policies.save_policy(
-        policy, AutoTokenizer.from_pretrained(tiny), torch.bfloat16, tmp_path / "half"
-    )
-    assert (
-        AutoModelForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
-        and policy.lm.dtype == torch.float32
-    )
+    saved = load_file(tmp_path / "saved/model.safetensors")
+    assert saved.keys() == load_file(path / "model.safetensors").keys()
+    policies.save_policy(policy, tokenizer, torch.bfloat16, tmp_path / "half")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
+    assert policy.lm.dtype == torch.float32
 
 
 def test_a_loaded_policy_is_what_transformers_loads(tiny):
-    """Buffers that are in no file, too, and no dropout, which gradient checkpointing would switch on."""
+    """Also buffers that are in no file; without dropout, which recomputing would switch on."""
     for checkpointing in (False, True):
         policy, lm = policies.load(tiny, CPU), hf.load(tiny, CPU)
         if checkpointing:
             policy.recompute("on", 0)
-        assert all(
-            torch.equal(value, dict(policy.lm.named_buffers())[name])
-            for name, value in lm.named_buffers()
-        )
+        buffers = dict(policy.lm.named_buffers())
+        assert all(torch.equal(value, buffers[name]) for name, value in lm.named_buffers())
         assert logp_of(policy, GROUPS)[0][0].equal(logp_of(policy, GROUPS)[0][0])
-    assert {p.dtype for p in policies.load(tiny, CPU, dtype=torch.bfloat16).parameters()} == {
-        torch.bfloat16
-    }
+    half = policies.load(tiny, CPU, dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
 
 
 def test_a_checkpoint_that_does_not_fit_its_config(tmp_path, tiny):
@@ -288,25 +267,19 @@ def test_a_checkpoint_that_does_not_fit_its_config(tmp_path, tiny):
     (tmp_path / "odd/config.json").write_text(
         config.replace('"intermediate_size": 384', '"intermediate_size": 380')
     )
-    with pytest.raises(
-        InputError,
-        match=r"mlp\.gate_proj\.weight has the shape \[384, 128\], its config.json asks for \[380, 128\]",
-    ):
+    shapes = r"has the shape \[384, 128\], its config.json asks for \[380, 128\]"
+    with pytest.raises(InputError, match=rf"mlp\.gate_proj\.weight {shapes}"):
         policies.load(tmp_path / "odd", CPU)
 
 
 def test_a_checkpoint_with_an_odd_generation_config_can_be_saved(tmp_path, tiny):
-    """Some models come with a temperature but without do_sample, which transformers reads but refuses to write."""
+    """Some models have a temperature without do_sample, which transformers refuses to write."""
     shutil.copytree(tiny, tmp_path / "odd")
     (tmp_path / "odd/generation_config.json").write_text(
         '{"eos_token_id": [2, 0], "temperature": 0.6, "top_p": 0.9}'
     )
-    policies.save_policy(
-        policies.load(tmp_path / "odd", CPU),
-        AutoTokenizer.from_pretrained(tiny),
-        torch.float32,
-        tmp_path / "saved",
-    )
+    policy, tokenizer = policies.load(tmp_path / "odd", CPU), AutoTokenizer.from_pretrained(tiny)
+    policies.save_policy(policy, tokenizer, torch.float32, tmp_path / "saved")
     assert GenerationConfig.from_pretrained(tmp_path / "saved").eos_token_id == [2, 0]
     pretrained.load_tokenizer(tmp_path / "saved")
 
@@ -327,7 +300,7 @@ def varlen(
     window_size,
     enable_gqa=False,
 ):
-    """What torch's varlen_attn computes, aligned at the end as FlashAttention does it, one token at a time."""
+    """What torch's varlen_attn computes: aligned at the end, as in FlashAttention, token by token."""
     assert query_ends.dtype == key_ends.dtype == torch.int32 and window_size == (-1, 0)
     assert enable_gqa == bool(policies.GQA)  # torch 2.11 has no such argument
     assert longest_query == query_ends.diff().max() and longest_key == key_ends.diff().max()
@@ -337,9 +310,8 @@ def varlen(
         for i in range(q1 - q0):
             seen = slice(k0, k1 - (q1 - q0) + i + 1)
             k, v = (x[seen].repeat_interleave(repeat, 1) for x in (key, value))  # (seen, H, D)
-            out[q0 + i] = torch.einsum(
-                "khd,kh->hd", v, (scale * torch.einsum("hd,khd->kh", query[q0 + i], k)).softmax(0)
-            )
+            attention = (scale * torch.einsum("hd,khd->kh", query[q0 + i], k)).softmax(0)
+            out[q0 + i] = torch.einsum("khd,kh->hd", v, attention)
     return out
 
 
@@ -356,10 +328,8 @@ def heads(row, dtype=torch.float32, device=CPU) -> list[torch.Tensor]:
 def test_the_gpu_kernel_is_given_the_same_attention(monkeypatch):
     monkeypatch.setattr(policies, "varlen_attn", varlen)
     row = pack([(tokens(7), [tokens(4), tokens(1), tokens(6)]), ([9], [tokens(3)])], CPU)
-    there, here = (
-        attend(*heads(row), 0.2, row.sequences)
-        for attend in (policies._attend_on_cuda, policies._attend_on_cpu)
-    )
+    there = policies._attend_on_cuda(*heads(row), 0.2, row.sequences)
+    here = policies._attend_on_cpu(*heads(row), 0.2, row.sequences)
     assert there.shape == (1, row.tokens.shape[1], 4, 32)
     torch.testing.assert_close(there, here, atol=1e-5, rtol=0)
 

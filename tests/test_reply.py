@@ -1,4 +1,4 @@
-"""The task `reply`: its channels by hand, its prompts, and that all of it can be satisfied together."""
+"""The task `reply`: its channels by hand, its prompts; a reply can satisfy all channels."""
 
 import numpy as np
 import pytest
@@ -19,10 +19,8 @@ def of(name: str) -> rewards.Task:
         ("Sorry Anna, we will send you a new lamp.", [1, 1, 1 / 3, 1 / 3, 1 / 3, 1 / 3]),
         ("", [1, 0, 0, 0, 0, 0]),
         ("Thank you, thank you. We're sorry! Please, Anna? I'll help.", [1, 1, 1, 2 / 3, 2 / 3, 1]),
-        (
-            "your yours you YOU v1.5 anna",
-            [1, 0, 0, 1, 0, 0],
-        ),  # a name's case counts, a point within a word is no end
+        # A name's case counts, and a point within a word is no end:
+        ("your yours you YOU v1.5 anna", [1, 0, 0, 1, 0, 0]),
         ("word " * 26, [0, 0, 0, 0, 0, 0]),
     ],
 )
@@ -51,19 +49,15 @@ def test_thoughts_are_no_part_of_a_reply():
 def test_the_limits_differ():
     limits = {name: reply.LIMITS[name] for name in ("reply", "reply-25")}
     for name, limit in limits.items():
-        channel = of(name).channels(None)[0]
-        assert channel.name == "short" and channel.fn(
-            [""] * 2, ["w " * limit, "w " * (limit + 1)], ["A"] * 2
-        ) == [1, 0]
+        channel, *_ = of(name).channels(None)
+        assert channel.name == "short"
+        assert channel.fn([""] * 2, ["w " * limit, "w " * (limit + 1)], ["A"] * 2) == [1, 0]
 
 
 def test_capped():
     """Satisfied by the same replies; more than one of a kind is paid nothing."""
-    task, plain, example = (
-        of("reply-capped"),
-        of("reply"),
-        of("reply").prompts(1, 1)[0][0]._replace(reference="Anna"),
-    )
+    task, plain = of("reply-capped"), of("reply")
+    example = plain.prompts(1, 1)[0][0]._replace(reference="Anna")
     for response, expected in (
         ("Thanks Anna, you and we.", [1] * 6),
         ("Thank you, please Anna! We, we, you, you. Sorry.", [1] * 6),
@@ -71,9 +65,9 @@ def test_capped():
     ):
         got = rewards.score(task.channels(example), example, [response])
         np.testing.assert_allclose(got[0], expected)
-        assert rewards.satisfied(task.channels(example), got) == rewards.satisfied(
-            plain.channels(example), rewards.score(plain.channels(example), example, [response])
-        )
+        uncapped = rewards.score(plain.channels(example), example, [response])
+        satisfied = rewards.satisfied(plain.channels(example), uncapped)
+        assert rewards.satisfied(task.channels(example), got) == satisfied
 
 
 def test_prompts_are_disjoint_and_the_same_each_time():
@@ -82,7 +76,5 @@ def test_prompts_are_disjoint_and_the_same_each_time():
     assert len(test) == 200 and not seen & {str(x.messages) for x in test}
     assert train[:5] == of("reply").prompts(5, 1)[0]
     for example in test:
-        assert (
-            example.reference in example.messages[-1]["content"]
-            and example.messages[-2]["role"] == "assistant"
-        )
+        *_, before, last = example.messages
+        assert example.reference in last["content"] and before["role"] == "assistant"

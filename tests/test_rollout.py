@@ -21,9 +21,8 @@ from rollout import Decoding, Response, Sampler, make_response
 
 STOPS = list(range(2, 30))  # many, so that random weights hit one
 TEMPERATURE = 0.7
-PROMPTS = [
-    list(range(40, 40 + n)) for n in (300, 17, 200)
-]  # over and under vLLM's blocks of 32 and 128 tokens
+# Over and under vLLM's blocks of 32 and 128 tokens.
+PROMPTS = [list(range(40, 40 + n)) for n in (300, 17, 200)]
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"
 )
@@ -37,7 +36,8 @@ def decoding(path) -> Decoding:
 def vllm(tiny):
     engine = rollout.VLLMEngine(tiny, decoding(tiny), max_len=800, gpu_memory=0.3)
     yield engine
-    engine.llm.llm_engine.engine_core.shutdown()  # before join_ranks, of other tests in this process, ends its group
+    # Before join_ranks, of other tests in this process, ends its group:
+    engine.llm.llm_engine.engine_core.shutdown()
 
 
 @pytest.fixture
@@ -71,9 +71,8 @@ def check(responses: list[list[rollout.Response]], policy) -> float:
             assert r.finish == ("stop" if r.tokens[-1] in STOPS else "length")
             assert r.finish == "stop" or len(r.tokens) == 24
         with torch.no_grad():
-            exact = policy(
-                pack([(prompt, [r.tokens for r in group])], torch.device("cpu")), TEMPERATURE
-            )
+            row = pack([(prompt, [r.tokens for r in group])], torch.device("cpu"))
+            exact = policy(row, TEMPERATURE)
         got = torch.tensor([x for r in group for x in r.logp])
         worst = max(worst, (got - exact).abs().max().item())
     finishes = [r.finish for group in responses for r in group]
@@ -104,11 +103,8 @@ def test_vllm_log_probs_match_before_and_after_an_update(vllm, policy):
 @needs_vllm
 def test_vllm_seeds(vllm, policy):
     push(vllm, policy)
-    once, again = (
-        generate(vllm, PROMPTS, 8, [1, 100, 200]),
-        generate(vllm, PROMPTS, 8, [1, 100, 200]),
-    )
-    assert once == again
+    once = generate(vllm, PROMPTS, 8, [1, 100, 200])
+    assert generate(vllm, PROMPTS, 8, [1, 100, 200]) == once
     alone = generate(vllm, PROMPTS[1:2], 8, [100])  # as another rank would
     assert [r.tokens for r in alone[0]] == [r.tokens for r in once[1]]
     assert generate(vllm, PROMPTS, 8, [2, 101, 201])[0][0].tokens != once[0][0].tokens
@@ -120,25 +116,17 @@ def test_vllm_seeds(vllm, policy):
 def test_training_with_vllm_is_the_same_when_activations_are_recomputed(
     vllm, monkeypatch, tmp_path, graded
 ):
-    """The command, with this process's engine: as a run of its own, for it takes over the policy at the start."""
+    """With this process's engine, which takes over the policy at the start of a run."""
     monkeypatch.setattr(train, "VLLMEngine", lambda *args, **options: vllm)
-    args = [
-        "--engine",
-        "vllm",
-        "--temperature",
-        TEMPERATURE,
-        "--max-tokens",
-        24,
-        "--gradient-checkpointing",
-    ]
+    args = ["--engine", "vllm", "--temperature", TEMPERATURE, "--max-tokens", 24]
     (steps, _, samples, plain), (_, _, again, recomputed) = (
-        run(monkeypatch, tmp_path, *args, mode, name=mode) for mode in ("off", "on")
+        run(monkeypatch, tmp_path, *args, "--gradient-checkpointing", mode, name=mode)
+        for mode in ("off", "on")
     )
     assert all(line["sampler_gap"] < 1e-3 and line["grad_norm"] > 0.1 for line in steps)
-    assert (
-        samples == again
-        and max((plain[key] - recomputed[key]).abs().max().item() for key in plain) < 1e-6
-    )
+    assert samples == again
+    for key in plain:
+        assert (plain[key] - recomputed[key]).abs().max() < 1e-6
 
 
 def test_hf_log_probs_match_before_and_after_an_update(transformers, policy):
@@ -149,16 +137,14 @@ def test_hf_seeds(transformers):
     torch.manual_seed(0)
     state = torch.get_rng_state()
     once = generate(transformers, PROMPTS, 8, [1, 2, 3])
-    assert torch.equal(
-        torch.get_rng_state(), state
-    )  # the trainer's own random numbers are left alone
+    assert torch.equal(torch.get_rng_state(), state)  # the trainer's random numbers are left alone
     assert generate(transformers, PROMPTS, 8, [1, 2, 3]) == once
     assert generate(transformers, PROMPTS[1:2], 8, [2])[0] == once[1]
     assert generate(transformers, PROMPTS, 8, [4, 5, 6])[0] != once[0]
 
 
 def test_a_checkpoints_generation_config_does_not_shape_the_samples(transformers):
-    """Qwen2.5's has top_k 20, top_p 0.8 and a repetition penalty: they would make the log-probs another policy's."""
+    """Qwen2.5's has top_k and a repetition penalty: the log-probs would be another policy's."""
     once = generate(transformers, PROMPTS[1:2], 8, [1])
     transformers.model.generation_config.update(
         do_sample=True, top_k=2, top_p=0.1, min_p=0.5, repetition_penalty=2.0, temperature=0.1
@@ -194,9 +180,8 @@ def test_scoring_starts_while_others_are_sampled():
     sampled = sampler.sample(prompts, 2, 0)
     assert events == ["sampled ['q']", "scoring 2", "sampled ['p']", "scoring 1"]
     groups = sampler.score(prompts, sampled)
-    assert [group.prompt for group in groups] == prompts and [
-        group.rewards.tolist() for group in groups
-    ] == [[[1], [1]], [[2], [2]]]
+    assert [group.prompt for group in groups] == prompts
+    assert [group.rewards.tolist() for group in groups] == [[[1], [1]], [[2], [2]]]
 
 
 def test_each_prompt_is_sampled_once_with_its_own_seed(monkeypatch):
@@ -204,12 +189,8 @@ def test_each_prompt_is_sampled_once_with_its_own_seed(monkeypatch):
 
     class Engine:
         def generate(self, prompts, group, seeds):
-            return enumerate(
-                [
-                    [Response([], [], [], "stop", f"{prompt} {seed}")]
-                    for prompt, seed in zip(prompts, seeds, strict=True)
-                ]
-            )
+            for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+                yield i, [Response([], [], [], "stop", f"{prompt} {seed}")]
 
     class Echo(Task):
         def start(self, example, texts):
@@ -225,14 +206,14 @@ def test_each_prompt_is_sampled_once_with_its_own_seed(monkeypatch):
         monkeypatch.setattr(rollout, "RANK", rank)
         monkeypatch.setattr(rollout, "check_signals", lambda: None)
         shares.append(sampler.sample(prompts, 1, 7))
-    monkeypatch.setattr(
-        torch.distributed,
-        "all_gather_object",
-        lambda lists, local: lists.__setitem__(slice(None), shares),
-    )
-    assert gather([]) == alone and [texts for _, texts in alone] == [
-        [f"['p{slot}'] {rollout.request_seed(0, 7, slot)}"] for slot in range(6)
-    ]
+
+    def all_gather(lists, local):
+        lists[:] = shares
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", all_gather)
+    assert gather([]) == alone
+    for slot, (_, texts) in enumerate(alone):
+        assert texts == [f"['p{slot}'] {rollout.request_seed(0, 7, slot)}"]
 
 
 def test_request_seeds_never_meet():
@@ -243,7 +224,5 @@ def test_request_seeds_never_meet():
         for slot in range(50)
     ]
     assert all(0 <= seed < 2**31 for seed in seeds)
-    ordered = sorted(seeds)
-    assert (
-        sum(b - a < 8 for a, b in itertools.pairwise(ordered)) <= 3
-    )  # of 7,650: vLLM uses seed ... seed + G - 1
+    # At most three of 7,650 are so close that they meet: vLLM uses seed ... seed + G - 1.
+    assert sum(b - a < 8 for a, b in itertools.pairwise(sorted(seeds))) <= 3

@@ -26,8 +26,8 @@ LARGEST_BETAS = [(method, betas[-1]) for method, betas in sign.METHODS.items()]
 @pytest.mark.parametrize("pull", [0.0, 1.0])
 @pytest.mark.parametrize("method, beta", [*LARGEST_BETAS, ("rvpo", 2.0)])
 def test_the_closed_form_is_what_sampling_gives(method, beta, pull, p):
-    """By rvpo.py's own functions, in 50 groups of 400. The standard error of the difference is about
-    .01 of the scores' standard deviation."""
+    """By rvpo.py's own functions, in 50 groups of 400. The difference has a standard error of about
+    .01 standard deviations of the scores."""
     constraint = (torch.arange(400) < 400 * p).double().expand(50, -1)
     scores = sign.scores(method, beta, constraint, pull, K)
     difference = scores[constraint == 1].mean() - scores[constraint == 0].mean()

@@ -22,8 +22,8 @@ CASES = {
         2,
     ),
 }
-# MiB of a GPU: between steps, at the update's peak, and what a push adds. 5% more is a fault, or has
-# a reason; then record these anew.
+# MiB of a GPU: between steps, at the update's peak, and what a push adds. If 5% more has
+# a reason, record them anew.
 MEMORY = {
     "one node": {"held": 1.32, "peak": 13.68, "push": 1.00},
     "two nodes": {"held": 4.01, "peak": 133.97, "push": 1.00},
