@@ -730,7 +730,12 @@ def test_scores_of_one_id_are_averaged_without_those_that_are_missing():
         Example(question, id="x", category="other"),
     ]
     first, second, third = records(task, examples, ["1", "0.5", "nan", "0"])
-    assert (first["id"], first["category"], second["id"], third["category"]) == ("x", "", "1", "other")
+    assert (first["id"], first["category"], second["id"], third["category"]) == (
+        "x",
+        "",
+        "1",
+        "other",
+    )
     assert (
         first["scores"]["a"] == 1
         and second["scores"]["a"] == 0.5
