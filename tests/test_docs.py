@@ -64,6 +64,7 @@ NOT_HERE = {  # why
     "torchrun --nproc_per_node=8": "GPUs",
     "torchrun --nnodes=2": "GPUs",
     "python train.py --resume runs/NAME": "tests/test_resume.py",
+    "python train.py --model Qwen": "GPUs",
     "python tools/compare.py": "tests/test_eval.py",
     "python eval.py --task bfcl": "tests/test_eval.py",
     "python eval.py --task mine.py": "tests/test_eval.py",
