@@ -52,10 +52,12 @@ def update(
     """Takes `updates` optimizer steps, each on prompts of its own. All ranks must call it.
 
     groups: the whole batch, the same on every rank. kl: coefficient of the penalty; above 0 every
-    prompt is computed. budget: most tokens in a micro-batch. Returns metrics. The loss is a mean
-    over all sampled tokens; other means are over the tokens of prompts that were computed. bad_updates lists updates
-    that were left out because loss or gradient was not finite, bad_prompts their places in the
-    batch. Raises signals.Stop on all ranks, with the policy unchanged.
+    prompt is computed. budget: most tokens in a micro-batch.
+
+    Returns metrics. The loss is a mean over all sampled tokens; other means are over the tokens of
+    prompts that were computed. bad_updates lists updates that were left out because loss or
+    gradient was not finite, bad_prompts their places in the batch. Raises signals.Stop on all
+    ranks, with the policy unchanged.
     """
     shares = np.array_split(np.arange(len(groups)), updates)
     # Sampled tokens of each update, also of prompts that are not computed. They are counted over
@@ -152,7 +154,9 @@ def add_gradients(
     stats["loss"] = loss * n_tokens
     stats["tokens"] = batch.mask.sum()
     stats["entropy"] = -(logp.detach() * batch.mask).sum()  # an estimate: the mean of -log p
-    (loss * WORLD).backward()  # fully_shard takes the mean over ranks, this is a sum
+    # fully_shard divides the sum of the gradients by the number of ranks. The loss is a part of a
+    # sum, so it is multiplied by it.
+    (loss * WORLD).backward()
     for name, value in stats.items():
         sums[name] += value.detach()
     return loss.detach()
@@ -168,6 +172,7 @@ def optimizer_step(learner: Learner, loss: Tensor) -> float | None:
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
     norm = norm.item()
+    # All ranks have the same norm, so all or none of them reach the sum.
     finite = math.isfinite(norm) and math.isfinite(all_sum(loss).item())
     if finite:
         learner.optimizer.step()
