@@ -14,6 +14,7 @@ study: .venv/ready  ## every aggregation on three small tasks: up to an hour on 
 
 test: .venv/tests-ready
 	.venv/bin/ruff check .
+	.venv/bin/ruff format --check -q .
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist loadfile  # threads of several tests would get in each other's way
 
 gpu:  ## is all well on a GPU machine? ten minutes, in the Python that has requirements.txt: of .venv, if there is one

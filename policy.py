@@ -42,7 +42,9 @@ GQA = {"enable_gqa": True} if torch.__version__ >= (2, 12) else {}
 class Sequences(NamedTuple):
     """Who sees whom in a row of S tokens: a prompt itself, a response its prompt and itself.
 
-    There are no lists: a compiled layer would be compiled again for each row.
+    A row of a prompt (tokens 0 1 2) and two responses (3 4 and 5) has three sequences. Their
+    queries are 0 1 2 | 3 4 | 5, and their keys are 0 1 2 | 0 1 2 3 4 | 0 1 2 5. Tensors and two
+    numbers hold this, because torch.compile would compile a layer again for each new list.
     """
 
     at: Tensor  # where in the row the keys are that each sequence sees, one sequence after another
@@ -359,8 +361,8 @@ def shard(policy: Policy, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     """Deals the parameters out, a decoder layer at a time, and the rest together."""
     trained = next(policy.parameters()).requires_grad
     precision = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32)
-    # What is gathered for a forward is given up after it. None: embeddings and head are kept,
-    # because the backward pass needs them first.
+    # A unit that was gathered for a forward is given up after it (True). None, FSDP2's default,
+    # keeps the last one, embeddings and head, because the backward pass needs it first.
     reshard = None if trained else True
     for unit in [*policy.lm.base_model.layers, policy]:
         fully_shard(unit, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard)
@@ -391,7 +393,7 @@ def full_weights(policy: Policy, dtype: torch.dtype) -> Iterator[tuple[str, Tens
         if isinstance(unit, FSDPModule):
             unit.unshard()
         for name, parameter in unit.named_parameters(prefix, remove_duplicate=False):
-            if not isinstance(parameter, DTensor):  # those belong to another unit
+            if not isinstance(parameter, DTensor):  # a DTensor belongs to another unit
                 # A copy: the receiver may keep it until a whole layer is there.
                 yield name.removeprefix("lm."), parameter.detach().to(dtype, copy=True)
         if isinstance(unit, FSDPModule):

@@ -33,9 +33,9 @@ NO_PROBABILITIES = (
 class Response(NamedTuple):
     tokens: list[int]  # the stop token included
     logp: list[float]  # of each token when it was sampled, at the sampling temperature
-    mask: list[int]  # 1 = sampled, 0 = put there by an environment (not trained on)
+    mask: list[int]  # 1 = sampled. 0 is for tokens that an engine of yours puts in: not trained on
     finish: str  # "stop", or "length" if the response was cut off
-    text: str  # Prompt.opened, then all tokens but the stop token: rewards see other special tokens
+    text: str  # what rewards see: Prompt.opened, then all tokens except the stop token
 
 
 @dataclass
@@ -182,8 +182,8 @@ def request_seed(seed: int, step: int | str, place: int) -> int:
     """Seed of one prompt's G samples, from the run's seed, the step, and the prompt's place in it.
 
     On a CPU the same command gives the same rollouts on any number of ranks; GPUs round differently
-    in batches of another shape. vLLM adds the sample's number to the seed. Hence the hash: seeds
-    of two prompts hardly ever meet.
+    in batches of another shape. It is a hash because vLLM gives sample i the seed plus i: the
+    seeds of two prompts should not be neighbours.
     """
     digest = hashlib.sha256(f"{seed}/{step}/{place}".encode()).digest()
     return int.from_bytes(digest[:4]) >> 1
@@ -249,7 +249,8 @@ class VLLMEngine:
             options["load_format"] = "safetensors"
             options["use_tqdm_on_load"] = False
         else:
-            # The first push fills the weights. A tied head, too: on a CPU a reload leaves it stale.
+            # The first push fills the weights. The head is untied, because vLLM's CPU build does
+            # not renew a tied one.
             options["load_format"] = "dummy"
             options["hf_overrides"] = {
                 "tie_word_embeddings": False,

@@ -33,6 +33,7 @@ def zscore(rewards: Tensor, eps: float = EPS) -> Tensor:
     present = ~rewards.isnan()
     n = present.sum(-2, keepdim=True)  # (..., 1, K)
     mean = rewards.nansum(-2, keepdim=True) / n.clamp(min=1)
+    # A channel that varies by no more than rounding counts as constant: its deviations become 0.
     deviation = (rewards - mean) * _varies(rewards).unsqueeze(-2)
     variance = deviation.square().nansum(-2, keepdim=True) / (n - 1).clamp(min=1)
     return deviation / (variance.sqrt() + eps)
@@ -50,8 +51,8 @@ def soft_min(z: Tensor, beta: float, weights: Tensor | None = None) -> Tensor:
     smallest = z.masked_fill(w == 0, math.inf).amin(-1, keepdim=True)  # (..., G, 1)
     smallest = smallest.masked_fill(smallest == math.inf, 0.0)
     above = torch.where(w > 0, z - smallest, 0.0)  # (..., G, K) >= 0
-    # With the minimum taken out, and by expm1 and log1p, no beta overflows, and none divides a
-    # rounding error by a small number.
+    # The minimum is taken out, so that no exponent is positive: a large beta cannot overflow.
+    # expm1 and log1p keep the digits that a small beta would lose to rounding.
     if beta == 0:
         extra = (w * above).sum(-1)
     elif beta == math.inf:
@@ -64,9 +65,9 @@ def soft_min(z: Tensor, beta: float, weights: Tensor | None = None) -> Tensor:
 def whiten(scores: Tensor, signal: Tensor, eps: float = EPS) -> Tensor:
     """Step 3: (P, G) scores -> (P, G) advantages, z-scored over the rollouts with signal.
 
-    The others get exactly 0. Call it on the whole batch, gathered from all ranks. Rollouts without
-    signal score 0 where z-scores are aggregated. The soft minimum of the others is negative on
-    average: counted in, rollouts without signal would be rewarded for nothing.
+    Rollouts without signal get exactly 0. Were they counted in, they would be rewarded for nothing:
+    their score is 0, and soft minima of z-scores are negative on average. Call this on the whole
+    batch: in train.py every rank has all groups, so every rank computes the same.
     """
     x = scores[signal].double()
     out = torch.zeros_like(scores)
@@ -203,6 +204,8 @@ def policy_loss(
     The engine and the trainer compute the same policy with different kernels. The truncated
     importance weight min(exp(old_logp - sampler_logp), is_cap) corrects the gap; is_cap = 0 leaves
     it out. Returns the loss and sums over tokens for the log.
+
+    The ratio is clipped here; the gradient's norm in update.py, which calls this.
     """
     # Forced tokens may have any sampler_logp, NaN too. They are masked before exp, because
     # NaN * 0 is NaN.

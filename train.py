@@ -218,7 +218,7 @@ def evaluate(sampler: Sampler, held_out: list[Prompt], log: Log, step: int) -> N
 def main(config: TrainConfig) -> None:
     """The program: everything that can be wrong is found before weights are loaded."""
     device = join()
-    dated = {"date": today(config.date)}  # a run that is resumed has its own
+    dated = {"date": today(config.date)}  # a resumed run keeps the day on which it began
     with resume.open_run(config.model_dump() | dated, config._given) as (run, options, state):
         config = TrainConfig(**options)
         task = load_task(config)
@@ -285,7 +285,7 @@ def load(
         if config.kl:
             reference = policies.load(known.path, device, mesh, half, trained=False)
         optimizer = make_optimizer(policy, config.lr)
-        # AdamW's moments are made now: later they would take blocks of memory that vLLM needs.
+        # This call makes AdamW's moments. Made later, they would take blocks that vLLM needs.
         tensors(policy, optimizer)
         policy.recompute(config.gradient_checkpointing, config.tokens_per_microbatch)
         if config.engine == "vllm":

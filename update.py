@@ -52,8 +52,8 @@ def update(
     """Takes `updates` optimizer steps, each on prompts of its own. All ranks must call it.
 
     groups: the whole batch, the same on every rank. kl: coefficient of the penalty; above 0 every
-    prompt is computed. budget: most tokens in a micro-batch. Returns metrics: loss is the mean
-    over all sampled tokens, the other means are over the computed ones. bad_updates lists updates
+    prompt is computed. budget: most tokens in a micro-batch. Returns metrics. The loss is a mean
+    over all sampled tokens; other means are over the tokens of prompts that were computed. bad_updates lists updates
     that were left out because loss or gradient was not finite, bad_prompts their places in the
     batch. Raises signals.Stop on all ranks, with the policy unchanged.
     """
@@ -75,7 +75,7 @@ def update(
     for u, micro_batches in enumerate(work):
         loss = torch.zeros((), device=learner.device)
         for i, (batch, old_logp) in enumerate(zip(micro_batches, old_logps[u], strict=True)):
-            if u == 0:  # later the policy has changed, and the step has to be finished
+            if u == 0:  # after an optimizer step there is no way back: the step is finished
                 check_signals()
             if isinstance(learner.policy, FSDPModule):
                 # Nodes exchange gradients once, with those of the last micro-batch.
@@ -119,8 +119,8 @@ def old_logps_of(policy, work: list[list[MicroBatch]], temperature: float) -> li
                 logps.append(policy(batch.row, temperature))
             old_logps.append(logps)
     if isinstance(policy, FSDPModule):
-        # A forward without backward leaves embeddings and head gathered, and AdamW would step on
-        # copies.
+        # A forward without backward leaves whole copies of embeddings and head behind. AdamW
+        # would change the copies.
         policy.reshard()
     return old_logps
 

@@ -1,13 +1,15 @@
-"""An experiment of the paper: trains what is missing of it, evaluates every policy that was kept, prints its table.
+"""Trains what is missing of an experiment, evaluates every kept policy, and prints the table.
 
-    python experiments/run.py tools                  # what experiments/tools.toml says, on the 8 GPUs of this node
-    python experiments/run.py medicine --models 7B --seeds 0 --judge-url http://HOST:8000/v1 --judge-model NAME
-    python experiments/run.py medicine --commands    # what would be typed, a line each
-    python experiments/run.py medicine --table       # of what there is
-    python experiments/run.py medicine --tiny        # the whole in minutes on a CPU: a tiny model, a stub of a judge
+    python experiments/run.py tools                 # experiments/tools.toml, on 8 GPUs
+    python experiments/run.py medicine --models 7B --seeds 0 \\
+        --judge-url http://HOST:8000/v1 --judge-model NAME
+    python experiments/run.py medicine --commands   # what would be typed, a line each
+    python experiments/run.py medicine --table      # of the runs that are there
+    python experiments/run.py medicine --tiny       # in minutes on a CPU, with a stub of a judge
 
-Stopped or killed, the same line goes on. The runs are runs/TASK-MODEL-METHOD-sSEED, their evaluations lie beside them.
-One runs after the other; a node more with the same runs/ takes those at which no other is at work.
+Stopped or killed, the same line goes on. The runs are runs/TASK-MODEL-METHOD-sSEED; their
+evaluations lie beside them. One runs after the other. Another node with the same runs/ takes those
+that no node works on.
 """
 
 import argparse
@@ -17,12 +19,13 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # a script sees its own folder only
 
-from config import JudgeOptions, TrainConfig, option, parse
+from config import EvalConfig, JudgeOptions, TrainConfig, option, parse
 from experiments.files import NAMES, read
 from infra.ranks import InputError
 
 
 def options() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -37,15 +40,12 @@ def options() -> argparse.Namespace:
             add(option(name), help=field.description)
     add(
         "--grader-url",
-        help="as --judge-url: of evaluation, if it has another judge than training; its key is in the "
-        "environment variable GRADER_API_KEY",
+        help="as --judge-url: of evaluation, if it has another judge than training; its key is in "
+        "the environment variable GRADER_API_KEY",
     )
     add("--grader-model", help="as --judge-model")
-    add(
-        "--tiny",
-        action="store_true",
-        help="a tiny model, a few prompts and a stub of a judge, on a CPU",
-    )
+    tiny = "a tiny model, a few prompts and a stub of a judge, on a CPU"
+    add("--tiny", action="store_true", help=tiny)
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--commands", action="store_true", help="only print what would be run")
     only.add_argument("--table", action="store_true", help="only print the table of what there is")
@@ -57,6 +57,7 @@ if __name__ == "__main__":  # before torch is imported: --help must not wait for
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import shlex
@@ -69,11 +70,35 @@ from typing import NamedTuple
 import numpy as np
 
 import tasks
-from eval import EvalConfig
+from infra.bootstrap import Table
 from infra.resume import MAY_CHANGE
 from infra.run_directory import by_step, evaluations, finished
 from tools.compare import compare
 from tools.stats import holm, sign_flip, spread, table
+
+
+def main(args: argparse.Namespace) -> None:
+    with contextlib.ExitStack() as stack:
+        if args.tiny:
+            import tiny
+
+            args.gpus = 1
+            args.judge_model = "stub"
+            args.judge_url = stack.enter_context(tiny.judge())
+        wanted = jobs(args)
+        may_differ = MAY_CHANGE | set(JudgeOptions.model_fields if args.table else ())
+        for job in wanted:
+            check(job, may_differ)
+        for job in wanted:
+            if args.commands:
+                print_commands(job, args.gpus)
+            elif not args.table:
+                work(job, args.gpus)
+        if not args.commands:
+            print("\n" + report(args, wanted))
+
+
+# Jobs
 
 
 class Job(NamedTuple):
@@ -95,39 +120,20 @@ class Job(NamedTuple):
 
     def steps(self) -> list[int]:
         """At which its policy was kept; none before its training is finished."""
-        return [line["step"] for line in evaluations(self.run)] if finished(self.run) else []
+        if not finished(self.run):
+            return []
+        return [line["step"] for line in evaluations(self.run)]
 
-    def measured(self) -> dict[int, dict]:
-        """{step: metrics} of all its policies, {} unless all are there."""
+    def measured(self) -> dict[int, Table]:
+        """The table of each step, {} unless all are there."""
         files = {step: self.results / f"step-{step}" / "results.json" for step in self.steps()}
         if not all(file.exists() for file in files.values()):
             return {}
         return {step: json.loads(file.read_text())["metrics"] for step, file in files.items()}
 
-
-def words(given: dict) -> list[str]:
-    return [
-        word
-        for name, value in given.items()
-        for word in ([option(name)] if value is True else [option(name), str(value)])
-    ]
-
-
-def judge_options(args: argparse.Namespace, task: str, **others: str | None) -> dict:
-    """Of the command line, if the task has a judge. others: what counts instead, if given. Raises InputError."""
-    if "judge_url" not in tasks.task_module(task).OPTIONS:
-        return {}
-    given = {
-        name: others.get(name) or getattr(args, name, None) for name in JudgeOptions.model_fields
-    }
-    if args.commands or args.table:
-        given |= {name: given[name] or name.upper() for name in ("judge_url", "judge_model")}
-    if missing := [name for name in ("judge_url", "judge_model") if not given[name]]:
-        raise InputError(
-            f"{option(missing[0])}: {task} needs a judge, an OpenAI-compatible endpoint; docs/rubrics.md "
-            "says how to start one"
-        )
-    return {name: value for name, value in given.items() if value}
+    def final(self) -> Table:
+        tables = self.measured()
+        return tables[max(tables)]
 
 
 def jobs(args: argparse.Namespace) -> list[Job]:
@@ -138,69 +144,133 @@ def jobs(args: argparse.Namespace) -> list[Job]:
         import tiny as scaled_down
 
         tiny = scaled_down.options(experiment)
-        experiment["models"] = dict([*experiment["models"].items()][:1])
+        first, *_ = experiment["models"]
+        experiment["models"] = {first: experiment["models"][first]}
     for chosen, part in ((args.models, "models"), (args.methods, "methods")):
-        if wrong := [name for name in chosen or () if name not in experiment[part]]:
-            raise InputError(
-                f"--{part} {wrong[0]}: {args.experiment} has {', '.join(experiment[part])}"
-            )
-    found = []
-    for seed in args.seeds or experiment["seeds"]:
-        for size in args.models or experiment["models"]:
-            for method in args.methods or experiment["methods"]:
-                task, benchmark = experiment["train"]["task"], experiment["eval"]["task"]
-                name = "tiny-" * args.tiny + f"{task}-{size}-{method.replace(' ', '-')}-s{seed}"
-                train = {
-                    **experiment["models"][size],
-                    **experiment["train"],
-                    **experiment["methods"][method],
-                    **judge_options(args, task),
-                    **tiny.get("train", {}),
-                    "seed": seed,
-                    "name": name,
-                    "resume": "auto",
-                }
-                grader = judge_options(
-                    args, benchmark, judge_url=args.grader_url, judge_model=args.grader_model
+        for name in chosen or ():
+            if name not in experiment[part]:
+                raise InputError(
+                    f"--{part} {name}: {args.experiment} has {', '.join(experiment[part])}"
                 )
-                evaluate = {
-                    **experiment["eval"],
-                    **grader,
-                    **tiny.get("eval", {}),
-                    "model": f"runs/{name}",
-                    "policies": True,
-                    "name": f"{name}-{benchmark}",
-                }
-                found.append(Job(size, method, seed, words(train), words(evaluate)))
-    return found
+    models = args.models or experiment["models"]
+    methods = args.methods or experiment["methods"]
+    seeds = args.seeds or experiment["seeds"]
+    return [
+        make_job(experiment, model, method, seed, args, tiny)
+        for seed, model, method in itertools.product(seeds, models, methods)
+    ]
+
+
+def make_job(
+    experiment: dict, model: str, method: str, seed: int, args: argparse.Namespace, tiny: dict
+) -> Job:
+    """tiny: options that count instead of the experiment's. Raises InputError."""
+    task, benchmark = experiment["train"]["task"], experiment["eval"]["task"]
+    name = f"{task}-{model}-{method.replace(' ', '-')}-s{seed}"
+    if args.tiny:
+        name = f"tiny-{name}"
+    train = {
+        **experiment["models"][model],
+        **experiment["train"],
+        **experiment["methods"][method],
+        **judge_options(args, task),
+        **tiny.get("train", {}),
+        "seed": seed,
+        "name": name,
+        "resume": "auto",
+    }
+    grader = {"judge_url": args.grader_url, "judge_model": args.grader_model}
+    evaluate = {
+        **experiment["eval"],
+        **judge_options(args, benchmark, **grader),
+        **tiny.get("eval", {}),
+        "model": f"runs/{name}",
+        "policies": True,
+        "name": f"{name}-{benchmark}",
+    }
+    return Job(model, method, seed, words(train), words(evaluate))
+
+
+def judge_options(args: argparse.Namespace, task: str, **instead: str | None) -> dict:
+    """Those of the command line, if the task has a judge. instead: what counts before them.
+
+    Raises InputError.
+    """
+    if "judge_url" not in tasks.task_module(task).OPTIONS:
+        return {}
+    chosen = {}
+    for name in JudgeOptions.model_fields:
+        chosen[name] = instead.get(name) or getattr(args, name, None)
+    for name in ("judge_url", "judge_model"):
+        if not chosen[name] and (args.commands or args.table):
+            chosen[name] = name.upper()
+        if not chosen[name]:
+            raise InputError(
+                f"{option(name)}: {task} needs a judge, an OpenAI-compatible endpoint; "
+                "docs/rubrics.md says how to start one"
+            )
+    return {name: value for name, value in chosen.items() if value}
+
+
+def words(options: dict) -> list[str]:
+    """Of a command line."""
+    line = []
+    for name, value in options.items():
+        line.append(option(name))
+        if value is not True:
+            line.append(str(value))
+    return line
 
 
 def check(job: Job, may_differ: set[str]) -> None:
     """Raises InputError for a wrong option, and for a finished run that had others."""
     config = parse(TrainConfig, "", job.train)
     parse(EvalConfig, "", job.evaluate)
-    if finished(job.run):
-        had = json.loads((job.run / "config.json").read_text())
-        given = {name: getattr(config, name) for name in config._given - may_differ}
-        if other := [name for name in sorted(given) if had.get(name) != given[name]]:
+    if not finished(job.run):
+        return
+    trained = json.loads((job.run / "config.json").read_text())
+    for name in sorted(config._given - may_differ):
+        wanted = getattr(config, name)
+        if trained.get(name) != wanted:
             raise InputError(
-                f"{job.run} is another run: its {option(other[0])} is {had.get(other[0])}, and "
-                f"{given[other[0]]} in the experiment; move it away"
+                f"{job.run} is another run: its {option(name)} is {trained.get(name)}, and "
+                f"{wanted} in the experiment; move it away"
             )
 
 
-def launcher(gpus: int) -> list[str]:
-    return (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
-        if gpus > 1
-        else []
-    )
+# Running
+
+
+def print_commands(job: Job, gpus: int) -> None:
+    start = "python"
+    if gpus > 1:
+        start = f"torchrun --standalone --nproc_per_node={gpus}"
+    print(f"{start} train.py {shlex.join(job.train)}")
+    print(f"{start} eval.py {shlex.join(job.evaluate)}")
+
+
+def work(job: Job, gpus: int) -> None:
+    """Trains and evaluates it, unless that is done or another node works on it."""
+    launcher = []
+    if gpus > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
+    with locked(socket.gethostname(), True) as host, locked(job.run.name, False) as run:
+        if run is None:
+            print(f"{job.run}: another node is at it")
+            return
+        if not finished(job.run):
+            call([*launcher, str(ROOT / "train.py"), *job.train], (host, run))
+        if not job.measured():
+            call([*launcher, str(ROOT / "eval.py"), *job.evaluate], (host, run))
 
 
 @contextlib.contextmanager
 def locked(name: str, wait: bool) -> Iterator[int | None]:
-    """runs/.locks/NAME, as a file descriptor; None if another process has it, and is not to be waited for. What is
-    started has it, too, so that nothing begins beside a run whose runner was killed."""
+    """runs/.locks/NAME, as a file descriptor; None if another process has it and wait is false.
+
+    Programs that are started have it, too, so that nothing begins beside a run whose runner was
+    killed.
+    """
     file = Path("runs/.locks") / name
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w") as opened:
@@ -218,12 +288,10 @@ def locked(name: str, wait: bool) -> Iterator[int | None]:
 def call(command: list[str], locks: tuple[int, int]) -> None:
     """Runs a program of ours. If this one is stopped, it is, too, and saves its state."""
     print("\n" + shlex.join(command), flush=True)
-    key = {"JUDGE_API_KEY": os.environ["GRADER_API_KEY"]} if "GRADER_API_KEY" in os.environ else {}
-    process = subprocess.Popen(
-        [sys.executable, *command],
-        pass_fds=locks,
-        env={**os.environ, **(key if "--policies" in command else {})},
-    )
+    environment = dict(os.environ)
+    if "--policies" in command and "GRADER_API_KEY" in environment:
+        environment["JUDGE_API_KEY"] = environment["GRADER_API_KEY"]
+    process = subprocess.Popen([sys.executable, *command], pass_fds=locks, env=environment)
     try:
         status = process.wait()
     except BaseException:
@@ -236,125 +304,95 @@ def call(command: list[str], locks: tuple[int, int]) -> None:
         )
 
 
-def work(job: Job, gpus: int) -> None:
-    """Trains and evaluates it, unless that is done or another node is at it."""
-    with locked(socket.gethostname(), True) as host, locked(job.run.name, False) as run:
-        if run is None:
-            print(f"{job.run}: another node is at it")
-            return
-        if not finished(job.run):
-            call([*launcher(gpus), str(ROOT / "train.py"), *job.train], (host, run))
-        if not job.measured():
-            call([*launcher(gpus), str(ROOT / "eval.py"), *job.evaluate], (host, run))
+# The table
 
 
-def row(
-    method: str, runs: dict[int, Job], base: dict[int, Job], columns: list[str]
-) -> tuple[list[str], list[float]]:
-    """Of a method's evaluated runs, by seed: the cells but for p-values, and the final differences from the baseline
-    over the seeds that both have."""
-    tables = {seed: job.measured() for seed, job in runs.items()}
-    metric = next(iter(next(iter(next(iter(tables.values())).values()))))  # the benchmark's first
-    first, final = ([curve[step(curve)] for curve in tables.values()] for step in (min, max))
-    best = [max(curve[step][metric]["mean"] for step in curve) for curve in tables.values()]
-    pairs = [(tables[seed], base[seed].measured()) for seed in sorted(tables.keys() & base.keys())]
-    return (
-        [
-            method,
-            str(len(runs)),
-            spread([x[metric]["mean"] for x in first]),
-            spread(best),
-            *(
-                spread([x[name]["mean"] for x in final if name in x])
-                if any(name in x for x in final)
-                else "-"
-                for name in (metric, *columns)
-            ),
-        ],
-        [x[max(x)][metric]["mean"] - y[max(y)][metric]["mean"] for x, y in pairs],
-    )
+LEGEND = """\
+Mean ± standard deviation over seeds (n); columns after `final` are the final policy's. best: the \
+best of a run's
+evaluations, chosen on the items that measure it, so it is biased upwards. p: exact sign-flip test \
+of the final score
+against {baseline}'s over the seeds that both have; with n of them it cannot be below 2 / 2^n. p \
+of each seed: the two
+final policies over the benchmark's items, as by tools/compare.py."""
 
 
-def items_p(job: Job, base: Job) -> str:
-    """Of the two final policies, over the items of the benchmark: eval.py's paired permutation test."""
-    a, b = (by_step(x.results)[-1] / "results.json" for x in (base, job))
-    return f"{compare(a, b)[0]['p']:.3f}"
-
-
-def report(args: argparse.Namespace, found: list[Job]) -> str:
+def report(args: argparse.Namespace, wanted: list[Job]) -> str:
     """A table for each model."""
-    experiment, parts = read(args.experiment), []
-    columns, baseline = experiment["table"]["columns"], experiment["baseline"]
-    for size in dict.fromkeys(job.model for job in found):
-        done: dict[str, dict[int, Job]] = {}
-        for job in found:
-            if job.model == size and job.measured():
-                done.setdefault(job.method, {})[job.seed] = job
-        base = done.get(baseline, {})
-        rows = {method: row(method, runs, base, columns) for method, runs in done.items()}
-        p = {m: sign_flip(d) for m, (_, d) in rows.items() if m != baseline and d}
-        corrected = dict(zip(p, holm([*p.values()]), strict=True))
-        lines = []
-        for method, (cells, differences) in rows.items():
-            pairs = [(done[method][s], base[s]) for s in sorted(done[method].keys() & base.keys())]
-            lines.append(
-                [
-                    *cells,
-                    *(
-                        [
-                            f"{np.mean(differences):+.3f}",
-                            f"{p[method]:.3f}, {corrected[method]:.3f}",
-                            ", ".join(items_p(*pair) for pair in pairs),
-                        ]
-                        if method in p
-                        else ["", "", ""]
-                    ),
-                ]
-            )
-        total = sum(job.model == size for job in found)
+    experiment = read(args.experiment)
+    parts = []
+    for model in dict.fromkeys(job.model for job in wanted):
+        of_model = [job for job in wanted if job.model == model]
+        measured: dict[str, dict[int, Job]] = {}  # by method and seed
+        for job in of_model:
+            if job.measured():
+                measured.setdefault(job.method, {})[job.seed] = job
+        count = sum(map(len, measured.values()))
         parts.append(
-            f"{experiment['train']['task']}, {size}, {experiment['eval']['task']}: "
-            f"{sum(map(len, done.values()))} of {total} runs\n\n"
-            + table(
-                f"| | n | start | best | final | {' | '.join(columns)} | final - {baseline} | p, Holm | "
-                "p of each seed |",
-                lines,
-            )
+            f"{experiment['train']['task']}, {model}, {experiment['eval']['task']}: "
+            f"{count} of {len(of_model)} runs\n\n{model_table(measured, experiment)}"
         )
-    return "\n".join(
-        [
-            *parts,
-            f"""\
-Mean ± standard deviation over seeds (n); columns after `final` are the final policy's. best: the best of a run's
-evaluations, chosen on the items that measure it, so it is biased upwards. p: exact sign-flip test of the final score
-against {baseline}'s over the seeds that both have; with n of them it cannot be below 2 / 2^n. p of each seed: the two
-final policies over the benchmark's items, as by tools/compare.py.""",
-        ]
+    return "\n".join([*parts, LEGEND.format(baseline=experiment["baseline"])])
+
+
+def model_table(measured: dict[str, dict[int, Job]], experiment: dict) -> str:
+    """measured: {method: {seed: its evaluated run}}."""
+    columns, baseline = experiment["table"]["columns"], experiment["baseline"]
+    base = measured.get(baseline, {})
+    pairs = {}  # with the baseline's run of the same seed
+    differences = {}  # of the final scores
+    for method, runs in measured.items():
+        seeds = sorted(runs.keys() & base.keys()) if method != baseline else []
+        if seeds:
+            pairs[method] = [(runs[seed], base[seed]) for seed in seeds]
+            differences[method] = [score(run) - score(other) for run, other in pairs[method]]
+    p = {method: sign_flip(values) for method, values in differences.items()}
+    corrected = dict(zip(p, holm([*p.values()]), strict=True))
+    rows = []
+    for method, runs in measured.items():
+        cells = ["", "", ""]
+        if method in p:
+            cells = [
+                f"{np.mean(differences[method]):+.3f}",
+                f"{p[method]:.3f}, {corrected[method]:.3f}",
+                ", ".join(items_p(*pair) for pair in pairs[method]),
+            ]
+        rows.append([method, *score_cells([*runs.values()], columns), *cells])
+    return table(
+        f"| | n | start | best | final | {' | '.join(columns)} | final - {baseline} | p, Holm "
+        "| p of each seed |",
+        rows,
     )
 
 
-def main(args: argparse.Namespace) -> None:
-    with contextlib.ExitStack() as stack:
-        if args.tiny:
-            import tiny
+def score(run: Job) -> float:
+    """The final policy's, of the benchmark's first metric."""
+    first, *_ = run.final().values()
+    return first["mean"]
 
-            args.gpus = 1
-            args.judge_url, args.judge_model = stack.enter_context(tiny.judge()), "stub"
-        found = jobs(args)
-        for job in found:
-            check(job, MAY_CHANGE | ({*JudgeOptions.model_fields} if args.table else set()))
-        for job in found:
-            if args.commands:
-                start = shlex.join(
-                    ["torchrun", *launcher(args.gpus)[2:]] if args.gpus > 1 else ["python"]
-                )
-                print(
-                    f"{start} train.py {shlex.join(job.train)}\n{start} eval.py {shlex.join(job.evaluate)}"
-                )
-            elif not args.table:
-                work(job, args.gpus)
-        if not args.commands:
-            print("\n" + report(args, found))
+
+def score_cells(runs: list[Job], columns: list[str]) -> list[str]:
+    """Of a method's evaluated runs: n, start, best, final, the columns of the final policies."""
+    curves = [run.measured() for run in runs]
+    metric, *_ = runs[0].final()
+    starts, bests = [], []
+    for curve in curves:
+        means = {step: table[metric]["mean"] for step, table in curve.items()}
+        starts.append(means[min(means)])
+        bests.append(max(means.values()))
+    cells = [str(len(runs)), spread(starts), spread(bests)]
+    finals = [curve[max(curve)] for curve in curves]
+    for name in (metric, *columns):
+        means = [table[name]["mean"] for table in finals if name in table]
+        cells.append(spread(means) if means else "-")
+    return cells
+
+
+def items_p(run: Job, base: Job) -> str:
+    """Of the two final policies, over the items of the benchmark: tools/compare.py's test."""
+    first, second = (by_step(job.results)[-1] / "results.json" for job in (base, run))
+    of_first_metric, *_ = compare(first, second)
+    return f"{of_first_metric['p']:.3f}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""What run.py --tiny puts in place of data, model and judge: a few rows, a million random parameters, any verdict."""
+"""What run.py --tiny puts in place of data, model and judge.
+
+A few rows, a million random parameters, and a judge whose verdicts mean nothing.
+"""
 
 import contextlib
 import csv
@@ -14,6 +17,7 @@ from judge_server import Server, names
 
 from local import models
 from tasks import tools
+from tasks.gpqa import CHOICES
 
 FOLDER = Path("runs/tiny-data")
 QUESTIONS = (
@@ -44,58 +48,53 @@ def _rubrics() -> str:
 
 def _tools() -> str:
     """In ToolRL's schema."""
-    return _lines(
-        "tools.jsonl",
-        [
-            {"prompt": example.messages, "reward_model": {"ground_truth": example.reference}}
-            for example in tools.examples(8, "train")
-        ],
-    )
+    rows = [
+        {"prompt": example.messages, "reward_model": {"ground_truth": example.reference}}
+        for example in tools.examples(8, "train")
+    ]
+    return _lines("tools.jsonl", rows)
 
 
 def _healthbench() -> str:
-    axes = (
-        "accuracy",
-        "completeness",
-        "context_awareness",
-        "communication_quality",
-        "instruction_following",
-    )
+    """In HealthBench's schema."""
+    points = {
+        "accuracy": 5,
+        "completeness": 4,
+        "context_awareness": 3,
+        "communication_quality": 2,
+        "instruction_following": 1,
+    }
     rubrics = [
-        {"criterion": f"Has {axis}.", "points": points, "tags": [f"axis:{axis}"]}
-        for axis, points in zip(axes, (5, 4, 3, 2, 1), strict=True)
+        {"criterion": f"Has {axis}.", "points": points[axis], "tags": [f"axis:{axis}"]}
+        for axis in points
     ]
     rubrics.append(
         {"criterion": "Frightens the user.", "points": -3, "tags": ["axis:communication_quality"]}
     )
-    return _lines(
-        "healthbench.jsonl",
-        [
-            {
-                "prompt_id": str(i),
-                "prompt": [{"role": "user", "content": question}],
-                "rubrics": rubrics,
-                "example_tags": ["theme:tiny"],
-            }
-            for i, question in enumerate(QUESTIONS)
-        ],
-    )
+    rows = [
+        {
+            "prompt_id": str(i),
+            "prompt": [{"role": "user", "content": question}],
+            "rubrics": rubrics,
+            "example_tags": ["theme:tiny"],
+        }
+        for i, question in enumerate(QUESTIONS)
+    ]
+    return _lines("healthbench.jsonl", rows)
 
 
 def _gpqa() -> str:
+    """In GPQA's schema."""
     file = FOLDER / "gpqa.csv"
     with file.open("w") as out:
         writer = csv.writer(out)
-        writer.writerow(
-            [
-                "Question",
-                "Correct Answer",
-                *(f"Incorrect Answer {k}" for k in (1, 2, 3)),
-                "Record ID",
-            ]
-        )
+        writer.writerow(["Question", *CHOICES, "Record ID"])
         writer.writerows([question, "1", "2", "3", "4", i] for i, question in enumerate(QUESTIONS))
     return str(file)
+
+
+def _bfcl() -> None:
+    """Its rows are in a package."""
 
 
 def options(experiment: dict) -> dict[str, dict]:
@@ -107,27 +106,25 @@ def options(experiment: dict) -> dict[str, dict]:
         "rlla": _tools,
         "healthbench": _healthbench,
         "gpqa": _gpqa,
-        "bfcl": lambda: None,
+        "bfcl": _bfcl,
     }
-    train, evaluate = (data[experiment[part]["task"]]() for part in ("train", "eval"))
     small = {"engine": "hf", "max_tokens": 8}
-    return {
-        "train": small
-        | {
-            "model": models.tiny(),
-            "data": train,
-            "prompts": 4,
-            "group": 4,
-            "steps": 3,
-            "lr": 1e-3,
-            "eval_every": 2,
-            "eval_prompts": 1,
-            "save_every": 1,
-        },
-        "eval": small
-        | ({"eval_data": evaluate} if evaluate else {})
-        | {"limit": 4 if evaluate else 1},
+    train = small | {
+        "model": models.tiny(),
+        "data": data[experiment["train"]["task"]](),
+        "prompts": 4,
+        "group": 4,
+        "steps": 3,
+        "lr": 1e-3,
+        "eval_every": 2,
+        "eval_prompts": 1,
+        "save_every": 1,
     }
+    evaluate = small | {"limit": 1}  # of each category
+    rows = data[experiment["eval"]["task"]]()
+    if rows:
+        evaluate = small | {"eval_data": rows, "limit": 4}
+    return {"train": train, "eval": evaluate}
 
 
 @contextlib.contextmanager
@@ -136,9 +133,8 @@ def judge() -> Iterator[str]:
 
     def answer(body: dict, n: int) -> str:
         prompt = body["messages"][0]["content"]
-        return json.dumps(
-            {name: zlib.crc32(f"{name} {prompt}".encode()) % 3 > 0 for name in names(body)}
-        )
+        checksums = {name: zlib.crc32(f"{name} {prompt}".encode()) for name in names(body)}
+        return json.dumps({name: checksum % 3 > 0 for name, checksum in checksums.items()})
 
     server = Server(answer)
     try:

@@ -23,8 +23,8 @@ from tools.stats import sign_flips, spread, table
 ROOT = Path(__file__).parent.parent
 INTRODUCTION = """# Tables of the study on text
 
-Made by study/text_report.py from study/text.jsonl. [docs/results.md](../docs/results.md) says what they
-mean.
+Made by study/text_report.py from study/text.jsonl. [docs/results.md](../docs/results.md) says what
+they mean.
 
 """
 Cells = dict[str, list[dict]]  # method: the runs of its seeds

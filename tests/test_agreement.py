@@ -62,7 +62,7 @@ def score_healthbench(case: dict, clip=False, missing=math.nan) -> dict[str, flo
         for name in scores:
             if clip and ":" in name:
                 scores[name] = float(np.clip(scores[name], 0, 1))
-        samples.append({"group": "", "scores": scores})
+        samples.append({"category": "", "scores": scores})
     table = evaluation.summarize(samples, {}, True, 0)
     return {f"{name} {stat}": table[name][stat] for name in table for stat in table[name]}
 

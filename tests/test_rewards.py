@@ -379,7 +379,7 @@ def test_mistakes_in_the_channels_are_named(tmp_path, channels, message):
 
 
 def test_a_task_file_that_raises_is_named(tmp_path):
-    (tmp_path / "mine.py").write_text("def task(options):\n    open('no data')")
+    (tmp_path / "mine.py").write_text("def task(config):\n    open('no data')")
     with pytest.raises(
         InputError,
         match=r"mine.py: task\(config\) raised FileNotFoundError: .*'no data' \(mine.py, line 2\)",

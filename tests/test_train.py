@@ -746,7 +746,7 @@ def test_bad_input(monkeypatch, tmp_path, args, message):
     (tmp_path / "broken.py").write_text("x")
     (tmp_path / "empty.py").write_text("def task(options): pass")
     (tmp_path / "reads.py").write_text(
-        "from tasks import rows\nOPTIONS = 'data'\ndef task(options): rows.read_rows(options.train_data)"
+        "from tasks import rows\nOPTIONS = 'data'\ndef task(config): rows.read_rows(config.data)"
     )
     (tmp_path / "one.py").write_text(
         "from rewards import Channel, Example, Task\nEXAMPLES = [Example([{'role': 'user', 'content': 'c'}]), {}]\n"

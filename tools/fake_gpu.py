@@ -1,5 +1,7 @@
-"""A GPU that is not there: a device whose tensors have a shape and a dtype but no numbers, and an account of all that
-happens on it. For tools/simulate.py; of torch 2.13, for much of it has no public name."""
+"""A GPU that is not there: tensors with a shape and a dtype but no numbers, and an account of them.
+
+For tools/simulate.py. It is written for torch 2.13: much of what it changes has no public name.
+"""
 
 import contextlib
 import functools
@@ -20,11 +22,12 @@ from torch.utils import backend_registration as backend
 from torch.utils._pytree import tree_leaves
 
 ROOT, GIB = Path(__file__).parent.parent, 2**30
+# By the name of what one of `entries` calls.
 PHASES = {
     "_wrapped_call_impl": "forward",
     "backward": "backward",
     "optimizer_step": "step",
-}  # of what `entries` call
+}
 NO_KERNEL = {
     "empty",
     "empty_like",
@@ -43,12 +46,8 @@ NO_KERNEL = {
 class Stream:
     """And event: there is nothing to wait for."""
 
-    device_type, device_index, stream_id, device = (
-        20,
-        0,
-        0,
-        property(lambda self: torch.device("gpu", 0)),
-    )
+    device_type, device_index, stream_id = 20, 0, 0
+    device = property(lambda self: torch.device("gpu", 0))
 
     def __init__(self, *args, **kwargs):
         pass
@@ -77,41 +76,34 @@ class Block:
 @functools.cache
 def source(file: str) -> tuple[str | None, bool]:
     """The file's name if it is the project's, and whether it is one of FSDP2's."""
-    return Path(file).name if Path(file).parent == ROOT else None, Path(
-        file
-    ).parent.name == "_fully_shard"
+    path = Path(file)
+    return path.name if path.parent == ROOT else None, path.parent.name == "_fully_shard"
 
 
 class GPU(FakeTensorMode):
-    """The device "gpu", rank 0's. The host's tensors stay real. Once a process, for it changes torch."""
+    """The device "gpu", rank 0's. The host's tensors stay real. It changes torch."""
 
     avoid_device_init = True  # a property of FakeTensorMode
 
     def __init__(self, lm, entries: list[Callable]):
         """lm: the model, without memory. entries: the functions whose calls are the phases."""
         super().__init__(allow_non_fake_inputs=True)
-        self.shapes, self.words = (
-            {tuple(sorted(p.shape)) for p in lm.parameters()},
-            lm.config.vocab_size,
-        )
-        self.entries, self.phase, self.events, self.now = (
-            {entry.__code__ for entry in entries},
-            "load",
-            0,
-            0,
-        )
+        self.shapes = {tuple(sorted(parameter.shape)) for parameter in lm.parameters()}
+        self.words = lm.config.vocab_size
+        self.entries = {entry.__code__ for entry in entries}
+        self.phase, self.events, self.now = "load", 0, 0
         self.held: dict[int, Block] = {}  # by storage
         self.reset()
         backend._setup_privateuseone_for_python_backend("gpu", Device())
         self.library = torch.library.Library("aten", "IMPL")  # its kernel lives as long as it does
-        # As CUDA has it. Where there is none autograd puts six operations together, which keep more.
+        # As CUDA has it. Without it autograd puts six operations together, which keep more..
+
         self.library.impl("silu_backward", lambda grad, x: torch.empty_like(x), "PrivateUse1")
         torch.autograd.set_multithreading_enabled(False)  # no thread for a device that is not there
         torch.accelerator.current_stream = Device.current_stream
         _fsdp_init._move_states_to_device = lambda *_: None  # buffers, which policy.load moves
-        FakeTensor.is_cuda = property(
-            lambda x: x.device.type == "gpu"
-        )  # the project takes it for a CUDA device
+        # The project takes it for a CUDA device.
+        FakeTensor.is_cuda = property(lambda x: x.device.type == "gpu")
         FakeTensor.tolist = lambda x: self.read(x)
         resize = torch.UntypedStorage.resize_
 
@@ -156,9 +148,8 @@ class GPU(FakeTensorMode):
     def name(self, kind: str, tensors: Iterable[Tensor]) -> None:
         """What these are, and have been since the last reset."""
         for x in tensors:
-            self.held[
-                id((x.to_local() if isinstance(x, DTensor) else x).untyped_storage())
-            ].kind = kind
+            local = x.to_local() if isinstance(x, DTensor) else x
+            self.held[id(local.untyped_storage())].kind = kind
 
     def by_kind(self, event: int) -> dict[str, float]:
         """GiB held after that event."""
@@ -171,16 +162,19 @@ class GPU(FakeTensorMode):
 
     def where(self) -> tuple[str, str | None, bool]:
         """What the host is doing: the phase, the project's line, and whether FSDP2 is at work."""
-        frame, line, sharding, callee = sys._getframe(2), None, False, ""
+        line, sharding, callee = None, False, ""
+        frame = sys._getframe(2)
         while frame:
-            file, of_fsdp = source(frame.f_code.co_filename)
-            line, sharding = line or (file and f"{file}:{frame.f_lineno}"), sharding or of_fsdp
-            if frame.f_code in self.entries:
+            code = frame.f_code
+            file, of_fsdp = source(code.co_filename)
+            if file and not line:
+                line = f"{file}:{frame.f_lineno}"
+            sharding = sharding or of_fsdp
+            if code in self.entries:
                 return PHASES.get(callee, "rest"), line, sharding
-            callee, frame = (
-                callee if frame.f_code.co_name == "<listcomp>" else frame.f_code.co_name,
-                frame.f_back,
-            )
+            if code.co_name != "<listcomp>":
+                callee = code.co_name
+            frame = frame.f_back
         return self.phase, line, sharding
 
     def read(self, x: Tensor):
@@ -204,28 +198,15 @@ class GPU(FakeTensorMode):
         return out
 
     def record(self, func, given: list[Tensor], made: list[Tensor]) -> None:
-        (phase, line, sharding), name, counts = (
-            self.where(),
-            func.__name__.split(".")[0].strip("_"),
-            self.counts,
-        )
+        """Counts an operation, and what it made."""
+        phase, line, sharding = self.where()
         for x in made:
             if x.device.type == "gpu":
-                kind = (
-                    "rest"
-                    if phase not in ("forward", "backward")
-                    # weights on their way, and their gradients
-                    else (
-                        "gathered"
-                        if sharding or tuple(sorted(x.shape)) in self.shapes
-                        else "logits"
-                        if self.words in x.shape
-                        else "activations"
-                    )
-                )
-                block = self.hold(x.untyped_storage(), kind)
+                block = self.hold(x.untyped_storage(), self.kind(x, phase, sharding))
+        name = func.__name__.split(".")[0].strip("_")
         if func.is_view or name in NO_KERNEL:
             return
+        counts = self.counts
         counts["launches"][phase] += 1
         if name in ("to_copy", "copy") and any(x.device.type == "cpu" for x in given + made):
             if made[0].device.type == "cpu":
@@ -234,35 +215,42 @@ class GPU(FakeTensorMode):
                 block.host = given[-1]
                 counts["copies"][line] += 1
                 counts["copies_behind_a_forward"][line] += counts["launches"]["forward"] > 0
-        elif name in ("mm", "addmm", "bmm", "baddbmm") or name.startswith("varlen_attn"):
-            flops = (
-                self.attend(given, "backward" in name)
-                if name.startswith("varlen_attn")
-                else 2 * made[0].numel() * given[-1].shape[-2]
-            )  # what is summed over: rows of the last factor
-            counts["tflop"][phase] += flops / 1e12
-            counts["tflop_in"][str(given[1].dtype).removeprefix("torch.")] += flops / 1e12
+        elif name.startswith("varlen_attn"):
+            self.compute(self.attend(given, "backward" in name), phase, given[1].dtype)
+        elif name in ("mm", "addmm", "bmm", "baddbmm"):
+            summed = given[-1].shape[-2]  # rows of the last factor
+            self.compute(2 * made[0].numel() * summed, phase, given[1].dtype)
         elif func.namespace in ("c10d", "_c10d_functional"):
             counts["collectives"][name] += 1
             counts["collectives_gib"][name] += max(x.nbytes for x in given + made) / GIB
 
+    def kind(self, x: Tensor, phase: str, sharding: bool) -> str:
+        """What a new tensor holds. "gathered": weights on their way, and their gradients."""
+        if phase not in ("forward", "backward"):
+            return "rest"
+        if sharding or tuple(sorted(x.shape)) in self.shapes:
+            return "gathered"
+        return "logits" if self.words in x.shape else "activations"
+
+    def compute(self, flops: int, phase: str, dtype: torch.dtype) -> None:
+        self.counts["tflop"][phase] += flops / 1e12
+        self.counts["tflop_in"][str(dtype).removeprefix("torch.")] += flops / 1e12
+
     def attend(self, given: list[Tensor], backward: bool) -> int:
-        """Operations by (query, key) pairs; by torch's own count each query sees all keys. And what FlashAttention 2
-        takes for its backward: the gradients of keys and values for each query head, and sums in float32."""
+        """Operations by (query, key) pairs; by torch's own count each query sees all keys.
+
+        And what FlashAttention 2 takes for its backward: the gradients of keys and values for each
+        query head, and sums in float32."""
         tokens, heads, width = given[0].shape
-        ends = (
-            self.held[id(x.untyped_storage())].host for x in given
-        )  # only queries and keys were copied there
-        queries, keys = (x.diff().tolist() for x in ends if x is not None)
+        copied = [self.held[id(x.untyped_storage())].host for x in given]
+        # Only where queries and keys end was copied from the host.
+        queries, keys = (ends.diff().tolist() for ends in copied if ends is not None)
         if backward:
-            expanded = 4 * sum(keys) * heads * width * (given[2].shape[1] < heads)
-            self.free(
-                self.allocate(
-                    "activations",
-                    expanded + 4 * (tokens + 128 * len(queries)) * heads * (width + 1),
-                )
-            )
-        pairs = sum(
-            q * (k - q) + q * (q + 1) // 2 for q, k in zip(queries, keys, strict=True)
-        )  # aligned at the end
+            sums = 4 * (tokens + 128 * len(queries)) * heads * (width + 1)
+            if given[2].shape[1] < heads:
+                sums += 4 * sum(keys) * heads * width
+            self.free(self.allocate("activations", sums))
+        pairs = 0
+        for q, k in zip(queries, keys, strict=True):  # aligned at the end
+            pairs += q * (k - q) + q * (q + 1) // 2
         return (10 if backward else 4) * pairs * heads * width

@@ -38,8 +38,8 @@ def options() -> argparse.Namespace:
         "--out",
         type=Path,
         default=Path(time.strftime("runs/gpu-%m%d-%H%M%S/results.json")),
-        help="every figure, with "
-        "date, command, versions; what the checks print goes to a .log beside it (default runs/gpu-DATE/results.json)",
+        help="every figure, with date, command, versions; what the checks print goes to a .log "
+        "beside it (default runs/gpu-DATE/results.json)",
     )
     add(
         "--only",

@@ -1,11 +1,12 @@
-"""One step of the trainer at true size on GPUs that are not there: what it holds, launches, waits for, sends, computes.
+"""One step of the trainer at true size on GPUs that are not there: what it holds, sends, computes.
 
-    python tools/simulate.py --size 7B --gpus 8   # half a minute; --json: one line, in bytes and operations
-    python tools/simulate.py --table              # docs/gpu.md's table: what fits on GPUs of 80 GB
+    python tools/simulate.py --size 7B --gpus 8   # half a minute; --json: one line
+    python tools/simulate.py --table              # docs/gpu.md's table: what fits in 80 GB
 
-policy.load, update.update with its optimizer steps and policy.full_weights run as they are, as rank 0 of a process group
-whose collectives do nothing. The GPU's tensors are fake: shape, dtype and device without numbers. The host's are real.
-Bytes are those of tensors. Not simulated: times, and what CUDA, NCCL and vLLM take beside them (constants below).
+policy.load, update.update with its optimizer steps and policy.full_weights run as they are, as rank
+0 of a process group whose collectives do nothing. The GPU's tensors are fake: shape, dtype and
+device without numbers. The host's are real. Bytes are those of tensors. Not simulated: times, and
+what CUDA, NCCL and vLLM take beside them (constants below).
 """
 # ruff: noqa: E402
 
@@ -15,19 +16,16 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # a script sees its own folder only
-GPU_MEMORY, USABLE = (
-    79.1,
-    0.95,
-)  # GiB of an 80 GB card, and the share of it that is not lost to fragments
+GPU_MEMORY = 79.1  # GiB of an 80 GB card
+USABLE = 0.95  # the share of it that is not lost to fragments
 OUTSIDE = 4.0  # GiB of CUDA's context, NCCL's buffers, and what a sleeping vLLM keeps (CUDA graphs)
-ENGINE, ROOM = (
-    3.5,
-    32 * 1024,
-)  # of vLLM's share: GiB beside weights and KV cache; tokens that the KV cache must take
+ENGINE = 3.5  # GiB of vLLM's share beside weights and KV cache
+ROOM = 32 * 1024  # tokens that the KV cache must take
 OPTIONS = (  # name, default, help
     ("size", "7B", "Qwen2.5 0.5B, 1.5B, 3B, 7B, 14B; tiny, tiny-untied"),
     ("gpus", 8, "of a node"),
@@ -95,78 +93,56 @@ class Weights(dict):
 
     def get_slice(self, name: str):
         saved = torch.zeros((), dtype=torch.bfloat16).expand(self[name].shape)
-        methods = {
-            "get_shape": lambda _: [*saved.shape],
-            "get_dtype": lambda _: "BF16",
-            "__getitem__": lambda _, rows: saved[rows],
-        }
-        return type("Slice", (), methods)()
+        return Slice(saved)
+
+
+class Slice:
+    """What safetensors' get_slice returns."""
+
+    def __init__(self, saved: torch.Tensor):
+        self.saved = saved
+
+    def get_shape(self) -> list[int]:
+        return [*self.saved.shape]
+
+    def get_dtype(self) -> str:
+        return "BF16"
+
+    def __getitem__(self, rows) -> torch.Tensor:
+        return self.saved[rows]
 
 
 def simulate(args: argparse.Namespace) -> dict:
-    """What happens on rank 0 in an update and a push: name -> a number, or numbers by kind, phase or line of code."""
-    config, budget, R, G = qwen(args.size), args.tokens_per_microbatch, args.response, args.group
-    gpu, device = (
-        GPU(lm := skeleton(config), [update.update, update.add_gradients, update.old_logps_of]),
-        torch.device("gpu", 0),
-    )
-    policies.compute_dtype = lambda _: torch.bfloat16
-    pretrained.safe_open = lambda *_: Weights(lm.named_parameters())
-    torch.cuda.get_device_properties = lambda: argparse.Namespace(total_memory=args.memory * GIB)
-    update.check_signals = lambda: None  # the host's alone, and of all ranks
-    dist.init_process_group("cpu:fake,gpu:fake", rank=0, world_size=WORLD, store=FakeStore())
-    prompts = (
-        args.prompts or 2 * max(1, budget // (args.prompt + G * (R - 1))) * WORLD * args.updates
-    )
-    response = Response([6] * R, [-1.0] * R, [1] * R, "stop", "")
-    groups = [
-        Group(
-            Prompt([5] * args.prompt, None),
-            [],
-            [response] * G,
-            torch.zeros(G, 0),
-            torch.linspace(-1, 1, G),
-        )
-        for _ in range(prompts)
-    ]
+    """What happens on rank 0 in an update and a push.
+
+    Returns {name: a number, or numbers by kind, phase or line of code}."""
+    config = qwen(args.size)
+    lm = skeleton(config)
+    entries = [update.update, update.add_gradients, update.old_logps_of]
+    gpu, device = GPU(lm, entries), torch.device("gpu", 0)
+    pretend(lm)
+    groups = made_up_groups(args)
     with tempfile.TemporaryDirectory() as folder, gpu:
         path, mesh = Path(folder), policies.make_mesh(device)
         config.save_pretrained(path)
         (path / "model.safetensors").touch()
         policy, reference = policies.load(path, device, mesh), None
         gpu.name("weights", policy.parameters())
-        policy.recompute(args.gradient_checkpointing, budget)
+        policy.recompute(args.gradient_checkpointing, args.tokens_per_microbatch)
         if args.kl:
             reference = policies.load(path, device, mesh, torch.bfloat16, trained=False)
             gpu.name("reference", reference.parameters())
         learner = update.Learner(policy, reference, update.make_optimizer(policy, 1e-6), device)
-        learner.optimizer.register_step_pre_hook(
-            lambda *_: gpu.name("gradients", [parameter.grad for parameter in policy.parameters()])
-        )
-        for _ in range(
-            2
-        ):  # of which the second counts: the first fills DTensor's caches, with whole tensors
-            gpu.reset()
-            update.update(learner, groups, args.updates, args.kl, 1.0, budget)
-            gpu.name(
-                "AdamW", [x for state in learner.optimizer.state.values() for x in state.values()]
-            )
+        update_twice(gpu, learner, groups, args)
         counts, peak, gpu.phase = gpu.counts, gpu.by_kind(gpu.peaked), "push"
         gpu.reset()
         held = gpu.by_kind(gpu.events)
-        pushed = {
-            name: weight.shape for name, weight in policies.full_weights(policy, torch.bfloat16)
-        }
+        pushed = shapes(policies.full_weights(policy, torch.bfloat16))
     counts["launches"] |= gpu.counts["launches"]
-    own = {name: parameter.shape for name, parameter in lm.named_parameters(remove_duplicate=False)}
-    needed = needed_flops(config, args.prompt, R, G, prompts) / WORLD
-    cache = (
-        4
-        * config.num_hidden_layers
-        * config.num_key_value_heads
-        * config.hidden_size
-        / config.num_attention_heads
-    )
+    needed = needed_flops(config, args.prompt, args.response, args.group, len(groups)) / WORLD
+    head_width = config.hidden_size / config.num_attention_heads
+    cache = 4 * config.num_hidden_layers * config.num_key_value_heads * head_width  # bytes a token
+    own = shapes(lm.named_parameters(remove_duplicate=False))
     return {
         "held_gib": sum(held.values()),
         "held_parts_gib": held,
@@ -177,77 +153,106 @@ def simulate(args: argparse.Namespace) -> dict:
         "tflop_needed": needed / 1e12,
         "recomputes": int(policy.lm.is_gradient_checkpointing),
         "pushed": len(pushed),
-        "not_pushed": [name for name in own if pushed.get(name) != own[name]],
+        "not_pushed": [name for name, shape in own.items() if pushed.get(name) != shape],
         "vllm_weights_gib": 2 * sum(shape.numel() for shape in pushed.values()) / GIB,
         "vllm_cache_gib": ROOM * cache / GIB,
     }
 
 
-def show(result: dict) -> None:
-    def text(x) -> str:
-        return (
-            f"{x:,.2f}"
-            if isinstance(x, float)
-            else f"{x:,}"
-            if isinstance(x, int)
-            else ", ".join(x) or "none"
-        )
+def pretend(lm) -> None:
+    """What the policy asks of files, of CUDA and of other ranks."""
+    policies.compute_dtype = lambda _: torch.bfloat16
+    pretrained.safe_open = lambda *_: Weights(lm.named_parameters())
+    torch.cuda.get_device_properties = lambda: argparse.Namespace(total_memory=GPU_MEMORY * GIB)
+    update.check_signals = lambda: None  # the host's alone, and of all ranks
+    dist.init_process_group("cpu:fake,gpu:fake", rank=0, world_size=WORLD, store=FakeStore())
 
+
+def made_up_groups(args: argparse.Namespace) -> list[Group]:
+    """--prompts groups; by default two micro-batches for each GPU and update."""
+    prompts = args.prompts
+    if not prompts:
+        tokens = args.prompt + args.group * (args.response - 1)  # of a group
+        prompts = 2 * max(1, args.tokens_per_microbatch // tokens) * WORLD * args.updates
+    prompt = Prompt([5] * args.prompt, None)
+    tokens, logp, mask = [6] * args.response, [-1.0] * args.response, [1] * args.response
+    responses = [Response(tokens, logp, mask, "stop", "")] * args.group
+    rewards, advantages = torch.zeros(args.group, 0), torch.linspace(-1, 1, args.group)
+    return [Group(prompt, [], responses, rewards, advantages) for _ in range(prompts)]
+
+
+def update_twice(gpu: GPU, learner: update.Learner, groups: list[Group], args) -> None:
+    """The second update counts: the first fills DTensor's caches, with whole tensors."""
+
+    def name_gradients(*_) -> None:
+        parameters = learner.policy.parameters()
+        gpu.name("gradients", [parameter.grad for parameter in parameters])
+
+    learner.optimizer.register_step_pre_hook(name_gradients)
+    for _ in range(2):
+        gpu.reset()
+        update.update(learner, groups, args.updates, args.kl, 1.0, args.tokens_per_microbatch)
+        for state in learner.optimizer.state.values():
+            gpu.name("AdamW", state.values())
+
+
+def shapes(weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Size]:
+    return {name: weight.shape for name, weight in weights}
+
+
+def show(result: dict) -> None:
+    """A line each number, with its parts."""
+    units = {"_": " ", "gib": "GiB", "tflop": "TFLOP", "vllm": "vLLM"}
     for name, value in result.items():
-        parts = value if isinstance(value, dict) else {}
-        total = text(sum(parts.values()) if parts else value)
-        name = (
-            name.replace("_", " ")
-            .replace("gib", "GiB")
-            .replace("tflop", "TFLOP")
-            .replace("vllm", "vLLM")
-        )
-        print(
-            f"{name:25}{total:>10}   " + ", ".join(f"{part} {text(x)}" for part, x in parts.items())
-        )
+        for written, said in units.items():
+            name = name.replace(written, said)
+        parts = ""
+        if isinstance(value, dict):
+            parts = ", ".join(f"{part} {as_text(number)}" for part, number in value.items())
+            value = sum(value.values()) if value else value
+        print(f"{name:25}{as_text(value):>10}   {parts}")
+
+
+def as_text(value) -> str:
+    if isinstance(value, float):
+        return f"{value:,.2f}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return ", ".join(value) or "none"
 
 
 def cell(size: str, gpus: int, **shape: int) -> str:
-    """GiB while sampling / at the update's peak, by update.py's defaults, with more for a vLLM that needs it. shape:
-    other options of this program."""
-    command = [
-        sys.executable,
-        __file__,
-        "--json",
-        "--size",
-        size,
-        "--gpus",
-        str(gpus),
-        *(word for name, value in shape.items() for word in (f"--{name}", str(value))),
-    ]
+    """GiB while sampling / at the update's peak, with more for a vLLM that needs it.
+
+    By update.py's defaults. shape: other options of this program."""
+    command = [sys.executable, __file__, "--json", "--size", size, "--gpus", str(gpus)]
+    for name, value in shape.items():
+        command += [f"--{name}", str(value)]
     result = json.loads(subprocess.check_output(command))
     held, weights = OUTSIDE + result["held_gib"], result["vllm_weights_gib"]
-    share = next(
-        (
-            x
-            for x in (0.4, 0.5, 0.6)
-            if weights + result["vllm_cache_gib"] + ENGINE <= x * GPU_MEMORY
-        ),
-        1.0,
-    )
+    engine = weights + result["vllm_cache_gib"] + ENGINE
+    share = next((share for share in (0.4, 0.5, 0.6) if engine <= share * GPU_MEMORY), 1.0)
     sampling, updating = held + share * GPU_MEMORY, OUTSIDE + result["peak_gib"]
     if max(sampling, updating, held + weights + result["push_gib"]) > USABLE * GPU_MEMORY:
         return "does not fit"
-    return (
-        f"{sampling:.0f} / {updating:.0f}"
-        + ", gc" * result["recomputes"]
-        + f", `--gpu-memory {share}`" * (share != 0.4)
-    )
+    text = f"{sampling:.0f} / {updating:.0f}"
+    if result["recomputes"]:
+        text += ", gc"
+    if share != 0.4:
+        text += f", `--gpu-memory {share}`"
+    return text
+
+
+def print_table() -> None:
+    print("| | 1 GPU | 2 GPUs | 4 GPUs | 8 GPUs |\n|---|---|---|---|---|")
+    for size in ("0.5B", "1.5B", "3B", "7B", "14B"):
+        cells = [cell(size, gpus) for gpus in (1, 2, 4, 8)]
+        print(f"| {size} | " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":
     if ARGS.table:
-        print("| | 1 GPU | 2 GPUs | 4 GPUs | 8 GPUs |\n|---|---|---|---|---|")
-        for size in ("0.5B", "1.5B", "3B", "7B", "14B"):
-            print(
-                f"| {size} | " + " | ".join(cell(size, gpus) for gpus in (1, 2, 4, 8)) + " |",
-                flush=True,
-            )
+        print_table()
     elif ARGS.json:
         print(json.dumps(simulate(ARGS)))
     else:

@@ -1,14 +1,15 @@
-"""One training step, by phase, of this code and of TRL's GRPOTrainer: same model, prompts, lengths, precision, threads.
+"""One training step, by phase, of this code and of TRL's GRPOTrainer, all else equal.
 
     pip install --no-deps -r requirements-bench.txt   # on a GPU machine; make does it on a CPU
-    python tools/step.py                       # the case of this machine: SmolLM2 on a CPU, a 1.5B Qwen2.5 on a GPU
-    python tools/step.py --prompt-tokens 1000  # another one
-    python tools/step.py --growth              # our own step with 1, 2, 4 and 8 times the tokens, and on 2 ranks
+    python tools/step.py                       # SmolLM2 on a CPU, a 1.5B Qwen2.5 on a GPU
+    python tools/step.py --prompt-tokens 1000  # another case
+    python tools/step.py --growth              # our own step with 1 to 8 times the tokens, 2 ranks
 
-Each of the two is a process of its own, and the second starts when the first has loaded: vLLM takes memory that another
-process claims meanwhile for its own. Their steps alternate, after one for warming up, so that whatever else the machine
-does hits both. One JSON line a case: medians in seconds, ratios TRL / ours, peak memory. Every response has
-exactly --response-tokens tokens.
+Model, prompts, lengths, precision and threads are the same. Each of the two is a process of its
+own, and the second starts when the first has loaded: vLLM takes memory that another process claims
+meanwhile for its own. Their steps alternate, after one for warming up, so that whatever else the
+machine does hits both. One JSON line a case: medians in seconds, ratios TRL / ours, peak memory.
+Every response has exactly --response-tokens tokens.
 """
 
 import argparse
@@ -85,7 +86,7 @@ def options() -> argparse.Namespace:
 
 
 def vowels(completions, **_) -> list[float]:
-    return [sum(c in "aeiou" for c in text) / max(1, len(text)) for text in completions]
+    return [sum(map(text.count, "aeiou")) / max(1, len(text)) for text in completions]
 
 
 def letters(completions, **_) -> list[float]:
@@ -93,43 +94,28 @@ def letters(completions, **_) -> list[float]:
 
 
 def make_prompts(tokenizer, n: int, length: int) -> list[str]:
-    """Texts of exactly so many tokens."""
-    words = [
-        word
-        for word in (
-            " the",
-            " tool",
-            " of",
-            " and",
-            " call",
-            " name",
-            " city",
-            " user",
-            "a",
-            "b",
-            "c",
-            "d",
-        )
-        if len(tokenizer(word * 8).input_ids) == 8
-    ]
-    texts = [
-        (words[i % len(words)] + words[i // len(words) % len(words)]) * length for i in range(n)
-    ]
-    cut = [tokenizer.decode(tokenizer(text).input_ids[:length]) for text in texts]
-    if {len(tokenizer(text).input_ids) for text in cut} != {length}:
+    """Texts of exactly `length` tokens."""
+    candidates = " the, tool, of, and, call, name, city, user,a,b,c,d".split(",")
+    words = [word for word in candidates if len(tokenizer(word * 8).input_ids) == 8]
+    texts = []
+    for i in range(n):
+        first, second = words[i % len(words)], words[i // len(words) % len(words)]
+        text = (first + second) * length
+        texts.append(tokenizer.decode(tokenizer(text).input_ids[:length]))
+    if {len(tokenizer(text).input_ids) for text in texts} != {length}:
         raise SystemExit("error: no text has that many tokens with this tokenizer")
-    return cut
+    return texts
 
 
 def turn(report: dict) -> None:
     """Hand a step's figures to the parent, and wait until it is this worker's turn again."""
     import torch
 
-    report["peak_gb"] = (
-        torch.cuda.max_memory_allocated()
-        if torch.cuda.is_available()
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    ) / 1e9
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    report["peak_gb"] = peak / 1e9
     if RANK == 0:
         print("REPORT " + json.dumps(report), flush=True)
         sys.stdin.readline()
@@ -141,25 +127,22 @@ def ours(args: argparse.Namespace) -> None:
     import train
     import update
     from config import TrainConfig
-    from infra import pretrained, prompts
+    from infra import pretrained
     from infra.log import Log
+    from infra.prompts import Prompt
     from infra.ranks import join
     from infra.state import NoCheckpoints
     from local import models
     from rewards import Channel, Example, Task
-    from rollout import Decoding, Sampler, VLLMEngine
+    from rollout import Decoding, Sampler
 
     class Turns(Log):
         """A step's record is the report; nothing is written."""
 
         def metrics(self, record: dict) -> None:
-            turn(
-                {phase: record["seconds"][phase] for phase in PHASES}
-                | {
-                    "gap": record["sampler_gap"],
-                    "tokens": record["length_mean"] * args.prompts * args.group,
-                }
-            )
+            report = {phase: record["seconds"][phase] for phase in PHASES}
+            tokens = record["length_mean"] * args.prompts * args.group
+            turn(report | {"gap": record["sampler_gap"], "tokens": tokens})
 
         def samples(self, records: list[dict]) -> None:
             pass
@@ -169,77 +152,128 @@ def ours(args: argparse.Namespace) -> None:
 
     name = str(models.resolve(args.model))
     path, tokenizer, stops, *_ = pretrained.describe(name, args.response_tokens)
-    texts = make_prompts(tokenizer, args.prompts, args.prompt_tokens)
-    prompts = [
-        prompts.Prompt(tokenizer(text).input_ids, Example([{"role": "user", "content": text}]))
-        for text in texts
-    ]
+    prompts = []
+    for text in make_prompts(tokenizer, args.prompts, args.prompt_tokens):
+        example = Example([{"role": "user", "content": text}])
+        prompts.append(Prompt(tokenizer(text).input_ids, example))
     config = TrainConfig(
         prompts=args.prompts,
         group=args.group,
         steps=args.steps + 1,
         lr=1e-6,
-        tokens_per_microbatch=6000 if args.gpu else 16384,
-    )  # the two share a GPU
+        tokens_per_microbatch=6000 if args.gpu else 16384,  # on a GPU the two share it
+    )
     device = join()
     trained = policy.load(path, device, policy.make_mesh(device))
     decoding = Decoding(tokenizer, stops, 1.0, args.response_tokens)
-    if args.engine == "vllm":
-        engine = VLLMEngine(
-            path,
-            decoding,
-            args.prompt_tokens + args.response_tokens,
-            SHARE,
-            at_a_time=min(32, args.prompts * args.group),
-        )
-        engine.sampling |= {"ignore_eos": True, "stop_token_ids": []}
-    else:
-        from local import hf
-
-        engine = hf.HFEngine(hf.load(path, device, policy.compute_dtype(device)), decoding)
-        engine.config.min_new_tokens = args.response_tokens
-    task = Task(
-        None,
-        [
-            Channel("vowels", lambda _, responses, references: vowels(responses)),
-            Channel("letters", lambda _, responses, references: letters(responses)),
-        ],
-    )
+    engine = make_engine(args, path, decoding, device)
+    channels = [
+        Channel("vowels", lambda _, responses, references: vowels(responses)),
+        Channel("letters", lambda _, responses, references: letters(responses)),
+    ]
+    sampler = Sampler(engine, Task(None, channels), 0)
     learner = update.Learner(trained, None, update.make_optimizer(trained, config.lr), device)
-    train.fit(
-        config,
-        learner,
-        Sampler(engine, task, 0),
-        prompts,
-        Turns(),
-        lambda step: None,
-        NoCheckpoints(),
-    )
+    train.fit(config, learner, sampler, prompts, Turns(), lambda step: None, NoCheckpoints())
+
+
+def make_engine(args: argparse.Namespace, path: str, decoding, device):
+    """Our sampler, which never stops before --response-tokens."""
+    if args.engine == "vllm":
+        from rollout import VLLMEngine
+
+        longest = args.prompt_tokens + args.response_tokens
+        at_a_time = min(32, args.prompts * args.group)
+        engine = VLLMEngine(path, decoding, longest, SHARE, at_a_time=at_a_time)
+        engine.sampling |= {"ignore_eos": True, "stop_token_ids": []}
+        return engine
+    import policy
+    from local import hf
+
+    engine = hf.HFEngine(hf.load(path, device, policy.compute_dtype(device)), decoding)
+    engine.config.min_new_tokens = args.response_tokens
+    return engine
 
 
 def trl(args: argparse.Namespace) -> None:
-    """GRPOTrainer, its phases timed around its own methods. What it does between sampling and the forward that has a
-    gradient (old log-probs, if it wants any) counts as update, the advantages too."""
-    import torch
+    """GRPOTrainer, its phases timed around its own methods.
+
+    What it does between sampling and the forward that has a gradient (old log-probs, if it wants
+    any) counts as update, the advantages too."""
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOTrainer
 
     from local import models
 
     path = models.resolve(args.model)
     tokenizer = AutoTokenizer.from_pretrained(path)
     texts = make_prompts(tokenizer, args.prompts, args.prompt_tokens)
+    seconds: dict[str, float] = {}  # of this step
+
+    class Phases(TrainerCallback):
+        def on_step_begin(self, *_, **kwargs):
+            seconds.clear()
+            seconds["begin"] = now(args)
+
+        def on_step_end(self, *_, **kwargs):
+            step = now(args) - seconds["begin"]
+            sync, score = seconds.get("_sync", 0.0), seconds["_calculate_rewards"]
+            sample = seconds["_generate"] - sync
+            report = {"sample": sample, "score": score, "advantage": 0.0, "sync": sync}
+            report["update"] = step - sample - sync - score
+            turn(report | {"tokens": args.response_tokens * args.group * args.prompts})
+
+    trainer = GRPOTrainer(
+        str(path),
+        [vowels, letters],
+        trl_config(args),
+        Dataset.from_dict({"prompt": texts}),
+        processing_class=tokenizer,
+        callbacks=[Phases()],
+    )
+
+    def timed(holder, method: str, name: str) -> None:
+        inner = getattr(holder, method)
+
+        def call(*values, **keys):
+            begin = now(args)
+            out = inner(*values, **keys)
+            seconds[name] = seconds.get(name, 0.0) + now(args) - begin
+            return out
+
+        setattr(holder, method, call)
+
+    timed(trainer, "_generate", "_generate")
+    timed(trainer, "_calculate_rewards", "_calculate_rewards")
+    if args.trl_sampler == "vllm":
+        timed(trainer.vllm_generation, "sync_weights", "_sync")
+    trainer.train()
+
+
+def now(args: argparse.Namespace) -> float:
+    """Seconds, when the GPU has done all."""
+    import torch
+
+    if args.gpu:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def trl_config(args: argparse.Namespace):
+    """A GRPOConfig whose steps do the work of ours."""
+    import torch
+    from trl import GRPOConfig
+
     rows = args.trl_batch or args.group
-    fixed = {"min_tokens" if args.trl_sampler == "vllm" else "min_new_tokens": args.response_tokens}
-    config = GRPOConfig(
+    shortest = "min_tokens" if args.trl_sampler == "vllm" else "min_new_tokens"
+    return GRPOConfig(
         output_dir=tempfile.mkdtemp(),
         max_steps=args.steps + 1,
         per_device_train_batch_size=rows,
         gradient_accumulation_steps=args.group * args.prompts // rows,
         num_generations=args.group,
         max_completion_length=args.response_tokens,
-        generation_kwargs=fixed,
+        generation_kwargs={shortest: args.response_tokens},
         learning_rate=1e-6,
         beta=0.0,
         temperature=1.0,
@@ -260,59 +294,6 @@ def trl(args: argparse.Namespace) -> None:
         vllm_gpu_memory_utilization=SHARE,
         model_init_kwargs={"dtype": torch.float32},
     )
-    seconds: dict[str, float] = {}
-
-    class Phases(TrainerCallback):
-        def on_step_begin(self, *args, **kwargs):
-            seconds.clear()
-            seconds["begin"] = self.now()
-
-        def on_step_end(self, *more, **kwargs):
-            step = self.now() - seconds["begin"]
-            sync, score = seconds.get("_sync", 0.0), seconds["_calculate_rewards"]
-            sample = seconds["_generate"] - sync
-            turn(
-                {
-                    "sample": sample,
-                    "score": score,
-                    "advantage": 0.0,
-                    "sync": sync,
-                    "update": step - sample - sync - score,
-                    "tokens": args.response_tokens * args.group * args.prompts,
-                }
-            )
-
-        @staticmethod
-        def now() -> float:
-            if args.gpu:
-                torch.cuda.synchronize()
-            return time.perf_counter()
-
-    trainer = GRPOTrainer(
-        str(path),
-        [vowels, letters],
-        config,
-        Dataset.from_dict({"prompt": texts}),
-        processing_class=tokenizer,
-        callbacks=[Phases()],
-    )
-
-    def timed(holder, method: str, name: str) -> None:
-        inner = getattr(holder, method)
-
-        def call(*values, **keys):
-            begin = Phases.now()
-            out = inner(*values, **keys)
-            seconds[name] = seconds.get(name, 0.0) + Phases.now() - begin
-            return out
-
-        setattr(holder, method, call)
-
-    timed(trainer, "_generate", "_generate")
-    timed(trainer, "_calculate_rewards", "_calculate_rewards")
-    if args.trl_sampler == "vllm":
-        timed(trainer.vllm_generation, "sync_weights", "_sync")
-    trainer.train()
 
 
 # The parent
@@ -322,39 +303,34 @@ class Worker:
     """A process that reports each of its steps, and waits for its turn after it."""
 
     def __init__(self, name: str, ranks: int = 1, **changed):
-        argv = [
-            x
-            for key, value in changed.items()
-            for x in (f"--{key.replace('_', '-')}", str(value))
-            if value is not True and value is not False
-        ]
-        argv += [f"--{key.replace('_', '-')}" for key, value in changed.items() if value is True]
-        launcher = (
-            ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-            if ranks > 1
-            else []
-        )
-        self.log = tempfile.NamedTemporaryFile(
-            "w+", prefix=f"bench-{name}-", suffix=".log", delete=False
-        )
+        command = [sys.executable]
+        if ranks > 1:
+            command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        command.append(__file__)
+        for key, value in changed.items():
+            option = f"--{key.replace('_', '-')}"
+            if value is True:
+                command.append(option)
+            elif value is not False:
+                command += [option, str(value)]
         threads = str(max(1, cores() // ranks))
-        self.process = subprocess.Popen(
-            [sys.executable, *launcher, __file__, *argv, "--worker", name],
-            stdin=subprocess.PIPE,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            env={"OMP_NUM_THREADS": threads, **os.environ},
-        )
+        handle, self.log = tempfile.mkstemp(prefix=f"bench-{name}-", suffix=".log")
+        with os.fdopen(handle, "w") as log:
+            self.process = subprocess.Popen(
+                [*command, "--worker", name],
+                stdin=subprocess.PIPE,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env={"OMP_NUM_THREADS": threads, **os.environ},
+            )
 
     def step(self) -> dict[str, float]:
         """The report of one step; the worker waits afterwards."""
         for line in self.process.stdout:
             if line.startswith("REPORT "):
                 return json.loads(line.removeprefix("REPORT "))
-        raise SystemExit(
-            f"error: {self.process.args} ended early; its output is in {self.log.name}"
-        )
+        raise SystemExit(f"error: {self.process.args} ended early; its output is in {self.log}")
 
     def go(self) -> None:
         self.process.stdin.write("\n")
@@ -369,8 +345,11 @@ class Worker:
 
 
 def medians(reports: list[dict]) -> dict[str, float]:
-    out = {key: statistics.median(report[key] for report in reports) for key in reports[0]}
-    out["step"] = statistics.median(sum(report[phase] for phase in PHASES) for report in reports)
+    out = {}
+    for key in reports[0]:
+        out[key] = statistics.median([report[key] for report in reports])
+    steps = [sum(map(report.get, PHASES)) for report in reports]
+    out["step"] = statistics.median(steps)
     out["tokens_per_second"] = out.pop("tokens") / out["step"]
     return out
 
@@ -378,25 +357,23 @@ def medians(reports: list[dict]) -> dict[str, float]:
 def needed_flops(
     config, prompt_tokens: int, response_tokens: int, group: int, prompts: int
 ) -> float:
-    """Of an update: each prompt once, six operations a parameter and token (and attention), the output head for
-    response tokens only. Nothing that is computed twice counts twice. config: a transformers config."""
+    """Of an update: each prompt once, six operations a parameter and token, and attention.
+
+    The output head is counted for response tokens only. Nothing that is computed twice counts
+    twice. config: a transformers config."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
     with init_empty_weights():
         layer = AutoModelForCausalLM.from_config(config).base_model.layers[0]
     n = response_tokens - 1  # the last token predicts nothing
-    pairs = prompt_tokens**2 / 2 + group * n * (
-        prompt_tokens + n / 2
-    )  # of a query and a key that it sees
+    # Pairs of a query and a key that it sees.
+    pairs = prompt_tokens**2 / 2 + group * n * (prompt_tokens + n / 2)
     size = sum(parameter.numel() for parameter in layer.parameters() if parameter.dim() == 2)
     head = config.vocab_size * config.hidden_size * group * response_tokens
     attention = 2 * pairs * layer.self_attn.o_proj.in_features
-    return (
-        6
-        * prompts
-        * (config.num_hidden_layers * (size * (prompt_tokens + group * n) + attention) + head)
-    )
+    of_layer = size * (prompt_tokens + group * n) + attention
+    return 6 * prompts * (config.num_hidden_layers * of_layer + head)
 
 
 def measured_flops() -> float:
@@ -412,72 +389,51 @@ def measured_flops() -> float:
 
 
 def utilization(seconds: float, gpus: int = 1, *, model: str, **shape: int) -> dict[str, float]:
-    """Share of the GPUs' peak that the update's needed work is; nothing for other GPUs than those of CUDA_TFLOPS. On a
-    CPU, of what matrix products alone reach there."""
+    """Share of the GPUs' peak that the update's needed work is.
+
+    Nothing for GPUs that CUDA_TFLOPS lacks. On a CPU: of what matrix products alone reach there."""
     import torch
     from transformers import AutoConfig
 
     from local import models
 
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    peak = (
-        next((x * 1e12 for name, x in CUDA_TFLOPS.items() if name in gpu), None)
-        if gpu
-        else measured_flops()
-    )
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_name()
+        peak = next((tflops * 1e12 for name, tflops in CUDA_TFLOPS.items() if name in gpu), None)
+    else:
+        peak = measured_flops()
+    if not peak:
+        return {}
     config = AutoConfig.from_pretrained(models.resolve(model))
-    return {"mfu": needed_flops(config, **shape) / seconds / gpus / peak} if peak else {}
+    return {"mfu": needed_flops(config, **shape) / seconds / gpus / peak}
 
 
 def machine(args: argparse.Namespace) -> str:
-    if args.gpu:
-        return subprocess.run(
-            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
-            check=True,
-            text=True,
-            capture_output=True,
-        ).stdout.splitlines()[0]
-    return f"{cores()} cores, {processor()}"
+    if not args.gpu:
+        return f"{cores()} cores, {processor()}"
+    query = "nvidia-smi", "--query-gpu=name", "--format=csv,noheader"
+    names = subprocess.run(query, check=True, text=True, capture_output=True).stdout
+    first, *_ = names.splitlines()
+    return first
+
+
+def picked(args: argparse.Namespace, *names: str) -> dict:
+    return {name: getattr(args, name) for name in names}
 
 
 def case(args: argparse.Namespace) -> dict:
-    return {
-        x: getattr(args, x)
-        for x in ("model", "prompt_tokens", "response_tokens", "group", "prompts")
-    }
+    return picked(args, "model", "prompt_tokens", "response_tokens", "group", "prompts")
 
 
 def compare(args: argparse.Namespace) -> dict:
     from local import models
 
     models.resolve(args.model)  # once, not by both
-    shared = case(args) | {"steps": args.steps}
-    options = {
-        "ours": {"engine": args.engine},
-        "trl": {x: getattr(args, x) for x in ("trl_sampler", "trl_batch", "trl_checkpointing")},
-    }
-    with contextlib.ExitStack() as stack:
-        workers = {}
-        for name, more in options.items():
-            workers[name] = stack.enter_context(Worker(name, **shared, **more))
-            workers[name].step()  # loading and warming up; only then the next one
-        reports = {name: [] for name in workers}
-        for _ in range(args.steps):
-            for name, worker in workers.items():
-                worker.go()
-                reports[name].append(worker.step())
-                print(
-                    name,
-                    {key: round(x, 3) for key, x in reports[name][-1].items()},
-                    file=sys.stderr,
-                    flush=True,
-                )
-    result = {name: medians(steps) for name, steps in reports.items()}
-    a, b = result["ours"], result["trl"]
-    a |= utilization(a["update"], **case(args))
-    ratios = {x: b[x] / a[x] for x in ("sample", "update", "step")} | {
-        "memory ours/TRL": a["peak_gb"] / b["peak_gb"]
-    }
+    result = {name: medians(steps) for name, steps in alternate(args).items()}
+    ours, trl = result["ours"], result["trl"]
+    ours |= utilization(ours["update"], **case(args))
+    ratios = {phase: trl[phase] / ours[phase] for phase in ("sample", "update", "step")}
+    ratios["memory ours/TRL"] = ours["peak_gb"] / trl["peak_gb"]
     settings = {
         "sampler": args.trl_sampler,
         "batch": args.trl_batch or args.group,
@@ -496,9 +452,39 @@ def compare(args: argparse.Namespace) -> dict:
     }
 
 
+def alternate(args: argparse.Namespace) -> dict[str, list[dict]]:
+    """{name: reports of its steps}, after one of each for loading and warming up."""
+    options = {
+        "ours": picked(args, "engine"),
+        "trl": picked(args, "trl_sampler", "trl_batch", "trl_checkpointing"),
+    }
+    with contextlib.ExitStack() as stack:
+        workers = {}
+        for name, own_options in options.items():
+            worker = Worker(name, **case(args), steps=args.steps, **own_options)
+            workers[name] = stack.enter_context(worker)
+            worker.step()  # only then the next one
+        reports = {name: [] for name in workers}
+        for _ in range(args.steps):
+            for name, worker in workers.items():
+                worker.go()
+                report = worker.step()
+                reports[name].append(report)
+                print(name, rounded(report, 3), file=sys.stderr, flush=True)
+    return reports
+
+
+def rounded(value, digits: int):
+    """Numbers with a point, and those in a dict."""
+    if isinstance(value, dict):
+        return {key: rounded(inner, digits) for key, inner in value.items()}
+    return round(value, digits) if isinstance(value, float) else value
+
+
 def growth(args: argparse.Namespace) -> Iterator[dict]:
-    """Our step with 1, 2, 4, 8 times the prompts, and with 2 ranks beside 1, unless they would have to share a GPU; one
-    after the other, for memory's sake."""
+    """Our step with 1, 2, 4, 8 times the prompts, and with 2 ranks beside 1.
+
+    Not with 2 ranks if they would have to share a GPU. One after the other, for memory's sake."""
     import torch
 
     from local import models
@@ -508,33 +494,25 @@ def growth(args: argparse.Namespace) -> Iterator[dict]:
     if not args.gpu or torch.cuda.device_count() > 1:
         cases.append({"prompts": args.prompts * 4, "ranks": 2})
     for changed in cases:
-        with Worker(
-            "ours", **{**case(args), "steps": args.steps, "engine": args.engine, **changed}
-        ) as worker:
+        shape = case(args) | changed
+        with Worker("ours", **shape, steps=args.steps, engine=args.engine) as worker:
             worker.step()
             reports = []
             for _ in range(args.steps):
                 worker.go()
                 reports.append(worker.step())
-        yield {**case(args), **changed, "machine": machine(args), **medians(reports)}
+        yield {**shape, "machine": machine(args), **medians(reports)}
+
+
+def main(args: argparse.Namespace) -> None:
+    if args.worker == "ours":
+        ours(args)
+    elif args.worker == "trl":
+        trl(args)
+    else:
+        for line in growth(args) if args.growth else [compare(args)]:
+            print(json.dumps(rounded(line, 4)), flush=True)
 
 
 if __name__ == "__main__":
-    arguments = options()
-    if arguments.worker:
-        {"ours": ours, "trl": trl}[arguments.worker](arguments)
-    else:
-        for line in growth(arguments) if arguments.growth else [compare(arguments)]:
-            print(
-                json.dumps(
-                    {
-                        key: {
-                            k: round(v, 4) if isinstance(v, float) else v for k, v in value.items()
-                        }
-                        if isinstance(value, dict)
-                        else value
-                        for key, value in line.items()
-                    }
-                ),
-                flush=True,
-            )
+    main(options())
