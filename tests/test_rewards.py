@@ -1,4 +1,4 @@
-"""ToolRL's rewards against figures obtained by running the public code, the channels of `tools`, and bad rewards."""
+"""ToolRL's rewards against figures of the public code, the channels of `tools`, and bad rewards."""
 
 import contextlib
 import itertools
@@ -290,7 +290,8 @@ def of_own(
         ),
         (
             "([Example(CHAT, np.int64(3))], [])",
-            "training example 0: its reference is no text, but np.int64(3) (int64): make it one, with str or json.dumps",
+            "training example 0: its reference is no text, but np.int64(3) (int64): "
+            "make it one, with str or json.dumps",
         ),
         (
             "([Example(CHAT, None)], [])",
@@ -318,11 +319,13 @@ def of_own(
         ("None", "prompts(4, 2) must return two lists"),
         (
             "((x for x in [GOOD]), [])",
-            "prompts(4, 2): the training examples must be a list of rewards.Example, and not a generator",
+            "prompts(4, 2): the training examples must be a list of rewards.Example, "
+            "and not a generator",
         ),
         (
             "([GOOD], collections.deque())",
-            "prompts(4, 2): the held-out examples must be a list of rewards.Example, and not a deque",
+            "prompts(4, 2): the held-out examples must be a list of rewards.Example, "
+            "and not a deque",
         ),
         ("1 / 0", "prompts(4, 2) raised ZeroDivisionError: division by zero (mine.py, line 22)"),
         ("exit('enough')", "prompts(4, 2) raised SystemExit: enough ("),
@@ -341,7 +344,8 @@ def test_mistakes_in_the_prompts_are_named(tmp_path, prompts, message):
     [
         (
             "[length]",
-            "channel 0 of the task is a function: it must be a rewards.Channel, such as Channel('short', function)",
+            "channel 0 of the task is a function: it must be a rewards.Channel, "
+            "such as Channel('short', function)",
         ),
         ("length", "a task's channels must be a list of rewards.Channel, and not a function"),
         ("[Channel('a', length, weight='2')]", "channel a: weight must be a number, and not '2'"),
@@ -397,10 +401,8 @@ def test_a_task_file_may_have_any_name(tmp_path, name):
 
 
 def test_messages_of_a_task_file_are_read_as_those_of_rows(tmp_path):
-    _, (train, _) = of_own(
-        tmp_path,
-        "((Example(({'role': 'user', 'content': [{'type': 'text', 'text': 'u'}], 'name': None},), 'r'),), [])",
-    )
+    message = "{'role': 'user', 'content': [{'type': 'text', 'text': 'u'}], 'name': None}"
+    _, (train, _) = of_own(tmp_path, f"((Example(({message},), 'r'),), [])")
     assert train == [Example([{"role": "user", "content": "u"}], "r")]
 
 

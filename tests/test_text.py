@@ -1,4 +1,5 @@
-"""The study on a real model and the demo, with the tiny model in its place: what is run, kept, repeated and reported."""
+"""The study on a real model and the demo, with the tiny model in its place: what is run, kept,
+repeated and reported."""
 
 import json
 import subprocess
@@ -15,18 +16,7 @@ import text_report
 
 from config import TrainConfig, parse
 
-TINY = [
-    "--engine",
-    "hf",
-    "--prompts",
-    "2",
-    "--group",
-    "2",
-    "--max-tokens",
-    "8",
-    "--eval-prompts",
-    "4",
-]
+TINY = "--engine hf --prompts 2 --group 2 --max-tokens 8 --eval-prompts 4".split()
 
 
 def outcome(run: text.Run, joint: list[float], short: float = 0.5) -> dict:
@@ -51,79 +41,66 @@ def test_the_plan_tries_rates_first_and_is_matched():
     assert {run.seed for run in first} == {text.TUNING} and len(first) == len({*first}) == 18
     done = {run.name: outcome(run, [0.0, 0.5 if run.lr == "2e-5" else 0.1, 0.0]) for run in first}
     runs = [run for run in text.plan(done) if run.seed != text.TUNING]
-    assert {run.lr for run in runs if run not in {*text.at_one_rate()}} == {
-        "2e-5"
-    }  # also of 0.5:2, which takes rvpo's
+    # Also of 0.5:2, which takes rvpo's:
+    assert {run.lr for run in runs if run not in {*text.at_one_rate()}} == {"2e-5"}
     for task, many in (("reply", 10), ("reply-25", 5)):
-        seeds = {
-            m: {
-                run.seed
-                for run in runs
-                if (run.task, run.method, run.steps, run.schedule)
-                == (task, m, text.STEPS, "constant")
-            }
-            for m in text.METHODS
-        }
         tested = {*text.MOST, "rvpo 10"} if task == "reply" else text.MOST
-        assert all(
-            found == ({*range(many)} if m in tested else {0, 1, 2}) for m, found in seeds.items()
-        )
-    long = [(run.method, run.seed) for run in text.at_one_rate()]
-    assert all(
-        (method, seed) in long
-        for method in ("gdpo", "rvpo", "rvpo 10", "hardmin", "softmin", "grpo")
-        for seed in range(3)
-    )
-    a, b = (text.Run("reply", method, "1e-5", 3).options() for method in ("rvpo", "gdpo"))
-    assert (
-        a[:6] == ["--task", "reply", "--agg", "rvpo", "--beta", "2"]
-        and b[:4] == ["--task", "reply", "--agg", "gdpo"]
-        and a[6:] == b[4:]
-    )
+        for method in text.METHODS:
+            kind = task, method, text.STEPS, "constant"
+            same = [run for run in runs if (run.task, run.method, run.steps, run.schedule) == kind]
+            expected = range(many) if method in tested else range(3)
+            assert {run.seed for run in same} == {*expected}
+    methods = "gdpo", "rvpo", "rvpo 10", "hardmin", "softmin", "grpo"
+    at_one_rate = {(run.method, run.seed) for run in text.at_one_rate()}
+    assert {(method, seed) for method in methods for seed in range(3)} <= at_one_rate
+    of_rvpo = " ".join(text.Run("reply", "rvpo", "1e-5", 3).options())
+    of_gdpo = " ".join(text.Run("reply", "gdpo", "1e-5", 3).options())
+    _, rest = of_rvpo.split("--task reply --agg rvpo --beta 2 ")
+    assert of_gdpo == f"--task reply --agg gdpo {rest}"
     for method in text.METHODS:  # train.py refuses a beta that is not used
         parse(TrainConfig, "", text.Run("reply", method, "1e-5", 3).options())
 
 
 def test_the_report_by_hand():
     done = {}
-    for seed, (ours, theirs) in enumerate(
-        [([0.1, 0.9, 0.5], [0.1, 0.2, 0.1]), ([0.1, 0.3, 0.7], [0.1, 0.0, 0.3])]
+    for method, seed, joint in (
+        ("rvpo", 0, [0.1, 0.9, 0.5]),
+        ("gdpo", 0, [0.1, 0.2, 0.1]),
+        ("rvpo", 1, [0.1, 0.3, 0.7]),
+        ("gdpo", 1, [0.1, 0.0, 0.3]),
     ):
-        for method, joint in (("rvpo", ours), ("gdpo", theirs)):
-            run = text.Run("reply", method, "1e-5", seed)
-            done[run.name] = outcome(run, joint, short=0.5 + seed / 10)
-    line = next(
-        line for line in text_report.report(done).splitlines() if line.startswith("| rvpo | 1e-5")
+        run = text.Run("reply", method, "1e-5", seed)
+        done[run.name] = outcome(run, joint, short=0.5 + seed / 10)
+    report = text_report.report(done)
+    lines = report.splitlines()
+    of_rvpo = next(line for line in lines if line.startswith("| rvpo | 1e-5"))
+    assert of_rvpo == (
+        "| rvpo | 1e-5 | 2 | 0.550 ± 0.071 | 0.800 ± 0.141 | 0.600 ± 0.141 | 0.550 ± 0.071 | "
+        "never, never | short 0.55 |  |"
     )
-    assert (
-        line
-        == "| rvpo | 1e-5 | 2 | 0.550 ± 0.071 | 0.800 ± 0.141 | 0.600 ± 0.141 | 0.550 ± 0.071 | never, never | short 0.55 |  |"
-    )
-    line = next(
-        line for line in text_report.report(done).splitlines() if line.startswith("| gdpo | 1e-5")
-    )
-    assert "| 0.250 ± 0.071 | 0.200 ± 0.141 |" in line and line.endswith(
-        "| 0.500, 0.500 |"
-    )  # two seeds can say no more
-    assert "| gdpo | +0.10 (2) |  |  |  |  | +0.50 |" in text_report.report(done)
+    of_gdpo = next(line for line in lines if line.startswith("| gdpo | 1e-5"))
+    assert "| 0.250 ± 0.071 | 0.200 ± 0.141 |" in of_gdpo
+    assert of_gdpo.endswith("| 0.500, 0.500 |")  # two seeds can say no more
+    assert "| gdpo | +0.10 (2) |  |  |  |  | +0.50 |" in report
     assert text_report.lost(outcome(text.Run("reply", "rvpo", "1e-5", 0), [0.0], short=0.4)) == "2"
-    assert "4 runs, 0.4 hours" in text_report.report(done)
+    assert "4 runs, 0.4 hours" in report
 
 
 def test_a_run_is_kept_and_repeated_to_the_digit(tiny, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(text, "RESULTS", tmp_path / "text.jsonl")
     monkeypatch.setattr(text, "RUNS", tmp_path / "runs")
-    run, options = text.Run("reply", "rvpo", "1e-3", 7, steps=6), text.Run.options
-    monkeypatch.setattr(
-        text.Run, "options", lambda self: [*options(self), "--model", str(tiny), *TINY]
-    )
+    options = text.Run.options
+
+    def with_tiny(run):
+        return [*options(run), "--model", str(tiny), *TINY]
+
+    monkeypatch.setattr(text.Run, "options", with_tiny)
+    run = text.Run("reply", "rvpo", "1e-3", 7, steps=6)
     kept = text.execute(run, run.name)
-    assert len(kept["paid"]["cut off"]) == 6 and {None} != {
-        *kept["paid"]["cut off"]
-    }  # random text has no end: all are cut off
-    assert [x["step"] for x in kept["eval"]] == [0, 3, 6] and len(kept["train"]["short"]) == len(
-        kept["credit"]["short"]
-    ) == 6
+    cut_off = kept["paid"]["cut off"]
+    assert len(cut_off) == 6 and {*cut_off} != {None}  # random text has no end: all are cut off
+    assert [x["step"] for x in kept["eval"]] == [0, 3, 6]
+    assert len(kept["train"]["short"]) == len(kept["credit"]["short"]) == 6
     (tmp_path / "text.jsonl").write_text(json.dumps(kept) + "\n")
     text.again(run.name)
     assert capsys.readouterr().out.count("the same\n") == 6
@@ -132,24 +109,15 @@ def test_a_run_is_kept_and_repeated_to_the_digit(tiny, monkeypatch, tmp_path, ca
 
 
 def test_the_demo(tiny, tmp_path):
-    command = [
-        sys.executable,
-        ROOT / "study" / "demo.py",
-        "--name",
-        "d",
-        "--steps",
-        "2",
-        "--model",
-        tiny,
-        *TINY,
-    ]
-    out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    def run_demo(*words):
+        command = [sys.executable, ROOT / "study/demo.py", "--model", tiny, *TINY, *words]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    out = run_demo("--name", "d", "--steps", "2")
     assert out.returncode == 0, out.stderr
-    assert (
-        "rvpo step  2: short" in out.stdout
-        and "gdpo held out after  2: short" in out.stdout
-        and "A customer in the last step: Hi" in out.stdout
-    )
+    assert "rvpo step  2: short" in out.stdout
+    assert "gdpo held out after  2: short" in out.stdout
+    assert "A customer in the last step: Hi" in out.stdout
     row = next(line for line in out.stdout.splitlines() if line.strip().startswith("short")).split()
     assert len(row) == 11  # a name and five means with their errors
     assert (tmp_path / "runs" / "d.png").stat().st_size > 10_000
@@ -157,16 +125,8 @@ def test_the_demo(tiny, tmp_path):
     assert [*curves] == ["rvpo", "gdpo"]
     assert [line["step"] for line in curves["gdpo"] if "train" in line] == [1, 2]
     assert demo.table(curves) in out.stdout
-    out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert (
-        out.returncode == 1
-        and out.stderr == "error: runs/d-rvpo exists: choose another --name, or delete it\n"
-    )
-    out = subprocess.run(
-        [*command, "--name", "e", "--group", "1"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    out = run_demo("--name", "d", "--steps", "2")
+    assert out.returncode == 1
+    assert out.stderr == "error: runs/d-rvpo exists: choose another --name, or delete it\n"
+    out = run_demo("--name", "e", "--steps", "2", "--group", "1")
     assert out.returncode == 1 and "--group" in out.stderr and "Traceback" not in out.stderr

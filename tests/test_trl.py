@@ -1,6 +1,8 @@
 """The example's RVPOTrainer in TRL itself: two steps of the tiny model on two ranks."""
 
+import math
 import os
+import re
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -15,32 +17,28 @@ from local import models
 sys.path.insert(0, str(ROOT / "examples"))
 
 GROUP = 4
-SCORES = []  # what the reward functions saw and said: (step, prompt, tokens, rewards) of each completion
+SCORES = []  # of each completion: (step, prompt, tokens, rewards), as the reward functions saw them
 
 
 def vowels(completions, **_) -> list[float]:
-    return [sum(c in "aeiou" for c in text) / max(1, len(text)) for text in completions]
+    return [len(re.findall("[aeiou]", text)) / max(1, len(text)) for text in completions]
 
 
 def even(completion_ids, **_) -> list[float]:
-    return [10.0 * sum(i % 2 == 0 for i in ids) for ids in completion_ids]
+    return [10.0 * (torch.tensor(ids) % 2 == 0).sum().item() for ids in completion_ids]
 
 
 def sometimes(prompts, completions, completion_ids, trainer_state, **_) -> list[float | None]:
-    """Missing for some. It is the last of the functions, so it notes down what all of them say of a completion."""
+    """Missing for some. It is the last function, and notes down what all say of a completion."""
     values = [None if ids[0] % 3 == 0 else float(ids[-1] % 5) for ids in completion_ids]
-    for row in zip(
-        prompts, completion_ids, vowels(completions), even(completion_ids), values, strict=True
-    ):
-        SCORES.append((trainer_state.global_step, row[0], tuple(row[1]), row[2:]))
+    columns = prompts, completion_ids, vowels(completions), even(completion_ids), values
+    for prompt, ids, *rewards in zip(*columns, strict=True):
+        SCORES.append((trainer_state.global_step, prompt, tuple(ids), rewards))
     return values
 
 
-def train(out: Path, rows: int, accumulate: int, **settings) -> None:
-    """Two steps; saves to `out` this rank's rewards and the advantages that its loss was computed with."""
-    from datasets import Dataset
-    from transformers import AutoTokenizer
-    from trl import GRPOConfig
+def noting_trainer() -> tuple[type, list]:
+    """An RVPOTrainer, and the list to which it adds each (step, prompt, tokens, advantage)."""
     from trl_rvpo import RVPOTrainer
 
     used = []
@@ -48,30 +46,24 @@ def train(out: Path, rows: int, accumulate: int, **settings) -> None:
     class Noting(RVPOTrainer):
         def _compute_loss(self, model, inputs):
             assert inputs["advantages"].dtype == torch.float32
-            for prompt, prompt_mask, ids, mask, advantage in zip(
-                *(
-                    inputs[key]
-                    for key in (
-                        "prompt_ids",
-                        "prompt_mask",
-                        "completion_ids",
-                        "completion_mask",
-                        "advantages",
-                    )
-                ),
-                strict=True,
-            ):
+            names = "prompt_ids prompt_mask completion_ids completion_mask advantages"
+            columns = [inputs[name] for name in names.split()]
+            for prompt, prompt_mask, ids, mask, advantage in zip(*columns, strict=True):
                 text = self.processing_class.decode(prompt[prompt_mask.bool()])
-                used.append(
-                    (
-                        self.state.global_step,
-                        text,
-                        tuple(ids[mask.bool()].tolist()),
-                        advantage.item(),
-                    )
-                )
+                tokens = tuple(ids[mask.bool()].tolist())
+                used.append((self.state.global_step, text, tokens, advantage.item()))
             return super()._compute_loss(model, inputs)
 
+    return Noting, used
+
+
+def train(out: Path, rows: int, accumulate: int, **settings) -> None:
+    """Two steps. Saves to `out` this rank's rewards, and the advantages in its loss."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl import GRPOConfig
+
+    trainer_class, used = noting_trainer()
     path = models.tiny()
     config = GRPOConfig(
         output_dir=str(out.with_suffix("")),
@@ -90,7 +82,7 @@ def train(out: Path, rows: int, accumulate: int, **settings) -> None:
         **settings,
     )
     prompts = Dataset.from_dict({"prompt": [f"prompt {i}: " + "a b c " * i for i in range(12)]})
-    trainer = Noting(
+    trainer = trainer_class(
         str(path),
         [vowels, even, sometimes],
         config,
@@ -100,47 +92,51 @@ def train(out: Path, rows: int, accumulate: int, **settings) -> None:
     before = [p.detach().clone() for p in trainer.model.parameters()]
     trainer.train()
     trainer.evaluate(prompts)  # runs, with groups of another size too
-    changed = any(
-        not torch.equal(old, new.detach())
-        for old, new in zip(before, trainer.model.parameters(), strict=True)
-    )
+    both = zip(before, trainer.model.parameters(), strict=True)
+    changed = any(not torch.equal(old, new.detach()) for old, new in both)
     torch.save({"scores": SCORES, "used": used, "changed": changed}, out)
     SCORES.clear()
 
 
 def check(ranks: list[dict], completions: int, weights: list[float] | None = None) -> None:
-    """Every advantage in the loss is rvpo.advantages of the rewards of its step, of all ranks, missing ones as NaN."""
+    """Every advantage in the loss is rvpo.advantages of the rewards of its step, of all ranks.
+
+    Missing rewards are NaN in them."""
     assert all(rank["changed"] for rank in ranks)
-    first, second = ({prompt for step, prompt, *_ in rank["scores"] if step == 0} for rank in ranks)
+    first, second = map(prompts_of, ranks)
     assert len(first & second) == 1  # the group on both
     for step in range(2):
         groups = defaultdict(list)
-        for rank in ranks:
-            for when, prompt, ids, scores in rank["scores"]:
-                if when == step:
-                    groups[prompt].append((ids, [float("nan") if x is None else x for x in scores]))
-        rewards = torch.tensor([[scores for _, scores in group] for group in groups.values()])
+        for prompt, ids, scores in of_step("scores", step, ranks):
+            groups[prompt].append((ids, [math.nan if x is None else x for x in scores]))
+        rewards = []
+        for group in groups.values():
+            rewards.append([scores for _, scores in group])
+        rewards = torch.tensor(rewards)
         assert rewards.shape == (completions // GROUP, GROUP, 3) and rewards[..., 2].isnan().any()
-        expected = rvpo.advantages(
-            rewards, "rvpo", 2.0, None if weights is None else torch.tensor(weights)
-        )
+        expected = rvpo.advantages(rewards, "rvpo", 2.0, weights and torch.tensor(weights))
         assert expected.abs().amax() > 0.5
         as_zero = rvpo.advantages(rewards.nan_to_num(0.0), "rvpo", 2.0)
         assert not torch.allclose(expected.float(), as_zero, atol=0.1)
-        by_text = {
-            (prompt, ids): expected[p, g].item()
-            for p, (prompt, group) in enumerate(groups.items())
-            for g, (ids, _) in enumerate(group)
-        }
-        got = [
-            (prompt, ids, advantage)
-            for rank in ranks
-            for when, prompt, ids, advantage in rank["used"]
-            if when == step
-        ]
-        assert len(got) == completions
-        for prompt, ids, advantage in got:
+        by_text = {}
+        for group, values in zip(groups.items(), expected.tolist(), strict=True):
+            prompt, members = group
+            for (ids, _), value in zip(members, values, strict=True):
+                by_text[prompt, ids] = value
+        used = of_step("used", step, ranks)
+        assert len(used) == completions
+        for prompt, ids, advantage in used:
             assert advantage == pytest.approx(by_text[prompt, ids], abs=1e-5)
+
+
+def prompts_of(rank: dict) -> set[str]:
+    """The prompts of its first step."""
+    return {prompt for prompt, *_ in of_step("scores", 0, [rank])}
+
+
+def of_step(what: str, step: int, ranks: list[dict]) -> list[tuple]:
+    """What all ranks have noted down of a step."""
+    return [row for rank in ranks for when, *row in rank[what] if when == step]
 
 
 CASES = {
@@ -172,8 +168,5 @@ def trained(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("case", CASES)
 def test_advantages_in_the_loss(trained, case):
-    check(
-        [torch.load(trained / f"{case}-{rank}.pt") for rank in range(2)],
-        12,
-        CASES[case].get("reward_weights"),
-    )
+    ranks = [torch.load(trained / f"{case}-{rank}.pt") for rank in range(2)]
+    check(ranks, 12, CASES[case].get("reward_weights"))

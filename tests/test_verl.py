@@ -1,4 +1,5 @@
-"""The example's estimator in verl itself: its registry, its DataProto, its compute_advantage. No cluster, no training."""
+"""The example's estimator in verl itself: its registry, DataProto and compute_advantage. Nothing is
+trained."""
 
 import math
 import os
@@ -6,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -13,7 +15,8 @@ from conftest import ROOT
 import rvpo
 
 NAN = math.nan
-REWARDS = {  # by prompt, interleaved below; the third has lost all samples but one to a filter, "d" is constant
+# By prompt, interleaved below. A filter has left one sample of "c"; "d" is constant.
+REWARDS = {
     "a": [[1.0, 0.0], [0.0, NAN], [1.0, 5.0], [0.0, 3.0]],
     "b": [[None, None], [1.0, 2.0], [0.0, 4.0]],
     "c": [[1.0, 9.0]],
@@ -24,14 +27,14 @@ UIDS = list("abdabcabda")
 
 def run(out: Path) -> None:
     """Inside verl: what compute_advantage makes of this batch. Saves it to `out`."""
-    import numpy as np
     from omegaconf import OmegaConf
     from verl import DataProto
     from verl.trainer.ppo.ray_trainer import compute_advantage
 
     rows = {uid: iter(rows) for uid, rows in REWARDS.items()}
     scores = [next(rows[uid]) for uid in UIDS]
-    mask = torch.tensor([[t < 1 + i % 5 for t in range(6)] for i in range(len(UIDS))]).long()
+    lengths = 1 + torch.arange(len(UIDS)) % 5
+    mask = (torch.arange(6) < lengths[:, None]).long()
     mask[3] = 0  # an empty response
     tensors = {
         "prompts": torch.ones(len(UIDS), 3),
@@ -56,9 +59,8 @@ def run(out: Path) -> None:
         assert torch.equal(data.batch["advantages"], data.batch["returns"])
         results[str(weights)] = data.batch["advantages"]
         data.batch["response_mask"] = torch.ones_like(mask)
-        results[f"{weights}, long"] = compute_advantage(
-            data, config.adv_estimator, config=config
-        ).batch["advantages"]
+        data = compute_advantage(data, config.adv_estimator, config=config)
+        results[f"{weights}, long"] = data.batch["advantages"]
     with pytest.raises(TypeError, match="non_tensor_batch"):  # why the estimator takes GDPO's name
         compute_advantage(data, "rvpo", config=config)
     torch.save(results, out)
@@ -69,37 +71,29 @@ def results(tmp_path_factory) -> dict:
     """A process of its own: only there are verl's packages on the path."""
     path = tmp_path_factory.mktemp("verl")
     seen = os.pathsep.join(map(str, (ROOT / "examples", ROOT, Path(sys.prefix) / "verl")))
-    subprocess.run(
-        [sys.executable, __file__, str(path / "out.pt")],
-        check=True,
-        timeout=300,
-        env=os.environ
-        | {"PYTHONPATH": seen, "VERL_USE_EXTERNAL_MODULES": "verl_rvpo", "OMP_NUM_THREADS": "1"},
-    )
+    own = {"PYTHONPATH": seen, "VERL_USE_EXTERNAL_MODULES": "verl_rvpo", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, str(path / "out.pt")]
+    subprocess.run(command, check=True, timeout=300, env=os.environ | own)
     return torch.load(path / "out.pt")
 
 
 @pytest.mark.parametrize("weights", [None, [1.0, 3.0]])
 def test_advantages(results, weights):
-    rewards = torch.tensor(
-        [
-            [[NAN if x is None else x for x in row] for row in rows]
-            + [[NAN, NAN]] * (4 - len(rows))
-            for rows in REWARDS.values()
-        ]
-    )
+    rewards = torch.full((len(REWARDS), 4, 2), NAN)  # (P, G, K); None is missing, too
+    for p, rows in enumerate(REWARDS.values()):
+        rewards[p, : len(rows)] = torch.tensor(np.array(rows, dtype=float))
     expected = rvpo.advantages(rewards, "rvpo", 2.0, weights and torch.tensor(weights))
     assert (expected[2:] == 0).all() and (expected[:2].abs() > 1e-3).sum() == 6
-    place = [UIDS[:i].count(uid) for i, uid in enumerate(UIDS)]
-    wanted = torch.stack(
-        [expected[list(REWARDS).index(uid), g] for uid, g in zip(UIDS, place, strict=True)]
-    )
+    wanted = []
+    for i, uid in enumerate(UIDS):
+        p, g = [*REWARDS].index(uid), UIDS[:i].count(uid)
+        wanted.append(expected[p, g])
     got = results[str(weights)]
     assert got.dtype == torch.float32
-    torch.testing.assert_close(got, (wanted[:, None] * results["mask"]).float())
-    assert torch.equal(
-        results[f"{weights}, long"] * results["mask"], got
-    )  # whatever the lengths of the responses
+    by_token = torch.stack(wanted)[:, None] * results["mask"]
+    torch.testing.assert_close(got, by_token.float())
+    # Whatever the lengths of the responses:
+    assert torch.equal(results[f"{weights}, long"] * results["mask"], got)
 
 
 if __name__ == "__main__":
