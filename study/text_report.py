@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # a script sees its own f
 
 import numpy as np
 import style
-from text import GRID, LONG, METHODS, STEPS, TUNED, TUNING, Run, merit, read
+from text import GRID, LONG, METHODS, STEPS, TUNED, TUNING, Run, merit, rate, read
 
 from tools.stats import sign_flips, spread, table
 
@@ -31,13 +31,20 @@ Cells = dict[str, list[dict]]  # method: the runs of its seeds
 
 
 def cells_of(
-    done: dict[str, dict], task: str, steps: int = STEPS, schedule: str = "constant"
+    done: dict[str, dict],
+    task: str,
+    steps: int = STEPS,
+    schedule: str = "constant",
+    lr: str | None = None,
 ) -> Cells:
-    """The runs that count, not those that chose a rate."""
+    """The runs that count, not those that chose a rate. lr: None, each method's own."""
     cells = {method: [] for method in METHODS}
     for run in done.values():
         setting = run["task"], run["steps"], run["schedule"]
-        if setting == (task, steps, schedule) and run["seed"] != TUNING:
+        wanted_rate = lr or rate(run["method"], done) or run["lr"]
+        if run["seed"] == TUNING or run["lr"] != wanted_rate:
+            continue
+        if setting == (task, steps, schedule):
             cells[run["method"]].append(run)
     return cells
 
@@ -84,6 +91,7 @@ def report(done: dict[str, dict]) -> str:
         ),
         ("reply-25: at most 25 words", cells_of(done, "reply-25")),
         (f"reply, {LONG} steps", cells_of(done, "reply", LONG)),
+        (f"reply, {LONG} steps, all at 4e-5", cells_of(done, "reply", LONG, lr="4e-5")),
         (f"reply-capped, {LONG} steps", cells_of(done, "reply-capped", LONG)),
         ("reply, learning rate falling to 0", cells_of(done, "reply", STEPS, "linear")),
     ):

@@ -80,7 +80,8 @@ def test_what_fits_takes_as_long_as_its_cost():
     update, sending, sampling, step = fits.seconds(
         "1.5B", h100._replace(gpus=8), 8192, 0.4, simulated
     )
-    assert (update, sampling) == pytest.approx(plans("tools")["tools"]["1.5B"][0].per_step)
+    run = plans("tools")["tools"]["1.5B"][0]
+    assert (update, sampling) == pytest.approx((run.update, run.sampling))
     # 4 updates of 16 prompts a GPU, 5 in a micro-batch: 16 micro-batches, and old log-probs for 12.
     gathered = 16 / 2 * 80 * 2**30 * (1 + 3 / 4 / 2)
     assert sending == pytest.approx(gathered * 7 / 8 / 300e9)
