@@ -198,7 +198,7 @@ def push(path: Path, engine) -> None:
     """Loads a kept policy and hands its weights to the engine. Raises InputError."""
     with pretrained.readable(str(path)):
         weights = policy.load(path, torch.device("cpu"), dtype=engine.dtype, trained=False)
-        # As in training: taking the weights over needs some of the KV cache's memory.
+        # vLLM needs some of the KV cache's memory to take weights over.
         engine.sleep()
         engine.push(policy.full_weights(weights, engine.dtype))
 

@@ -38,7 +38,7 @@ KINDS = "policy", "exp_avg", "exp_avg_sq"  # of tensors: each is saved in files 
 
 @dataclass
 class State:
-    """Where a run is, between two steps. A resumed run repeats the evaluation that comes next."""
+    """Where a run is, between two steps. A resumed run evaluates first, if it is time for that."""
 
     step: int = 0  # steps that are done and logged
     bad_steps: int = 0  # how many of the last ones had a loss or gradient that was not finite
@@ -136,7 +136,7 @@ class Checkpoints(NoCheckpoints):
         if self.every != "auto":
             every = int(self.every)
             return every > 0 and self.state.step % every == 0
-        wait = 100 * self.took or FIRST_SAVE  # saving takes 1% of the time
+        wait = 100 * self.took or FIRST_SAVE  # so that saving takes 1% of the time
         due, *_ = gather([time.perf_counter() - self.saved_at >= wait])  # by rank 0's clock
         return due
 

@@ -148,7 +148,7 @@ class Judge:
     # One question
 
     async def _answer(self, messages: list[dict], response: str, items: dict[str, str]) -> Verdicts:
-        """The verdicts on items, {name: text}. None is kept unless all could be had.
+        """The verdicts on items, {name: text}. They are kept if there is one for each item.
 
         They come from the cache, from the same question if it is under way, or from the judge.
         """
@@ -181,7 +181,7 @@ class Judge:
     async def _ask(self, prompt: str, names: tuple[str, ...]) -> Verdicts:
         """Asks until the deadline.
 
-        After a malformed or incomplete answer it asks once more, and then both answers count.
+        After a malformed or incomplete answer it asks once more, and takes what both answers say.
         """
         verdicts = {}
         # A judge that is gone costs each slot its deadline once, not each question.
