@@ -88,8 +88,12 @@ class Shared(JudgeOptions):
             )
         if self.engine == "auto":
             self.engine = "vllm" if installed else "hf"
-            if not installed and RANK == 0:
-                print("vLLM is not installed: transformers samples (--engine hf), which is slower")
+
+    def say_engine(self) -> None:
+        """Says so if transformers samples because vLLM is not there."""
+        chosen = self.engine == "hf" and "engine" not in self._given
+        if chosen and RANK == 0 and importlib.util.find_spec("vllm") is None:
+            print("vLLM is not installed: transformers samples (--engine hf), which is slower")
 
 
 class TrainConfig(Shared):

@@ -42,6 +42,7 @@ from tasks import load_prompts, load_task
 
 
 def main(config: EvalConfig) -> None:
+    config.say_engine()
     device = join()
     config = config.model_copy(update={"date": today(config.date)})
     name = config.name or f"eval-{Path(config.task).stem}-{time.strftime('%m%d-%H%M%S')}"

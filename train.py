@@ -217,6 +217,7 @@ def evaluate(sampler: Sampler, held_out: list[Prompt], log: Log, step: int) -> N
 
 def main(config: TrainConfig) -> None:
     """The program: everything that can be wrong is found before weights are loaded."""
+    config.say_engine()
     device = join()
     dated = {"date": today(config.date)}  # a resumed run keeps the day on which it began
     with resume.open_run(config.model_dump() | dated, config._given) as (run, options, state):

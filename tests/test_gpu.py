@@ -14,6 +14,10 @@ from conftest import ROOT
 from local import models
 from tools import gpu, step
 
+needs_vllm = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"
+)
+
 
 def check(root: Path, out: Path, *options) -> tuple[int, dict, str]:
     """Runs tools/gpu.py of that directory. Returns its exit code, results.json with its checks by
@@ -26,6 +30,7 @@ def check(root: Path, out: Path, *options) -> tuple[int, dict, str]:
     return result.returncode, content, result.stdout
 
 
+@needs_vllm
 def test_all_of_it_on_a_cpu(tmp_path):
     """A run that is killed and resumed, vLLM after a push, updates: all of them have figures."""
     code, content, table = check(ROOT, tmp_path / "results.json", "--quick")
@@ -59,6 +64,7 @@ def test_all_of_it_on_a_cpu(tmp_path):
     assert last.split()[-2] == str(tmp_path / "results.json")
 
 
+@needs_vllm
 def test_a_push_that_loses_the_weights(tmp_path):
     """FAIL, with the figures, and exit code 1."""
     for name in ("infra", "tools", "local", "tasks", "tests"):
@@ -142,6 +148,7 @@ def test_the_tests_say_how_many_they_are(monkeypatch):
     assert gpu.tests() == {"tests_passed": 58, "tests_failed": 1, "FAIL": failure}
 
 
+@needs_vllm
 def test_what_is_checked_where(monkeypatch):
     """Sizes, ranks and limits follow from the machine."""
     args = SimpleNamespace(gap_limit=None, quick=False, ranks=0)

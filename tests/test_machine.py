@@ -71,7 +71,9 @@ def test_the_set_up_stops_with_one_sentence(tmp_path):
 
 def test_where_vllm_is_not_installed_transformers_samples(monkeypatch, capsys):
     without(monkeypatch, "vllm")
-    assert parse(TrainConfig, "", []).engine == "hf"
+    config = parse(TrainConfig, "", [])
+    config.say_engine()
+    assert config.engine == "hf"
     said = capsys.readouterr().out
     assert said == "vLLM is not installed: transformers samples (--engine hf), which is slower\n"
 
