@@ -34,7 +34,7 @@ gpu:  ## is all well on a GPU machine? ten minutes, in the Python that has requi
 # What only tests compare with: TRL, and verl in a directory that one test sees.
 .venv/tests-ready: .venv/ready requirements-bench.txt requirements-verl.txt
 	$(INSTALL) --no-deps -r requirements-bench.txt
-	$(INSTALL) --no-deps --target .venv/verl -r requirements-verl.txt
+	$(if $(VLLM_LIST),$(INSTALL) --no-deps --target .venv/verl -r requirements-verl.txt)
 	touch .venv/tests-ready
 
 .PHONY: demo study test gpu

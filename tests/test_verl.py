@@ -1,6 +1,7 @@
 """The example's estimator in verl itself: its registry, DataProto and compute_advantage. Nothing is
 trained."""
 
+import importlib.util
 import math
 import os
 import subprocess
@@ -14,6 +15,10 @@ from conftest import ROOT
 
 import rvpo
 
+# requirements-verl.txt lacks what the list of vLLM has.
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="verl needs packages that come with vLLM"
+)
 NAN = math.nan
 # By prompt, interleaved below. A filter has left one sample of "c"; "d" is constant.
 REWARDS = {
