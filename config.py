@@ -196,7 +196,7 @@ class EvalConfig(Shared):
     """share of a GPU's memory that vLLM may take"""
 
 
-# What train.py takes for --model smollm2 instead: 135M parameters on two cores, not 7B on GPUs.
+# Defaults that replace those above for --model smollm2: 135M parameters on two cores.
 SMOLLM2 = {"prompts": 4, "steps": 14, "max_tokens": 64, "lr": 2e-5, "warmup": 2, "eval_prompts": 64}
 
 
@@ -229,7 +229,8 @@ def parse(kind: type[Shared], description: str, argv: list[str] | None = None) -
         presets = {}
     config = validate(kind, {**presets, **given})
     config._given = set(given)
-    if given.get("resume", "auto") == "auto":  # else the options of the run itself count
+    # With --resume runs/NAME the run's own options count. They were checked when it began.
+    if given.get("resume", "auto") == "auto":
         config.check()
         check_use(config.task, given)
     return config

@@ -158,7 +158,7 @@ def prepare(config: EvalConfig, model: str) -> Exam:
 
 
 def load_engine(config: EvalConfig, exam: Exam, device: torch.device):
-    """An engine that samples from the checkpoint, until `push` replaces its weights.
+    """An engine with the checkpoint's weights. With --policies `push` must fill them first.
 
     Raises InputError.
     """

@@ -4,9 +4,9 @@ Each prompt is computed once for its group. Nothing is padded, no (tokens, vocab
 logits exists, and weights are sharded over ranks.
 
 A forward takes one row of tokens, in which every prompt is followed by its responses. A response
-sees its prompt and itself, at the positions that continue the prompt's. Numbers and gradients are
-those of one sequence a response (test_one_row_is_exactly_separate_sequences), for a fraction of
-the tokens.
+sees its prompt and itself, at the positions that continue the prompt's. Log-probs and gradients are
+those of one sequence a response, up to rounding, for a fraction of the tokens. In
+tests/test_policy.py test_one_row_is_exactly_separate_sequences shows it.
 """
 
 import math
@@ -43,15 +43,15 @@ class Sequences(NamedTuple):
     """Who sees whom in a row of S tokens: a prompt itself, a response its prompt and itself.
 
     A row of a prompt (tokens 0 1 2) and two responses (3 4 and 5) has three sequences. Their
-    queries are 0 1 2 | 3 4 | 5, and their keys are 0 1 2 | 0 1 2 3 4 | 0 1 2 5. Tensors and two
-    numbers hold this, because torch.compile would compile a layer again for each new list.
+    queries are 0 1 2 | 3 4 | 5, and their keys are 0 1 2 | 0 1 2 3 4 | 0 1 2 5. None
+    of this is a Python list: for each new list torch.compile would compile a layer again.
     """
 
-    at: Tensor  # where in the row the keys are that each sequence sees, one sequence after another
-    query_ends: Tensor  # int32, cumulated from 0: where each sequence's queries end, S in all
-    key_ends: Tensor  # likewise its keys in `at`. Queries see keys up to themselves, end to end.
-    queries: int  # of the longest sequence
-    keys: int
+    keys_at: Tensor  # places in the row: the keys of the first sequence, of the second, ...
+    query_ends: Tensor  # int32: 0, then where each sequence's queries end in the row
+    key_ends: Tensor  # int32: 0, then where each sequence's keys end in `keys_at`
+    max_queries: int  # of the longest sequence
+    max_keys: int
 
 
 class Row(NamedTuple):
@@ -185,16 +185,16 @@ def _attend_on_cuda(
 ) -> Tensor:
     """(H, S, D) -> (1, S, H, D), by FlashAttention's kernel. It wants half precision."""
     query = query.transpose(0, 1)  # (S, H, D)
-    key = key.transpose(0, 1).index_select(0, sequences.at)
-    value = value.transpose(0, 1).index_select(0, sequences.at)
+    key = key.transpose(0, 1).index_select(0, sequences.keys_at)
+    value = value.transpose(0, 1).index_select(0, sequences.keys_at)
     out = varlen_attn(
         query,
         key,
         value,
         sequences.query_ends,
         sequences.key_ends,
-        sequences.queries,
-        sequences.keys,
+        sequences.max_queries,
+        sequences.max_keys,
         scale=scaling,
         window_size=(-1, 0),  # causal
         **GQA,
@@ -208,8 +208,8 @@ def _attend_on_cpu(
     """The same, sequence by sequence, in any precision."""
     queries = query.split(sequences.query_ends.diff().tolist(), 1)
     key_lengths = sequences.key_ends.diff().tolist()
-    keys = key.index_select(1, sequences.at).split(key_lengths, 1)
-    values = value.index_select(1, sequences.at).split(key_lengths, 1)
+    keys = key.index_select(1, sequences.keys_at).split(key_lengths, 1)
+    values = value.index_select(1, sequences.keys_at).split(key_lengths, 1)
     outputs = []
     for q, k, v in zip(queries, keys, values, strict=True):  # (heads, length, D)
         n = q.shape[1]
@@ -361,8 +361,8 @@ def shard(policy: Policy, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     """Deals the parameters out, a decoder layer at a time, and the rest together."""
     trained = next(policy.parameters()).requires_grad
     precision = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32)
-    # A unit that was gathered for a forward is given up after it (True). None, FSDP2's default,
-    # keeps the last one, embeddings and head, because the backward pass needs it first.
+    # True: a unit's gathered weights are freed after its forward. None, FSDP2's default: those of
+    # the last unit, embeddings and head, stay, because the backward pass needs them first.
     reshard = None if trained else True
     for unit in [*policy.lm.base_model.layers, policy]:
         fully_shard(unit, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard)
@@ -393,7 +393,8 @@ def full_weights(policy: Policy, dtype: torch.dtype) -> Iterator[tuple[str, Tens
         if isinstance(unit, FSDPModule):
             unit.unshard()
         for name, parameter in unit.named_parameters(prefix, remove_duplicate=False):
-            if not isinstance(parameter, DTensor):  # a DTensor belongs to another unit
+            # The unit's own parameters are whole now. A DTensor is a nested unit's, still sharded.
+            if not isinstance(parameter, DTensor):
                 # A copy: the receiver may keep it until a whole layer is there.
                 yield name.removeprefix("lm."), parameter.detach().to(dtype, copy=True)
         if isinstance(unit, FSDPModule):

@@ -84,7 +84,7 @@ class Task:
 
     def start(self, example: Example, responses: list[str]) -> Callable[[], np.ndarray]:
         """Begins to score G responses to one prompt. Returns a function that waits for their
-        rewards (G, K). Only a judge has something to do before that is called."""
+        rewards (G, K). Only a judge starts work before that function is called."""
         return lambda: score(self._channels, example, responses)
 
     def try_out(self, example: Example) -> None:
@@ -136,8 +136,8 @@ class Task:
         """Raises InputError, on all ranks alike, if a judge failed too often."""
 
     def averages(self) -> dict[str, dict[str, float]]:
-        """{name: {category: weight}}: weighted means over categories of the score "correct", which
-        a benchmark reports."""
+        """{name of an average: {category: its weight}}. Each average that a benchmark reports is
+        taken over its categories' means of the score "correct"."""
         return {}
 
 
@@ -171,7 +171,8 @@ def answer(response: str) -> str:
 
 
 def asked(messages: list[dict]) -> str:
-    """The last message that is not the assistant's: a chat may end in how an answer begins."""
+    """The last message that is not the assistant's. A chat may end with an assistant's message: the
+    response continues it."""
     *_, last = [message for message in messages if message["role"] != "assistant"]
     return last["content"] or ""
 
@@ -204,8 +205,9 @@ def digest(examples: list[Example]) -> str:
 @contextlib.contextmanager
 def users_code(what: str):
     """For calls of what a user wrote: an exception becomes one InputError that says where it was
-    raised. The working directory stays, since paths such as runs/NAME count from it."""
+    raised."""
     try:
+        # Goes back to this directory afterwards: paths such as runs/NAME count from it.
         with contextlib.chdir("."):
             yield
     except InputError:

@@ -13,8 +13,10 @@ explicit penalty differ in step 2 alone. GRPO and `softmin` aggregate the raw re
 z-score the result.
 
 NaN means "this reward is missing". It is left out everywhere, and never counts as 0. Prompts that
-have fewer channels are padded with NaN. A tensor with two dimensions is ONE group (G, K): P groups
-are (P, G, K), or all of their rollouts would be z-scored together.
+have fewer channels are padded with NaN.
+
+The aggregations also take one group, (G, K). `advantages` takes the batch (P, G, K) only: in two
+dimensions the rollouts of all prompts would be z-scored together.
 """
 
 import math
@@ -52,7 +54,8 @@ def soft_min(z: Tensor, beta: float, weights: Tensor | None = None) -> Tensor:
     smallest = smallest.masked_fill(smallest == math.inf, 0.0)
     above = torch.where(w > 0, z - smallest, 0.0)  # (..., G, K) >= 0
     # The minimum is taken out, so that no exponent is positive: a large beta cannot overflow.
-    # expm1 and log1p keep the digits that a small beta would lose to rounding.
+    # The weights sum to 1, so log sum w exp(x) = log(1 + sum w (exp(x) - 1)). In this form, log1p
+    # and expm1, a small beta loses no digits to rounding.
     if beta == 0:
         extra = (w * above).sum(-1)
     elif beta == math.inf:
@@ -139,8 +142,8 @@ def explicit_advantage(rewards: Tensor, beta: float, weights: Tensor | None = No
 def grpo_advantage(rewards: Tensor, beta: float = 0.0, weights: Tensor | None = None) -> Tensor:
     """GRPO (arXiv 2402.03300): the sum of the raw rewards, z-scored in the group. beta is not used.
 
-    A rollout with missing rewards gets its weighted mean times the group's number of channels: a
-    gap is not a 0.
+    A rollout with missing rewards gets the weighted mean of its others, times the group's number of
+    channels, so that a gap does not count as 0.
     """
     r = _check(rewards)
     w = _channel_weights(r, weights)

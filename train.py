@@ -4,8 +4,8 @@
     torchrun --nproc_per_node=8 train.py --model Qwen/Qwen2.5-7B --agg rvpo   # 8 GPUs
 
 Kept from GRPO: G rollouts a prompt instead of a critic, the clipped ratio, an optional KL penalty.
-Every number is the same for any number of ranks, up to rounding and random rewards. The loop is
-`fit`, a step is `step`, and its optimizer steps are `update` in update.py.
+On a CPU every number is the same for any number of ranks, up to rounding, unless a reward draws at
+random. The loop is `fit`, a step is `step`, and its optimizer steps are `update` in update.py.
 """
 
 import sys
@@ -33,7 +33,7 @@ from infra import pretrained, resume, run_directory
 from infra.log import Log, RunLog, open_tracker
 from infra.prompts import Prompt, encode, today
 from infra.signals import catch_signals
-from infra.state import Checkpoints, NoCheckpoints, tensors
+from infra.state import Checkpoints, NoCheckpoints, make_moments
 from rewards import to_unit
 from rollout import Decoding, Engine, Group, Sampler, VLLMEngine
 from tasks import load_prompts, load_task
@@ -63,7 +63,7 @@ def fit(
         if state.step == config.steps:
             return
         groups, metrics = step(config, learner, sampler, prompts, log, state.step)
-        metrics["seconds"]["save"] = seconds_saving
+        metrics["seconds"]["save"] = seconds_saving  # of the save before this step
         log.step(state.step + 1, groups, metrics)
         state.bad_steps = state.bad_steps + 1 if metrics["bad_updates"] else 0
         state.step += 1
@@ -286,8 +286,8 @@ def load(
         if config.kl:
             reference = policies.load(known.path, device, mesh, half, trained=False)
         optimizer = make_optimizer(policy, config.lr)
-        # This call makes AdamW's moments. Made later, they would take blocks that vLLM needs.
-        tensors(policy, optimizer)
+        # Made later, they would take blocks of memory that vLLM needs.
+        make_moments(policy, optimizer)
         policy.recompute(config.gradient_checkpointing, config.tokens_per_microbatch)
         if config.engine == "vllm":
             at_a_time = min(32, max(config.prompts * config.group, config.eval_prompts))

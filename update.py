@@ -1,7 +1,7 @@
 """The update: optimizer steps on one batch of groups.
 
 Each prompt is computed once for its group. A prompt whose advantages are all 0 teaches nothing and
-is left out. Work is dealt out to ranks as micro-batches of equal size, in which nothing is padded.
+is left out. Each rank gets equally many micro-batches of nearly equal size; nothing is padded.
 """
 
 import math
@@ -77,7 +77,7 @@ def update(
     for u, micro_batches in enumerate(work):
         loss = torch.zeros((), device=learner.device)
         for i, (batch, old_logp) in enumerate(zip(micro_batches, old_logps[u], strict=True)):
-            if u == 0:  # after an optimizer step there is no way back: the step is finished
+            if u == 0:  # later the policy has changed already: then all updates are finished
                 check_signals()
             if isinstance(learner.policy, FSDPModule):
                 # Nodes exchange gradients once, with those of the last micro-batch.
@@ -121,8 +121,8 @@ def old_logps_of(policy, work: list[list[MicroBatch]], temperature: float) -> li
                 logps.append(policy(batch.row, temperature))
             old_logps.append(logps)
     if isinstance(policy, FSDPModule):
-        # A forward without backward leaves whole copies of embeddings and head behind. AdamW
-        # would change the copies.
+        # A forward without backward leaves embeddings and head whole (see policy.shard). AdamW
+        # would change these copies instead of the shards.
         policy.reshard()
     return old_logps
 
@@ -154,8 +154,8 @@ def add_gradients(
     stats["loss"] = loss * n_tokens
     stats["tokens"] = batch.mask.sum()
     stats["entropy"] = -(logp.detach() * batch.mask).sum()  # an estimate: the mean of -log p
-    # fully_shard divides the sum of the gradients by the number of ranks. The loss is a part of a
-    # sum, so it is multiplied by it.
+    # FSDP averages gradients over ranks. Ours must be summed, so the loss is multiplied by the
+    # number of ranks.
     (loss * WORLD).backward()
     for name, value in stats.items():
         sums[name] += value.detach()
@@ -256,6 +256,7 @@ def deal(groups: list[Group], ranks: int, budget: int) -> list[list[list[Group]]
         parts += split(group, min(budget - len(group.prompt.ids), largest))
     parts.sort(key=computed, reverse=True)
 
+    # A part above the budget is alone in its micro-batch, and fills one.
     tokens = sum(min(computed(part), budget) for part in parts)
     rounds = max(1, math.ceil(tokens / ranks / budget))
     micro_batches = fill(parts, rounds * ranks, budget)

@@ -238,8 +238,8 @@ def stop_tokens(path: Path, tokenizer) -> list[int]:
 
 
 def check_ids(ids: list[int], tokenizer, embeddings: int, what: str) -> None:
-    """Raises InputError for a token id that the model has no embedding for. A tokenizer may have
-    such ids, for they cannot be sampled."""
+    """Raises InputError if one of the ids has no embedding. A tokenizer may have such tokens, if no
+    prompt has them."""
     if (largest := max(ids)) >= embeddings:
         raise InputError(
             f"{what} has the token {tokenizer.decode([largest])!r}, id {largest}, but "

@@ -196,8 +196,8 @@ def _same_on_all_ranks(value) -> bool:
 
 
 def _before(run: Path, name: str, default: str) -> str:
-    """What config.json of a run that goes on has. default: of a new run, and of an old one whose
-    config.json does not have it."""
+    """What config.json recorded when a resumed run began. default: if the run is new, or its
+    config.json is too old to have it."""
     if latest(run) is None:
         return default
     return json.loads((run / "config.json").read_text()).get(name, default)

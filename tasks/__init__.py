@@ -81,6 +81,7 @@ def load_prompts(
     with users_code(call):
         made = task.prompts(n_train, n_test)
     two = isinstance(made, (list, tuple)) and len(made) == 2
+    # One list of two examples has length 2, too.
     if not two or isinstance(made[0], Example):
         raise InputError(f"{call} must return two lists, of training and of held-out examples")
     train, held_out = made
