@@ -130,8 +130,12 @@ class TrainConfig(Shared):
     """batches to sample and train on"""
     updates: int = Field(1, ge=1)
     """optimizer steps a batch, each on prompts of its own; 1 is on-policy"""
+    lora: int = Field(0, ge=0, le=4096)
+    """rank of adapters that are trained instead of all weights (LoRA); 0: all weights"""
+    lora_alpha: float | None = Field(None, gt=0, le=1e6)
+    """an adapter's product is scaled by this / rank; default: 2 x rank"""
     lr: float = Field(1e-6, ge=0, le=100)
-    """AdamW's learning rate"""
+    """AdamW's learning rate; with --lora the default is 10 times as large"""
     lr_schedule: Literal["constant", "linear"] = "constant"
     """linear: falls to 0 until the run's end"""
     warmup: int = Field(5, ge=0)
@@ -161,6 +165,12 @@ class TrainConfig(Shared):
             raise InputError(
                 f"--updates {self.updates}: at most --prompts ({self.prompts}), for each needs some"
             )
+        if self.lora and importlib.util.find_spec("peft") is None:
+            raise InputError(f"--lora {self.lora}: it needs the package peft; pip install peft")
+        if self.lora_alpha and not self.lora:
+            raise InputError(f"--lora-alpha {self.lora_alpha}: give --lora, too, or leave it out")
+        if self.lora and "lr" not in self._given:
+            self.lr *= 10  # "LoRA Without Regret" (Thinking Machines, 2025), and TRL's guide
         if math.inf in parse_beta(self.beta) and self.agg == "explicit":
             raise InputError(
                 "--beta inf: the explicit penalty, mean - beta * variance, needs a finite beta"

@@ -9,9 +9,10 @@ those of one sequence a response, up to rounding, for a fraction of the tokens. 
 tests/test_policy.py test_one_row_is_exactly_separate_sequences shows it.
 """
 
+import functools
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +29,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
+from infra import adapters
+from infra.adapters import Lora
 from infra.pretrained import has_own_head, refuse_quantized, weights
 from infra.ranks import LOCAL_WORLD, RANK, WORLD, InputError, on_rank_0
 from infra.run_directory import publish
@@ -255,11 +258,13 @@ class LogProbs(torch.autograd.Function):
         return torch.cat(logps)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         hidden, head, targets, normalizers = ctx.saved_tensors
         grad = grad / ctx.temperature
         d_hidden = []
-        d_head = torch.zeros_like(head, dtype=torch.float32)
+        d_head = None
+        if ctx.needs_input_grad[1]:  # with LoRA the head is frozen
+            d_head = torch.zeros_like(head, dtype=torch.float32)
         chunks = [x.split(ctx.chunk) for x in (hidden, targets, normalizers, grad)]
         for h, target, normalizer, g in zip(*chunks, strict=True):
             # d logp / d logits = [token is the target] - its probability
@@ -268,6 +273,8 @@ class LogProbs(torch.autograd.Function):
             d = d.scatter_add_(-1, target[:, None], g[:, None])
             d = d.to(h.dtype)  # in half precision for the products
             d_hidden.append(d @ head)
+            if d_head is None:
+                continue
             if d.dtype == torch.float32:
                 d_head.addmm_(d.T, h)
             else:
@@ -309,16 +316,21 @@ def load(
     mesh: DeviceMesh | None = None,
     dtype: torch.dtype = torch.float32,
     trained: bool = True,
+    lora: Lora | None = None,
 ) -> Policy:
     """A checkpoint as a policy with weights in `dtype`. All ranks must call it.
+
+    lora: only adapters, in float32, are trained; infra/adapters.py.
 
     Each rank reads its own shard, and never holds more. On GPUs a layer is gathered and computed in
     bfloat16, and gradients are reduced in float32. There is no dropout: log-probs must be those of
     the policy that sampled. Raises InputError for missing or quantized weights.
     """
     refuse_quantized(path)
-    lm = skeleton(path, dtype)
-    policy = Policy(lm, path).requires_grad_(trained)
+    lm = skeleton(path, dtype, lora)
+    policy = Policy(lm, path)
+    if not lora:
+        policy.requires_grad_(trained)
     if mesh:
         shard(policy, mesh, compute_dtype(device))
     buffers = dict(lm.named_buffers())
@@ -328,6 +340,9 @@ def load(
     lm.tie_weights()  # to_empty has parted them
     saved_tensors = weights(path)
     for name, parameter in lm.named_parameters():
+        if adapters.is_adapter(name):
+            continue
+        name = adapters.plain_name(name)
         if name not in saved_tensors:
             raise InputError(f"{path} lacks weights that its config.json asks for, {name} for one")
         saved = saved_tensors[name].get_slice(name)
@@ -338,10 +353,12 @@ def load(
                 f"its config.json asks for {shape}"
             )
         fill(parameter, saved, mesh)
+    if lora:
+        adapters.initialize(lm, lora.seed, functools.partial(fill, mesh=mesh))
     return policy
 
 
-def skeleton(path: Path, dtype: torch.dtype):
+def skeleton(path: Path, dtype: torch.dtype, lora: Lora | None = None):
     """The model of a checkpoint's config.json, without memory for its weights."""
     config = AutoConfig.from_pretrained(path)
     if has_own_head(path):
@@ -350,6 +367,8 @@ def skeleton(path: Path, dtype: torch.dtype):
         lm = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation="prompt_once"
         )
+        if lora:
+            adapters.inject(lm, lora)
     lm.tie_weights()
     for module in lm.modules():
         if isinstance(module, nn.Dropout):
@@ -392,11 +411,14 @@ def full_weights(policy: Policy, dtype: torch.dtype) -> Iterator[tuple[str, Tens
     for prefix, unit in units or [("", policy)]:
         if isinstance(unit, FSDPModule):
             unit.unshard()
+        own = []
         for name, parameter in unit.named_parameters(prefix, remove_duplicate=False):
             # The unit's own parameters are whole now. A DTensor is a nested unit's, still sharded.
             if not isinstance(parameter, DTensor):
-                # A copy: the receiver may keep it until a whole layer is there.
-                yield name.removeprefix("lm."), parameter.detach().to(dtype, copy=True)
+                own.append((name, parameter))
+        for name, tensor in adapters.merge(policy, own):
+            # A copy: the receiver may keep it until a whole layer is there.
+            yield name.removeprefix("lm."), tensor.to(dtype, copy=True)
         if isinstance(unit, FSDPModule):
             unit.reshard()
 
@@ -405,24 +427,25 @@ def full_weights(policy: Policy, dtype: torch.dtype) -> Iterator[tuple[str, Tens
 def save_policy(policy: Policy, tokenizer, dtype: torch.dtype, path: Path) -> None:
     """Writes a checkpoint that transformers and vLLM load as it is. All ranks must call it.
 
-    dtype: the original's. Raises InputError on all ranks if it cannot be written.
+    dtype: the original's. An adapter is merged; by itself it is in the folder `adapter`. Raises
+    InputError on all ranks if it cannot be written.
     """
+    lm = policy.lm
     part = path.with_name(path.name + ".part")
-    gathered = {}
-    for name, parameter in policy.lm.named_parameters():
-        full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
-        if RANK == 0:
-            gathered[name] = full.to("cpu", dtype)
+    merged = on_cpu_of_rank_0(adapters.merge(lm, lm.named_parameters()), dtype)
+    adapter = on_cpu_of_rank_0(adapters.own_parameters(lm), torch.float32)
 
     def write() -> None:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         try:
-            save_torch_state_dict(gathered, part)
+            save_torch_state_dict(merged, part)
         except SafetensorError as error:
             raise OSError(str(error)) from error
-        policy.lm.config.dtype = dtype
-        policy.lm.config.save_pretrained(part)
+        lm.config.dtype = dtype
+        lm.config.save_pretrained(part)
+        if adapter:
+            adapters.save(lm, adapter, part / "adapter")
         generation = policy.source / "generation_config.json"
         if generation.is_file():  # as it was: transformers refuses to write some that it reads
             shutil.copy(generation, part)
@@ -435,3 +458,15 @@ def save_policy(policy: Policy, tokenizer, dtype: torch.dtype, path: Path) -> No
         if RANK == 0:
             shutil.rmtree(part, ignore_errors=True)
         raise InputError(f"{path} could not be written: {error}") from error
+
+
+def on_cpu_of_rank_0(
+    parameters: Iterable[tuple[str, Tensor]], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The parameters, whole, in rank 0's main memory; {} on other ranks. All must call it."""
+    gathered = {}
+    for name, parameter in parameters:
+        full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        if RANK == 0:
+            gathered[name] = full.to("cpu", dtype)
+    return gathered

@@ -30,6 +30,7 @@ import policy as policies
 import rvpo
 from config import parse_beta
 from infra import pretrained, resume, run_directory
+from infra.adapters import Base, Lora
 from infra.log import Log, RunLog, open_tracker
 from infra.prompts import Prompt, encode, today
 from infra.signals import catch_signals
@@ -281,13 +282,21 @@ def load(
     half = policies.compute_dtype(device)
     pretrained.announce(config.model)
     with pretrained.readable(config.model):
-        policy = policies.load(known.path, device, mesh)
+        if config.lora:
+            lora = Lora(
+                config.lora, config.lora_alpha or 2 * config.lora, config.seed, config.model
+            )
+            policy = policies.load(known.path, device, mesh, half, lora=lora)
+        else:
+            policy = policies.load(known.path, device, mesh)
         reference = None
-        if config.kl:
+        if config.kl and config.lora:
+            reference = Base(policy)
+        elif config.kl:
             reference = policies.load(known.path, device, mesh, half, trained=False)
         optimizer = make_optimizer(policy, config.lr)
         # Made later, they would take blocks of memory that vLLM needs.
-        make_moments(policy, optimizer)
+        make_moments(optimizer)
         policy.recompute(config.gradient_checkpointing, config.tokens_per_microbatch)
         if config.engine == "vllm":
             at_a_time = min(32, max(config.prompts * config.group, config.eval_prompts))

@@ -5,6 +5,7 @@ is left out. Each rank gets equally many micro-batches of nearly equal size; not
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -27,7 +28,7 @@ SUMS = "loss", "tokens", "clip_fraction", "is_weight", "sampler_gap", "entropy",
 
 class Learner(NamedTuple):  # what is trained, and what trains it
     policy: policies.Policy
-    reference: policies.Policy | None  # of the KL penalty
+    reference: Callable | None  # of the KL penalty: computes log-probs as the policy does
     optimizer: torch.optim.Optimizer
     device: torch.device
 
@@ -41,9 +42,8 @@ class MicroBatch(NamedTuple):  # one forward pass: N response tokens, in the ord
 
 def make_optimizer(policy, lr: float) -> torch.optim.AdamW:
     """AdamW with ToolRL's settings, in one fused kernel."""
-    return torch.optim.AdamW(
-        policy.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=0.01, fused=True
-    )
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.999), weight_decay=0.01, fused=True)
 
 
 def update(

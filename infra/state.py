@@ -171,9 +171,11 @@ def tensors(policy, optimizer) -> dict[str, Tensor]:
     """{name: what is saved of the policy and of AdamW}."""
     if isinstance(policy, FSDPModule):
         policy.reshard()  # a broken-off update may have left embeddings and head gathered
-    make_moments(policy, optimizer)
+    make_moments(optimizer)
     saved = {}
     for name, parameter in policy.named_parameters():
+        if not parameter.requires_grad:  # the model that LoRA begins with
+            continue
         moments = optimizer.state[parameter]
         saved[f"policy.{name}"] = parameter.detach()
         saved[f"exp_avg.{name}"] = moments["exp_avg"]
@@ -181,9 +183,10 @@ def tensors(policy, optimizer) -> dict[str, Tensor]:
     return saved
 
 
-def make_moments(policy, optimizer) -> None:
+def make_moments(optimizer) -> None:
     """AdamW's moments, as its first step would make them, unless it has them already."""
-    for parameter in policy.parameters():
+    (trained,) = optimizer.param_groups
+    for parameter in trained["params"]:
         moments = optimizer.state[parameter]
         if not moments:
             moments["step"] = torch.zeros((), device=parameter.device)
