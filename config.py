@@ -136,12 +136,21 @@ class TrainConfig(Shared):
     """an adapter's product is scaled by this / rank; default: 2 x rank"""
     lr: float = Field(1e-6, ge=0, le=100)
     """AdamW's learning rate; with --lora the default is 10 times as large"""
+    clip: str = "0.2:0.2"
+    """LOW:HIGH: the ratio of new and old probabilities stays in 1 - LOW to 1 + HIGH"""
+    mask_truncated: bool = False
+    """responses that were cut off at --max-tokens are not trained on"""
+    correction: Literal["token", "sequence"] = "token"
+    """of the gap between engine and trainer, by weights: token, a token's is at most 2; sequence, a
+    response whose weight is above 3 is left out"""
     lr_schedule: Literal["constant", "linear"] = "constant"
     """linear: falls to 0 until the run's end"""
     warmup: int = Field(5, ge=0)
     """steps of linear warm-up"""
     tokens_per_microbatch: int = Field(8192, ge=1)
     """most tokens in one forward: memory, not the gradient"""
+    kernels: Literal["eager", "compile", "liger"] = "eager"
+    """of the decoder's layers: transformers' own, torch.compile's, or the package liger-kernel's"""
     gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
     """on, off, or auto: on a GPU that has no room without"""
 
@@ -164,6 +173,12 @@ class TrainConfig(Shared):
         if self.updates > self.prompts:
             raise InputError(
                 f"--updates {self.updates}: at most --prompts ({self.prompts}), for each needs some"
+            )
+        parse_clip(self.clip)
+        if self.kernels == "liger" and importlib.util.find_spec("liger_kernel") is None:
+            raise InputError(
+                "--kernels liger: it needs the package liger-kernel and a GPU; "
+                "pip install liger-kernel, or leave the option out"
             )
         if self.lora and importlib.util.find_spec("peft") is None:
             raise InputError(f"--lora {self.lora}: it needs the package peft; pip install peft")
@@ -222,6 +237,20 @@ def parse_beta(text: str) -> tuple[float, float]:
             f"--beta: beta '{text}' is neither a number >= 0 nor START:END, such as 2 or 0.5:2"
         ) from None
     return start, end
+
+
+def parse_clip(text: str) -> tuple[float, float]:
+    """'0.2:0.28' -> (0.2, 0.28). Raises InputError."""
+    try:
+        low, high = (float(part) for part in text.split(":"))
+        if not (0 < low <= 1 and 0 < high < math.inf):
+            raise ValueError
+    except ValueError:
+        raise InputError(
+            f"--clip {text}: must be LOW:HIGH, two numbers above 0 of which LOW is at most 1, such "
+            "as 0.2:0.28"
+        ) from None
+    return low, high
 
 
 # Reading the command line

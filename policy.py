@@ -137,6 +137,21 @@ class Policy(nn.Module):
         head = self.lm.get_output_embeddings().weight  # (V, H)
         return LogProbs.apply(hidden, head, row.targets, temperature)
 
+    def use_kernels(self, kernels: str) -> None:
+        """How the decoder's layers are computed. kernels: eager, as transformers does; compile, by
+        torch.compile, layer by layer; liger, norms, rotary and SwiGLU by the package liger-kernel.
+        """
+        if kernels == "compile":
+            for layer in self.lm.base_model.layers:
+                layer.compile(dynamic=True)  # once for rows of all sizes
+        if kernels == "liger":
+            from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+            # LogProbs stands in for the head and its loss.
+            _apply_liger_kernel_to_instance(
+                model=self.lm, cross_entropy=False, fused_linear_cross_entropy=False
+            )
+
     def recompute(self, mode: str, tokens: int) -> None:
         """Should activations be computed again in the backward pass? If so, they are from now on.
 
@@ -166,25 +181,30 @@ def _prompt_once(
     attention_mask,
     scaling: float,
     sequences: Sequences,
+    sliding_window: int | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it.
 
     query (1, H, S, D), key and value (1, fewer H, S, D) -> (1, S, H, D). A prompt's keys and values
     are copied for each response. An ordinary kernel for sequences of different lengths does the
-    rest: no mask, and no work that is thrown away.
+    rest: no mask, and no work that is thrown away. sliding_window: how many keys a token of this
+    layer sees, its own among them. That is exact, since a response's keys continue its prompt's.
     """
+    args = query[0], key[0], value[0], scaling, sequences, sliding_window
     if query.is_cuda:
-        return _attend_on_cuda(query[0], key[0], value[0], scaling, sequences), None
+        return _attend_on_cuda(*args), None
     # The copies are made again in the backward pass, to save memory.
-    out = checkpoint(
-        _attend_on_cpu, query[0], key[0], value[0], scaling, sequences, use_reentrant=False
-    )
-    return out, None
+    return checkpoint(_attend_on_cpu, *args, use_reentrant=False), None
 
 
 def _attend_on_cuda(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float, sequences: Sequences
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    sequences: Sequences,
+    window: int | None = None,
 ) -> Tensor:
     """(H, S, D) -> (1, S, H, D), by FlashAttention's kernel. It wants half precision."""
     query = query.transpose(0, 1)  # (S, H, D)
@@ -199,14 +219,19 @@ def _attend_on_cuda(
         sequences.max_queries,
         sequences.max_keys,
         scale=scaling,
-        window_size=(-1, 0),  # causal
+        window_size=(window - 1 if window else -1, 0),  # keys to the left, none to the right
         **GQA,
     )
     return out[None]
 
 
 def _attend_on_cpu(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float, sequences: Sequences
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    sequences: Sequences,
+    window: int | None = None,
 ) -> Tensor:
     """The same, sequence by sequence, in any precision."""
     queries = query.split(sequences.query_ends.diff().tolist(), 1)
@@ -218,8 +243,10 @@ def _attend_on_cpu(
         n = q.shape[1]
         seen = k.shape[1]
         mask = None
-        if n < seen:  # a response: its first query sees the whole prompt and itself
+        if n < seen or window:  # the first query of a response sees the whole prompt and itself
             mask = torch.ones(n, seen, dtype=torch.bool).tril(seen - n)
+        if window:
+            mask = mask.triu(seen - n - window + 1)
         out = scaled_dot_product_attention(
             q[None], k[None], v[None], mask, is_causal=mask is None, scale=scaling, enable_gqa=True
         )

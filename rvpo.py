@@ -193,6 +193,7 @@ def policy_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     is_cap: float = 2.0,
+    response: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Step 4: the clipped policy gradient over tokens. All tensors have one shape, any shape.
 
@@ -204,9 +205,10 @@ def policy_loss(
     n_tokens: sampled tokens of the *whole* update, of all micro-batches and ranks. Losses and
         gradients then simply add up, and each token counts the same, as in ToolRL and DAPO.
 
-    The engine and the trainer compute the same policy with different kernels. The truncated
-    importance weight min(exp(old_logp - sampler_logp), is_cap) corrects the gap; is_cap = 0 leaves
-    it out. Returns the loss and sums over tokens for the log.
+    response: int64, which response each token belongs to, below the number of tokens; see
+        `importance`. The tensors then have the shape (N,).
+
+    Returns the loss and sums over tokens for the log.
 
     The ratio is clipped here; the gradient's norm in update.py, which calls this.
     """
@@ -216,7 +218,7 @@ def policy_loss(
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     gain = torch.minimum(ratio * advantage, clipped * advantage)
     gap = torch.where(mask > 0, old_logp - sampler_logp, 0.0)
-    weight = gap.exp().clamp(max=is_cap) if is_cap > 0 else torch.ones_like(gap)
+    weight = importance(gap, is_cap, response)
     loss = -(weight * gain * mask).sum() / n_tokens
     is_clipped = ratio * advantage > clipped * advantage
     return loss, {
@@ -224,6 +226,20 @@ def policy_loss(
         "is_weight": (weight * mask).sum(),
         "sampler_gap": (gap.abs() * mask).sum(),
     }
+
+
+def importance(gap: Tensor, cap: float, response: Tensor | None = None) -> Tensor:
+    """Importance weights of tokens, because engine and trainer compute one policy differently.
+
+    gap: log-probs of the trainer minus those of the engine. A token's weight is min(exp(gap), cap);
+    cap = 0: 1. With `response` it is the exponential of the response's summed gap, and 0 above cap:
+    such a response is left out (TRL's default, sequence_mask with cap 3).
+    """
+    if response is None:
+        return gap.exp().clamp(max=cap) if cap > 0 else torch.ones_like(gap)
+    summed = torch.zeros_like(gap).index_add(0, response, gap)
+    weight = summed[response].exp()
+    return weight.masked_fill(weight > cap, 0.0)
 
 
 def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ import torch
 
 import policy as policies
 import rvpo
-from config import parse_beta
+from config import parse_beta, parse_clip
 from infra import pretrained, resume, run_directory
 from infra.adapters import Base, Lora
 from infra.log import Log, RunLog, open_tracker
@@ -38,7 +38,7 @@ from infra.state import Checkpoints, NoCheckpoints, make_moments
 from rewards import to_unit
 from rollout import Decoding, Engine, Group, Sampler, VLLMEngine
 from tasks import load_prompts, load_task
-from update import Learner, make_optimizer, update
+from update import Learner, Loss, make_optimizer, update
 
 
 def fit(
@@ -298,6 +298,7 @@ def load(
         # Made later, they would take blocks of memory that vLLM needs.
         make_moments(optimizer)
         policy.recompute(config.gradient_checkpointing, config.tokens_per_microbatch)
+        policy.use_kernels(config.kernels)
         if config.engine == "vllm":
             at_a_time = min(32, max(config.prompts * config.group, config.eval_prompts))
             engine = VLLMEngine(known.path, decoding, longest, config.gpu_memory, at_a_time)
@@ -305,7 +306,8 @@ def load(
             from local import hf
 
             engine = hf.HFEngine(hf.load(known.path, device, half), decoding)
-    return Learner(policy, reference, optimizer, device), engine
+    loss = Loss(parse_clip(config.clip), config.mask_truncated, config.correction)
+    return Learner(policy, reference, optimizer, device, loss), engine
 
 
 if __name__ == "__main__":
