@@ -151,6 +151,8 @@ class TrainConfig(Shared):
     """most tokens in one forward: memory, not the gradient"""
     kernels: Literal["eager", "compile", "liger"] = "eager"
     """of the decoder's layers: transformers' own, torch.compile's, or the package liger-kernel's"""
+    flash_attention_3: bool = False
+    """attention by the package flash_attn_interface, for H100 and newer GPUs"""
     gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
     """on, off, or auto: on a GPU that has no room without"""
 
@@ -175,13 +177,12 @@ class TrainConfig(Shared):
                 f"--updates {self.updates}: at most --prompts ({self.prompts}), for each needs some"
             )
         parse_clip(self.clip)
-        if self.kernels == "liger" and importlib.util.find_spec("liger_kernel") is None:
-            raise InputError(
-                "--kernels liger: it needs the package liger-kernel and a GPU; "
-                "pip install liger-kernel, or leave the option out"
-            )
-        if self.lora and importlib.util.find_spec("peft") is None:
-            raise InputError(f"--lora {self.lora}: it needs the package peft; pip install peft")
+        if self.kernels == "liger":
+            need("--kernels liger", "liger_kernel", "a GPU and `pip install liger-kernel`")
+        if self.flash_attention_3:
+            need("--flash-attention-3", "flash_attn_interface", "a GPU and FlashAttention 3")
+        if self.lora:
+            need(f"--lora {self.lora}", "peft", "`pip install peft`")
         if self.lora_alpha and not self.lora:
             raise InputError(f"--lora-alpha {self.lora_alpha}: give --lora, too, or leave it out")
         if self.lora and "lr" not in self._given:
@@ -237,6 +238,12 @@ def parse_beta(text: str) -> tuple[float, float]:
             f"--beta: beta '{text}' is neither a number >= 0 nor START:END, such as 2 or 0.5:2"
         ) from None
     return start, end
+
+
+def need(given: str, module: str, what: str) -> None:
+    """Raises InputError if a package that few runs need is not installed."""
+    if importlib.util.find_spec(module) is None:
+        raise InputError(f"{given} needs {what}; or leave it out")
 
 
 def parse_clip(text: str) -> tuple[float, float]:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.attention import activate_flash_attention_impl
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
@@ -137,10 +138,13 @@ class Policy(nn.Module):
         head = self.lm.get_output_embeddings().weight  # (V, H)
         return LogProbs.apply(hidden, head, row.targets, temperature)
 
-    def use_kernels(self, kernels: str) -> None:
+    def use_kernels(self, kernels: str, flash_attention_3: bool = False) -> None:
         """How the decoder's layers are computed. kernels: eager, as transformers does; compile, by
         torch.compile, layer by layer; liger, norms, rotary and SwiGLU by the package liger-kernel.
+        flash_attention_3: `varlen_attn` becomes that of the package flash_attn_interface.
         """
+        if flash_attention_3:
+            activate_flash_attention_impl("FA3")
         if kernels == "compile":
             for layer in self.lm.base_model.layers:
                 layer.compile(dynamic=True)  # once for rows of all sizes

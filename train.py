@@ -298,7 +298,7 @@ def load(
         # Made later, they would take blocks of memory that vLLM needs.
         make_moments(optimizer)
         policy.recompute(config.gradient_checkpointing, config.tokens_per_microbatch)
-        policy.use_kernels(config.kernels)
+        policy.use_kernels(config.kernels, config.flash_attention_3)
         if config.engine == "vllm":
             at_a_time = min(32, max(config.prompts * config.group, config.eval_prompts))
             engine = VLLMEngine(known.path, decoding, longest, config.gpu_memory, at_a_time)

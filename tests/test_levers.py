@@ -129,6 +129,16 @@ def test_ligers_kernels_are_put_into_the_layers_alone(monkeypatch, tiny):
     ]
 
 
-def test_liger_that_is_not_installed():
-    with pytest.raises(InputError, match="pip install liger-kernel"):
-        parse(TrainConfig, "", ["--kernels", "liger"])
+def test_flash_attention_3_is_activated_if_asked_for(monkeypatch, tiny_policy):
+    asked = []
+    monkeypatch.setattr(policies, "activate_flash_attention_impl", asked.append)
+    tiny_policy.use_kernels("eager")
+    assert asked == []
+    tiny_policy.use_kernels("eager", flash_attention_3=True)
+    assert asked == ["FA3"]
+
+
+@pytest.mark.parametrize("line", [["--kernels", "liger"], ["--flash-attention-3"]])
+def test_packages_that_are_not_installed(line):
+    with pytest.raises(InputError, match="needs a GPU and"):
+        parse(TrainConfig, "", line)

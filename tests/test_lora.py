@@ -231,5 +231,5 @@ def test_options(monkeypatch):
     with pytest.raises(InputError, match="--lora-alpha 8.0: give --lora, too"):
         parse(TrainConfig, "", ["--lora-alpha", "8"])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match="--lora 16: it needs the package peft; pip install peft"):
+    with pytest.raises(InputError, match="--lora 16 needs `pip install peft`"):
         parse(TrainConfig, "", line)
