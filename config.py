@@ -169,6 +169,8 @@ class TrainConfig(Shared):
     """runs/NAME: go on, with its options; auto: if --name has a checkpoint"""
     track: Literal["wandb", "trackio"] | None = None
     """log there, too: pip install it first"""
+    plan: str | None = Field(None, pattern=r"^(here|\d+x[\w ]+)$")
+    """only say what the run would take: here, or on such as 8xH100; nothing is loaded"""
 
     def check(self) -> None:
         super().check()
@@ -340,6 +342,7 @@ PLAIN = {
     "name": "should be letters, digits, '_', '.' and '-', at most 100, and not begin with '.' or "
     "'-'",
     "save_every": "should be auto, or a number of steps, such as 20",
+    "plan": "should be here, or a number and a GPU, such as 8xH100",
 }
 
 

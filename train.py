@@ -242,6 +242,11 @@ def main(config: TrainConfig) -> None:
         )
         train = tokenize(train)
         held_out = tokenize(held_out)
+        if config.plan:
+            from tools import plan
+
+            plan.show(config, task, known, train, held_out)
+            sys.exit()  # the run's directory, which is empty, is removed
         about = {
             **config.model_dump(),
             "data_sha256": data_sha256,

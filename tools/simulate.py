@@ -28,6 +28,8 @@ ENGINE = 3.5  # GiB of vLLM's share beside weights and KV cache
 ROOM = 32 * 1024  # tokens that the KV cache must take
 OPTIONS = (  # name, default, help
     ("size", "7B", "Qwen2.5 0.5B, 1.5B, 3B, 7B, 14B; tiny, tiny-untied"),
+    ("model", "", "a directory with a config.json, instead of --size"),
+    ("dtype", "bfloat16", "of what is computed; float32 is a CPU's"),
     ("gpus", 8, "of a node"),
     ("nodes", 1, "of GPUs"),
     ("memory", GPU_MEMORY, "GiB of a GPU"),
@@ -77,6 +79,7 @@ if __name__ == "__main__":  # before torch is imported: --help must not wait for
 import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import AutoConfig
 
 import policy as policies
 import update
@@ -118,17 +121,17 @@ def simulate(args: argparse.Namespace) -> dict:
     """What happens on rank 0 in an update and a push.
 
     Returns {name: a number, or numbers by kind, phase or line of code}."""
-    config = qwen(args.size)
+    config = AutoConfig.from_pretrained(args.model) if args.model else qwen(args.size)
     lm = skeleton(config)
     entries = [update.update, update.add_gradients, update.old_logps_of]
     gpu, device = GPU(lm, entries), torch.device("gpu", 0)
-    pretend(lm, args.memory)
+    pretend(lm, args.memory, getattr(torch, args.dtype))
     groups = made_up_groups(args)
     with tempfile.TemporaryDirectory() as folder, gpu:
         path, mesh = Path(folder), policies.make_mesh(device)
         config.save_pretrained(path)
         (path / "model.safetensors").touch()
-        policy, reference = load(args.lora, path, device, mesh), None
+        policy, reference = load(args, path, device, mesh), None
         gpu.name("weights", policy.parameters())
         policy.recompute(args.gradient_checkpointing, args.tokens_per_microbatch)
         if args.kl and args.lora:
@@ -164,16 +167,16 @@ def simulate(args: argparse.Namespace) -> dict:
     }
 
 
-def load(rank: int, path: Path, device: torch.device, mesh) -> policies.Policy:
-    if not rank:
+def load(args: argparse.Namespace, path: Path, device: torch.device, mesh) -> policies.Policy:
+    if not args.lora:
         return policies.load(path, device, mesh)
-    lora = Lora(rank, 2.0 * rank, 0, "")
-    return policies.load(path, device, mesh, torch.bfloat16, lora=lora)
+    lora = Lora(args.lora, 2.0 * args.lora, 0, "")
+    return policies.load(path, device, mesh, getattr(torch, args.dtype), lora=lora)
 
 
-def pretend(lm, memory: float) -> None:
+def pretend(lm, memory: float, dtype: torch.dtype) -> None:
     """What the policy asks of files, of CUDA and of other ranks."""
-    policies.compute_dtype = lambda _: torch.bfloat16
+    policies.compute_dtype = lambda _: dtype
     pretrained.safe_open = lambda *_: Weights(lm.named_parameters())
     torch.cuda.get_device_properties = lambda: argparse.Namespace(total_memory=memory * GIB)
     update.check_signals = lambda: None  # the host's alone, and of all ranks
