@@ -24,7 +24,7 @@ from tools import runs
 from tools.runs import Batch, Group, Run
 
 TEMPLATE = Path(__file__).with_suffix(".html")
-LIMIT = 22_000_000  # bytes that samples may take
+LIMIT = 25_000_000  # bytes that samples may take
 CREDIT = (-1.0, 1.0)  # ranges of a panel's values
 SHARE = (0.0, 1.0)
 OF_STEPS = {  # panels beside the channels: what is logged, its title and its range
@@ -124,9 +124,9 @@ def choose_samples(compared: list[Run]) -> tuple[list[Batch], dict[str, list[dic
     notes = []
     if len(chosen) < len(keys):
         notes.append(
-            f"Samples of {len(chosen)} of {len(keys)} steps are in this page, up to the last: all "
-            f"would take {sum(sizes.values()) / 1e6:.0f} MB. python tools/show.py runs/NAME "
-            "--step N shows the others."
+            f"This page has the samples of {len(chosen)} of {len(keys)} steps, because all would "
+            f"take {sum(sizes.values()) / 1e6:.0f} MB. To see those of another step: python "
+            "tools/show.py runs/NAME --step N"
         )
     blocks = {}
     for number, run in enumerate(compared):

@@ -1,4 +1,4 @@
-"""What runs and evaluations leave on disk, read for report.py and show.py.
+"""What runs and evaluations leave on disk, read for plot.py, report.py and show.py.
 
 A run of train.py has steps, evaluations along the way, and what was sampled in each step. One of
 eval.py has one evaluation and what was sampled for it; one of eval.py --policies has both for each
@@ -86,13 +86,15 @@ class Run(NamedTuple):
         """Criteria, and channels that the run did not write down, are satisfied by 1."""
         return self.channels.get(name, Channel())
 
-    def points(self, metric: str) -> list[tuple[int | None, float, float | None]]:
-        """(step, mean, standard error) of each evaluation that has the metric."""
+    def points(self, metric: str) -> list[tuple[int | None, float, float]]:
+        """(step, mean, standard error) of each evaluation that has the metric.
+
+        The error of a single prompt is 0."""
         points = []
         for line in self.evals:
             mean, error = line["eval"].get(metric, (None, None))
             if mean is not None:
-                points.append((line["step"], mean, error))
+                points.append((line["step"], mean, error or 0.0))
         return points
 
     def best(self) -> int | None:
@@ -113,7 +115,7 @@ def read(path: Path) -> Run:
     if (path / "config.json").is_file():
         return read_training(path)
     raise InputError(
-        f"{path}: no run is there; name the directory of a run of train.py, or of eval.py, such as "
+        f"{path}: no run is there; name the directory of a run of train.py or eval.py, such as "
         "runs/NAME"
     )
 
@@ -142,7 +144,7 @@ def read_evaluation(path: Path, step: int | None = None) -> Run:
     file = path / "results.json"
     results = read_json(file)
     try:
-        options = {"task": results["task"], **results["settings"]}
+        options = {"task": results.get("task"), **results.get("settings", {})}
         metrics = results["metrics"]
         values = {name: (of["mean"], of["stderr"]) for name, of in metrics.items()}
         metric, *_ = values

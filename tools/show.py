@@ -12,6 +12,7 @@ responses in a browser.
 
 import argparse
 import shutil
+import signal
 import sys
 import textwrap
 from pathlib import Path
@@ -199,4 +200,5 @@ def printable(text: str) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a pager that is closed ends this program
     run_program(main, sys.argv[1:])
