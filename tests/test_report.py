@@ -196,8 +196,10 @@ def test_a_browser_lets_no_other_script_run(tmp_path):
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert f"script-src 'sha256-{digest}'".encode() in page
     assert b"default-src 'none'" in page
-    assert ATTACK not in script and "innerHTML" not in script and "http" not in script.replace(
-        "http://www.w3.org/2000/svg", ""
+    assert (
+        ATTACK not in script
+        and "innerHTML" not in script
+        and "http" not in script.replace("http://www.w3.org/2000/svg", "")
     )
 
 
@@ -349,10 +351,16 @@ def test_policies_along_a_run(tmp_path):
     [
         (lambda path: shutil.rmtree(path), "no run is there; name the directory of a run"),
         (lambda path: (path / "metrics.jsonl").unlink(), "holds no step and no evaluation yet"),
-        (lambda path: (path / "config.json").write_text("[]"), "config.json cannot be read: ValueE"),
+        (
+            lambda path: (path / "config.json").write_text("[]"),
+            "config.json cannot be read: ValueE",
+        ),
         (lambda path: (path / "metrics.jsonl").write_text("{x}\n"), "metrics.jsonl cannot be read"),
         (lambda path: (path / "samples.jsonl").write_text("3\n"), "samples.jsonl cannot be read"),
-        (lambda path: (path / "samples.jsonl").write_text("{}\n"), "cannot be read: KeyError 'step'"),
+        (
+            lambda path: (path / "samples.jsonl").write_text("{}\n"),
+            "cannot be read: KeyError 'step'",
+        ),
         (
             lambda path: (path / "samples.jsonl").write_text('{"step": 1}\n'),
             "cannot be read: KeyError 'response'",

@@ -37,7 +37,7 @@ OF_STEPS = {  # panels beside the channels: what is logged, its title and its ra
 }
 OF_CHANNELS = {
     "mean": ("mean", SHARE),
-    "credit": ("credit", CREDIT),
+    "credit": ("credit; below 0 the step worked against it", CREDIT),
     "binding": ("how often it binds", SHARE),
     "missing": ("share that is missing", SHARE),
 }
