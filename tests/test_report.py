@@ -267,7 +267,7 @@ def test_old_logs_lack_fields(tmp_path):
     old = {"step": 1, "prompt": "Hi", "response": "x", "rewards": {"short": 1.0}}
     path = write_run(tmp_path / "a", [old], [line], steps=1, channels={})
     data = data_of(path)
-    assert "does not say which value satisfies a reward: 1 is taken" in notes_of(path)
+    assert "1 is taken to satisfy a reward" in notes_of(path)
     (group,) = data["samples-0-0"]
     assert group["prompt"] == [{"role": "user", "content": "Hi"}]
     assert group["responses"][0]["advantage"] is None

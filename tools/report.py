@@ -11,6 +11,7 @@ import argparse
 import base64
 import hashlib
 import json
+import re
 import sys
 import time
 from collections.abc import Iterable
@@ -229,6 +230,7 @@ def colors_of(compared: list[Run]) -> list[str]:
 def notes_on(compared: list[Run], names: list[str]) -> list[str]:
     """What a reader has to know of a run before its numbers."""
     notes = []
+    silent = []  # runs that do not say which value satisfies a reward
     for run, name in zip(compared, names, strict=True):
         if run.trains() and steps_done(run) < run.options.get("steps", 0):
             notes.append(f"{name} was stopped, or is still running, after {steps_of(run)} steps.")
@@ -240,10 +242,13 @@ def notes_on(compared: list[Run], names: list[str]) -> list[str]:
                 f"{name}: in {len(bad)} of its steps a loss or gradient was not finite, and "
                 "updates were left out."
             )
-        if not run.channels:
-            notes.append(
-                f"{name} does not say which value satisfies a reward: 1 is taken to satisfy."
-            )
+        if not run.channels and not run.options.get("judge_model"):
+            silent.append(name)
+    if silent:
+        notes.append(
+            f"1 is taken to satisfy a reward, because nothing else is written down: "
+            f"{', '.join(silent)}."
+        )
     return notes
 
 
@@ -253,6 +258,8 @@ def steps_done(run: Run) -> int:
 
 def steps_of(run: Run) -> str:
     """Such as "9 of 14"."""
+    if not run.trains():
+        return ""
     return f"{steps_done(run)} of {run.options.get('steps', '?')}"
 
 
@@ -272,16 +279,17 @@ def facts(compared: list[Run]) -> list[list[str]]:
     rows = [row for row in rows if any(row[1:])]
     told = {"agg", "beta", "model", "task", "steps", "prompts", "group", "device", "world_size"}
     for option in options_of(compared):
-        values = [shown(run.options.get(option)) for run in compared]
-        if len({*values}) > 1 and option not in told:
-            rows.append([option, *values])
+        cells = [shown(run, option) for run in compared]
+        if len({*cells} - {""}) > 1 and option not in told:
+            rows.append([option, *cells])
     return rows
 
 
 def same_options(compared: list[Run]) -> list[list[str]]:
+    """Options that do not differ between the runs that have them."""
     rows = []
     for option in options_of(compared):
-        values = {shown(run.options.get(option)) for run in compared}
+        values = {shown(run, option) for run in compared} - {""}
         if len(values) == 1:
             rows.append([option, *values])
     return rows
@@ -292,16 +300,21 @@ def options_of(compared: list[Run]) -> list[str]:
     return [name for name in names if name not in UNCOMPARED]
 
 
-def shown(value: object) -> str:
-    return "–" if value is None else str(value)
+def shown(run: Run, option: str) -> str:
+    """Nothing if the run has no such option; of a hash the beginning."""
+    if option not in run.options:
+        return ""
+    value = run.options[option]
+    text = "–" if value is None else str(value)
+    return f"{text[:12]}…" if re.fullmatch("[0-9a-f]{64}", text) else text
 
 
 def model_of(run: Run) -> str:
-    return shown(run.options.get("model"))
+    return shown(run, "model")
 
 
 def task_of(run: Run) -> str:
-    return shown(run.options.get("task"))
+    return shown(run, "task")
 
 
 def batch_of(run: Run) -> str:
@@ -392,12 +405,9 @@ def sections(compared: list[Run]) -> list[dict]:
     )
     for channel in channels:
         made.append(section(channel, help_on(channel, compared), channel, OF_CHANNELS, compared))
-    metrics = dict.fromkeys(
-        name for run in compared for line in run.evals for name in line["eval"] if not run.steps
-    )
-    benchmarks = {name: (name, SHARE) for name in metrics if name not in channels}
-    benchmarks.pop("joint", None)
-    made.append(section("Of each evaluation", "", "", benchmarks, compared))
+    metrics = dict.fromkeys(name for run in compared for line in run.evals for name in line["eval"])
+    others = {name: (name, SHARE) for name in metrics if name not in {"joint", *channels}}
+    made.append(section("Of each evaluation", "", "", others, compared))
     return [row for row in made if row["panels"]]
 
 

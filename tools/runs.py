@@ -34,7 +34,7 @@ class Response(NamedTuple):
 
 class Group(NamedTuple):
     prompt: list[dict]  # the chat; [] if it was not written down
-    title: str  # of a benchmark's item: its category and id
+    title: str  # of an item of eval.py: its id and category
     reference: str  # with what responses were compared, if that was written down
     responses: list[Response]
 
@@ -241,7 +241,11 @@ def evaluated_group(item: dict) -> Group:
         for k, verdict in enumerate(detail.get("met", []), 1):  # of HealthBench
             rewards[f"{k} criterion {k}"] = verdict
         responses.append(Response(text_of(detail), finish, rewards, None))
-    title = " ".join(filter(None, (item.get("category"), item.get("id"))))
+    title = f"item {item.get('id', '')}"
+    if item.get("category"):
+        title += f" of {item['category']}"
+    if len(details) > 1:
+        title += f"; its scores are means over its {len(details)} responses"
     prompt = chat_of(item.get("prompt") or first.get("prompt"))
     return Group(prompt, title, first.get("reference", ""), responses)
 

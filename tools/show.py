@@ -45,18 +45,18 @@ def show(compared: list[Run], step: int | None = None, fails: str | None = None)
     """What is printed. Raises InputError."""
     batches = [choose_batch(run, step) for run in compared]
     sampled = []  # by each run: (the run, its groups)
-    blocks = []
+    headings = []
     for run, batch in zip(compared, batches, strict=True):
         groups = runs.groups_of(run, batch)
         if fails:
             groups = failing(run, groups, channel_named(fails, groups))
         sampled.append((run, groups))
-        count = sum(len(group.responses) for group in groups)
-        what = f"{count} that fail {fails}" if fails else f"{count} responses"
-        blocks.append(f"{run.path} ({run.method()}), {batch.label()}: {what}")
-    heading = "\n".join(blocks)
-    prompts = notable(sampled)
-    return "\n\n".join([heading, *(of_prompt(prompt, sampled) for prompt in prompts)])
+        what = counted(sum(len(group.responses) for group in groups), "response")
+        if fails:
+            what += f" that fail {fails}"
+        headings.append(f"{run.path} ({run.method()}), {batch.label()}: {what}")
+    blocks = [of_prompt(prompt, sampled) for prompt in notable(sampled)]
+    return "\n\n".join(["\n".join(headings), *blocks])
 
 
 def choose_batch(run: Run, step: int | None) -> Batch:
@@ -68,10 +68,10 @@ def choose_batch(run: Run, step: int | None) -> Batch:
     for batch in run.batches:
         if batch.step == step:
             return batch
-    steps = [batch.step for batch in run.batches]
-    raise InputError(
-        f"--step {step}: {run.path} has samples of {len(steps)} steps, {steps[0]} to {steps[-1]}"
-    )
+    first, *_ = run.batches
+    *_, last = run.batches
+    ends = dict.fromkeys([first.label(), last.label()])
+    raise InputError(f"--step {step}: {run.path} has the samples of {' to '.join(ends)}")
 
 
 def channel_named(text: str, groups: list[Group]) -> str:
@@ -149,12 +149,16 @@ def of_response(run: Run, response: Response, place: str, width: int) -> str:
     heading = f"\n{run.path.name} ({run.method()}){place}"
     if response.advantage is not None:
         heading += f": advantage {response.advantage:+.2f}"
-    heading += f", {len(response.text.split())} words"
+    heading += f", {counted(len(response.text.split()), 'word')}"
     if response.finish == "length":
         heading += ", truncated"
     return "\n".join(
         [heading, wrapped(response.text, width, "  "), chips(run, response.rewards, width)]
     )
+
+
+def counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def chips(run: Run, rewards: dict[str, float | None], width: int) -> str:
