@@ -277,8 +277,9 @@ def test_old_logs_lack_fields(tmp_path):
 
 def test_a_prompt_that_was_drawn_twice_in_a_step_is_two_groups(tmp_path):
     path = write_run(tmp_path / "a", [sample(1, text) for text in "abcd"])
-    groups = data_of(path)["samples-0-0"]
-    assert [[r["text"] for r in group["responses"]] for group in groups] == [["a", "b"], ["c", "d"]]
+    first, second = data_of(path)["samples-0-0"]
+    assert [response["text"] for response in first["responses"]] == ["a", "b"]
+    assert [response["text"] for response in second["responses"]] == ["c", "d"]
 
 
 def test_long_runs_are_thinned_and_the_page_says_so(tmp_path, monkeypatch):
@@ -355,6 +356,7 @@ def test_policies_along_a_run(tmp_path):
             lambda path: (path / "config.json").write_text("[]"),
             "config.json cannot be read: ValueE",
         ),
+        (lambda path: (path / "metrics.jsonl").write_text("{}\n"), "cannot be read: a line has no"),
         (lambda path: (path / "metrics.jsonl").write_text("{x}\n"), "metrics.jsonl cannot be read"),
         (lambda path: (path / "samples.jsonl").write_text("3\n"), "samples.jsonl cannot be read"),
         (

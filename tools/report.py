@@ -69,13 +69,14 @@ def write(compared: list[Run], out: Path) -> str:
 
 def page(compared: list[Run]) -> bytes:
     """The HTML: the template with all that it shows, as JSON."""
-    batches, blocks, notes = choose_samples(compared)
+    batches = choose_batches(compared)
+    blocks, notes = samples_of(compared, batches)
     names = names_of(compared)
     data = {
         "title": ", ".join(names),
         "subtitle": f"{len(names)} runs side by side" if len(names) > 1 else "one run",
         "notes": notes_on(compared, names) + notes,
-        "runs": [about(*run) for run in zip(compared, names, colors_of(compared), strict=True)],
+        "runs": about(compared, names),
         "facts": facts(compared),
         "results": results(compared, names),
         "options": same_options(compared),
@@ -83,8 +84,6 @@ def page(compared: list[Run]) -> bytes:
         "batches": [{"label": batch.label(), "step": batch.step} for batch in batches],
         "footer": f"Made by tools/report.py on {time.strftime('%Y-%m-%d')}.",
     }
-    for run, short in zip(data["runs"], short_names(compared, names), strict=True):
-        run["short"] = short
     scripts = [embed("data", data)]
     scripts += [embed(f"samples-{name}", groups) for name, groups in blocks.items()]
     template = TEMPLATE.read_text(encoding="utf-8")
@@ -110,46 +109,58 @@ def embed(name: str, data: object) -> bytes:
 # Samples
 
 
-def choose_samples(compared: list[Run]) -> tuple[list[Batch], dict[str, list[dict]], list[str]]:
-    """The batches that the page has, their groups by "RUN-BATCH", and what to say of the others."""
-    every_batch = {}  # one for each step or evaluation that some run has
+def choose_batches(compared: list[Run]) -> list[Batch]:
+    """Of all runs, in their order: one for each step and each evaluation that has room."""
+    found = {}
     sizes = {}
     for run in compared:
         for batch in run.batches:
-            key = batch.kind, batch.step
-            every_batch.setdefault(key, batch)
-            sizes[key] = sizes.get(key, 0) + batch.size
-    keys = sorted(sizes, key=in_time)
-    every = interval([sizes[key] for key in keys])
-    chosen = keys[::-1][::every][::-1]
+            found.setdefault(batch.when(), batch)
+            sizes[batch.when()] = sizes.get(batch.when(), 0) + batch.size
+    order = sorted(found, key=in_time)
+    every = interval([sizes[when] for when in order])
+    return [found[when] for when in order[::-1][::every][::-1]]
+
+
+def samples_of(
+    compared: list[Run], batches: list[Batch]
+) -> tuple[dict[str, list[dict]], list[str]]:
+    """The groups of the batches, by "RUN-BATCH", and what to say of those that are left out."""
+    places = {batch.when(): place for place, batch in enumerate(batches)}
+    every = [batch for run in compared for batch in run.batches]
+    chosen = [batch for batch in every if batch.when() in places]
     notes = []
-    if len(chosen) < len(keys):
+    if len(chosen) < len(every):
         notes.append(
-            f"This page has the samples of {len(chosen)} of {len(keys)} steps, because all would "
-            f"take {sum(sizes.values()) / 1e6:.0f} MB. To see those of another step: python "
-            "tools/show.py runs/NAME --step N"
+            f"This page has the samples of {len(batches)} of {len({b.when() for b in every})} "
+            f"steps, because all would take {bytes_of(every) / 1e6:.0f} MB. To see another "
+            "step: python tools/show.py runs/NAME --step N"
         )
+    room = LIMIT // len(compared) if bytes_of(chosen) > LIMIT else LIMIT
     blocks = {}
     for number, run in enumerate(compared):
         for batch in run.batches:
-            key = batch.kind, batch.step
-            if key not in chosen:
+            if batch.when() not in places:
                 continue
             groups = [packed(group) for group in runs.groups_of(run, batch)]
-            kept = groups[: fitting(groups, LIMIT // len(compared))]
+            kept = groups[: fitting(groups, room)]
             if len(kept) < len(groups):
                 notes.append(
                     f"Of {run.path}, {batch.label()}, the first {len(kept)} of {len(groups)} "
                     "prompts are in this page."
                 )
-            blocks[f"{number}-{chosen.index(key)}"] = kept
-    return [every_batch[key] for key in chosen], blocks, notes
+            blocks[f"{number}-{places[batch.when()]}"] = kept
+    return blocks, notes
 
 
-def in_time(key: tuple[str, int | None]) -> tuple[bool, int]:
+def in_time(when: tuple[str, int | None]) -> tuple[bool, int]:
     """Steps stand before evaluations, each in their order."""
-    kind, step = key
+    kind, step = when
     return kind == "evaluation", -1 if step is None else step
+
+
+def bytes_of(batches: list[Batch]) -> int:
+    return sum(batch.size for batch in batches)
 
 
 def interval(sizes: list[int]) -> int:
@@ -192,15 +203,23 @@ def packed(group: Group) -> dict:
 # What the runs are
 
 
-def about(run: Run, name: str, color: str) -> dict:
-    channels = {name: channel._asdict() for name, channel in run.channels.items()}
-    return {
-        "name": name,
-        "method": run.method(),
-        "color": color,
-        "best": run.best(),
-        "channels": channels,
-    }
+def about(compared: list[Run], names: list[str]) -> list[dict]:
+    """What is said of a run wherever it appears."""
+    told = []
+    others = short_names(compared, names), colors_of(compared)
+    for run, name, short, color in zip(compared, names, *others, strict=True):
+        channels = {channel: fields._asdict() for channel, fields in run.channels.items()}
+        told.append(
+            {
+                "name": name,
+                "short": short,
+                "method": run.method(),
+                "color": color,
+                "best": run.best(),
+                "channels": channels,
+            }
+        )
+    return told
 
 
 def names_of(compared: list[Run]) -> list[str]:

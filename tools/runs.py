@@ -46,6 +46,10 @@ class Batch(NamedTuple):
     start: int  # where it begins in the file, in bytes
     size: int
 
+    def when(self) -> tuple[str, int | None]:
+        """What batches of several runs are compared by."""
+        return self.kind, self.step
+
     def label(self) -> str:
         """Such as "step 3"."""
         if self.step is None:
@@ -122,16 +126,19 @@ def read(path: Path) -> Run:
 
 def read_training(path: Path) -> Run:
     options = read_json(path / "config.json")
-    steps, evals = [], []
-    if (path / "metrics.jsonl").is_file():
-        for line, _ in read_lines(path / "metrics.jsonl"):
-            (evals if "eval" in line else steps).append(line)
-    if not steps and not evals:
-        raise InputError(f"{path}/metrics.jsonl holds no step and no evaluation yet")
+    channels = read_channels(options.pop("channels", {}), path / "config.json")
+    file = path / "metrics.jsonl"
+    lines = [line for line, _ in read_lines(file)] if file.is_file() else []
+    if not lines:
+        raise InputError(f"{file} holds no step and no evaluation yet")
+    if not all("step" in line for line in lines):
+        raise InputError(f"{file} cannot be read: a line has no step")
+    steps = [line for line in lines if "eval" not in line]
+    evals = [line for line in lines if "eval" in line]
     return Run(
         path,
         options,
-        read_channels(options.pop("channels", {}), path),
+        channels,
         steps,
         evals,
         "joint",
