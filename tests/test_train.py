@@ -347,11 +347,11 @@ def test_plot_of_two_runs(monkeypatch, tmp_path, graded):
     (tmp_path / "runs/b/plot.png").mkdir()
     (tmp_path / "runs/a/metrics.jsonl").write_text("")
     for name, message in [
-        ("a", "runs/a/metrics.jsonl holds no training step yet"),
+        ("a", "runs/a/metrics.jsonl holds no step and no evaluation yet"),
         ("b", "runs/b/plot.png cannot be written (Is a directory): name another file with --out"),
         (
             "nothere",
-            "runs/nothere: no run is there; name the directory of a run of train.py, or of eval.py --policies",
+            "runs/nothere: no run is there; name the directory of a run of train.py or eval.py, such as runs/NAME",
         ),
     ]:
         result = subprocess.run(
