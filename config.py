@@ -9,7 +9,7 @@ import datetime
 import importlib.util
 import math
 import re
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
@@ -55,9 +55,8 @@ class Shared(JudgeOptions):
     """YYYY-MM-DD, for a chat template that asks (Llama's); default: today"""
 
     # Data and task
-    task: str = Field(
-        "tools", description=f"{', '.join(tasks.FILES)}, or a file of your own, such as mine.py"
-    )
+    task: str = "tools"
+    """one of the list below, or a file of your own, such as mine.py"""
     eval_data: str | None = None
     """held-out prompts, a file in the task's schema; default: public data, or, with train.py
     --data, its last rows"""
@@ -284,32 +283,89 @@ def parse(kind: type[Shared], description: str, argv: list[str] | None = None) -
     return config
 
 
+# How --help groups the options, in this order.
+GROUPS = {
+    "model": ("model", "lora", "lora_alpha", "enable_thinking", "date", "policies"),
+    "data and task": ("task", "data", "eval_data", "weights", "limit", "subset", "repeats"),
+    "method": ("agg", "beta", "kl"),
+    "sampling": ("prompts", "group", "temperature", "max_tokens", "engine", "gpu_memory"),
+    "optimization": (
+        *("steps", "updates", "lr", "lr_schedule", "warmup", "clip", "mask_truncated"),
+        *("correction", "tokens_per_microbatch", "gradient_checkpointing"),
+        *("kernels", "flash_attention_3"),
+    ),
+    "run": (
+        *("name", "seed", "eval_every", "eval_prompts", "keep_policies"),
+        *("save_every", "resume", "track", "plan"),
+    ),
+    "judge": tuple(JudgeOptions.model_fields),
+}
+# What an option takes, where its type does not say so.
+TAKES = {
+    "model": "NAME|DIR",
+    "task": "NAME|FILE.py",
+    "data": "FILE",
+    "eval_data": "FILE",
+    "judge_cache": "FILE",
+    "judge_url": "URL",
+    "weights": "NAME=NUMBER,...",
+    "beta": "NUMBER|START:END",
+    "clip": "LOW:HIGH",
+    "date": "YYYY-MM-DD",
+    "name": "NAME",
+    "judge_model": "NAME",
+    "save_every": "auto|STEPS",
+    "resume": "auto|runs/NAME",
+    "plan": "here|8xH100",
+    "subset": "NAME",
+    "enable_thinking": "true|false",
+}
+
+
 def make_parser(kind: type[Shared], description: str, presets: dict) -> argparse.ArgumentParser:
     """A parser that returns texts, of the options that the command line has."""
+    offered = [name for name in tasks.FILES if not kind.trains or name not in tasks.BENCHMARKS]
+    lines = [f"  {name:14}{tasks.ABOUT[name]}" for name in offered]
     parser = argparse.ArgumentParser(
         description=description,
+        epilog="\n".join(["tasks:", *lines]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+        usage=f"{'train.py' if kind.trains else 'eval.py'} [options]",
     )
     parser.error = fail
-    # Pydantic has the judge's options first. They are the last to be read.
-    judges = list(JudgeOptions.model_fields)
-    names = [name for name in kind.model_fields if name not in judges]
-    for name in names + judges:
-        field = kind.model_fields[name]
-        default = "" if field.default is None else f" (default {field.default})"
-        if name in presets:
-            default = f" (default {field.default}; of smollm2: {presets[name]})"
-        text = " ".join(field.description.split()) + default
-        parser.add_argument(
-            option(name),
-            metavar="",
-            default=argparse.SUPPRESS,
-            nargs="?" if field.annotation is bool else None,
-            const="true" if field.annotation is bool else None,
-            help=text.replace("%", "%%"),  # argparse formats it with %
-        )
+    for title, names in GROUPS.items():
+        group = parser.add_argument_group(title)
+        for name in names:
+            if name in kind.model_fields:
+                add_option(group, name, kind.model_fields[name], presets)
     return parser
+
+
+def add_option(group, name: str, field, presets: dict) -> None:
+    default = "" if field.default is None else f" (default {field.default})"
+    if name in presets:
+        default = f" (default {field.default}; of smollm2: {presets[name]})"
+    text = " ".join(field.description.split()) + default
+    group.add_argument(
+        option(name),
+        metavar=TAKES.get(name) or takes(field.annotation),
+        default=argparse.SUPPRESS,
+        nargs="?" if field.annotation is bool else None,
+        const="true" if field.annotation is bool else None,
+        help=text.replace("%", "%%"),  # argparse formats it with %
+    )
+
+
+def takes(annotation) -> str:
+    """What an option of this type takes, for --help."""
+    if annotation is bool:
+        return "true|false"
+    choices = get_args(annotation)
+    if choices and type(None) in choices:  # X | None
+        annotation, *_ = choices
+        choices = get_args(annotation)
+    return "|".join(choices) if choices else "NUMBER"
 
 
 def fail(message: str) -> None:

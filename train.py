@@ -35,7 +35,8 @@ from infra.log import Log, RunLog, open_tracker
 from infra.prompts import Prompt, encode, today
 from infra.signals import catch_signals
 from infra.state import Checkpoints, NoCheckpoints, make_moments
-from rewards import to_unit
+from infra.terminal import introduce
+from rewards import described, distinct, to_unit
 from rollout import Decoding, Engine, Group, Sampler, VLLMEngine
 from tasks import load_prompts, load_task
 from update import Learner, Loss, make_optimizer, update
@@ -229,6 +230,8 @@ def main(config: TrainConfig) -> None:
         if not train:
             raise InputError(f"--task {config.task}: there are no prompts to train on")
         data_sha256 = resume.check_data(run, train + held_out)
+        channels = distinct(task, train + held_out)
+        introduce(config, channels)
         task.try_out(train[0])  # a faulty reward is found now, and not after the model is loaded
 
         known = pretrained.describe(config.model, config.max_tokens, trained=True)
@@ -249,6 +252,7 @@ def main(config: TrainConfig) -> None:
             sys.exit()  # the run's directory, which is empty, is removed
         about = {
             **config.model_dump(),
+            "channels": described(channels),
             "data_sha256": data_sha256,
             "tokens_sha256": resume.check_tokens(run, train + held_out),
             "device": str(device),
@@ -264,7 +268,8 @@ def main(config: TrainConfig) -> None:
             policies.save_policy, learner.policy, known.tokenizer, known.dtype
         )
         kept = write_policy if config.keep_policies else None
-        log = RunLog(run, config.steps, state.step, kept, tracker)
+        evaluated = [step for step in range(config.steps + 1) if is_evaluated(step, config)]
+        log = RunLog(run, config.steps, state.step, kept, tracker, evaluated)
         checkpoints = Checkpoints(log, learner.policy, learner.optimizer, config.save_every, state)
         log.begin(state.lengths, about)
         evaluate_at = functools.partial(evaluate, sampler, held_out, log)
@@ -272,7 +277,7 @@ def main(config: TrainConfig) -> None:
         with checkpoints.saving_what_can_be(write_policy):
             fit(config, learner, sampler, train, log, evaluate_at, checkpoints)
             write_policy(run / "checkpoint")
-    resume.finish(log, len(held_out))
+    resume.finish(log, len(held_out), config.temperature)
 
 
 def load(

@@ -15,9 +15,9 @@ if __name__ == "__main__":  # before numpy is imported: --help must not wait for
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script sees its own folder only
 
 import numpy as np
-import style
 from text import GRID, LONG, METHODS, STEPS, TUNED, TUNING, Run, merit, rate, read
 
+from tools import style
 from tools.stats import sign_flips, spread, table
 
 ROOT = Path(__file__).parent.parent

@@ -20,9 +20,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script sees its own folder only
 
 from infra.ranks import InputError, run_program
-from study.style import COLORS
 from tools import runs
 from tools.runs import Batch, Group, Run
+from tools.style import COLORS
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 LIMIT = 25_000_000  # bytes that samples may take
