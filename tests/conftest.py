@@ -1,6 +1,8 @@
-"""What several test files share: the suite's settings, ranks, tiny models, channels."""
+"""What several test files share: settings, ranks, tiny models, evaluations, channels."""
 
 import importlib
+import importlib.util
+import json
 import multiprocessing
 import os
 import re
@@ -23,6 +25,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 # The ranks of a test are on one machine, whatever its name resolves to.
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+needs_vllm = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"
+)
 
 
 # Ranks
@@ -162,6 +167,25 @@ def llama(tmp_path_factory, vocabulary) -> Path:
         torch.manual_seed(0)
         LlamaForCausalLM(config).save_pretrained(path)
     return path
+
+
+# Evaluations
+
+
+@pytest.fixture
+def evaluate(monkeypatch, tmp_path, tiny):
+    """eval.py in this process, in tmp_path. Returns (results.json, the lines of samples.jsonl)."""
+    import runs
+
+    monkeypatch.chdir(tmp_path)
+
+    def evaluated(*words, name: str = "a") -> tuple[dict, list[dict]]:
+        runs.evaluate("--engine hf --model", tiny, "--name", name, *words)
+        folder = tmp_path / "runs" / name
+        results = json.loads((folder / "results.json").read_text())
+        return results, runs.read_lines(folder / "samples.jsonl")
+
+    return evaluated
 
 
 # Channels

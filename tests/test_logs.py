@@ -8,7 +8,7 @@ import types
 
 import pytest
 import torch
-from test_train import TINY, command, launch
+from runs import TINY, command, launch
 
 from infra.log import Log, RunLog, open_tracker
 from infra.prompts import Prompt
