@@ -169,6 +169,18 @@ def llama(tmp_path_factory, vocabulary) -> Path:
     return path
 
 
+def nothing_is_loaded(monkeypatch) -> None:
+    """From here on a test fails if the program loads a model's weights."""
+    import policy
+    from local import hf
+
+    def load(*args, **options):
+        pytest.fail("the model was loaded")
+
+    for module in (hf, policy):
+        monkeypatch.setattr(module, "load", load)
+
+
 # Evaluations
 
 
@@ -180,7 +192,7 @@ def evaluate(monkeypatch, tmp_path, tiny):
     monkeypatch.chdir(tmp_path)
 
     def evaluated(*words, name: str = "a") -> tuple[dict, list[dict]]:
-        runs.evaluate("--engine hf --model", tiny, "--name", name, *words)
+        runs.evaluate_here("--engine hf --model", tiny, "--name", name, *words)
         folder = tmp_path / "runs" / name
         results = json.loads((folder / "results.json").read_text())
         return results, runs.read_lines(folder / "samples.jsonl")
@@ -205,6 +217,14 @@ def vowels(prompts: list[str], responses: list[str], references: list[str]) -> l
 
 def short(prompts: list[str], responses: list[str], references: list[str]) -> list[float]:
     return [1 / (1 + len(text)) for text in responses]
+
+
+def missing(prompts: list[str], responses: list[str], references: list[str]) -> list[float]:
+    return [float("nan")] * len(responses)
+
+
+def constant(prompts: list[str], responses: list[str], references: list[str]) -> list[float]:
+    return [0.5] * len(responses)
 
 
 def set_channels(monkeypatch, channels: list, name: str = "tools") -> None:

@@ -1,7 +1,7 @@
 """How tests run train.py and eval.py, and read what a run leaves behind.
 
-`run` and `evaluate` work in this process, which has imported all that takes seconds. `launch`,
-`command` and `start` begin processes of their own, as a user does.
+`run`, `train_here` and `evaluate_here` work in this process, which has imported all that takes
+seconds. `launch`, `command` and `start` begin processes of their own, as a user does.
 
 Words are what a user types: "--steps 3 --kl 0.1". A path or a number is one word.
 """
@@ -48,11 +48,16 @@ class Run(NamedTuple):
 def run(monkeypatch, folder: Path, *words, name: str = "a") -> Run:
     """Trains the tiny model in folder/runs/NAME."""
     monkeypatch.chdir(folder)
-    train.main(parse(TrainConfig, "", split(*TINY, "--name", name, *words)))
+    train_here(*TINY, "--name", name, *words)
     return read(folder / "runs" / name)
 
 
-def evaluate(*words) -> None:
+def train_here(*words) -> None:
+    """train.py in the current directory."""
+    train.main(parse(TrainConfig, "", split(*words)))
+
+
+def evaluate_here(*words) -> None:
     """eval.py in the current directory."""
     evaluation.main(parse(EvalConfig, "", split(*words)))
 

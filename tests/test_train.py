@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 import torch
 import updates
-from conftest import ROOT, needs_vllm, on_ranks, set_channels
+from conftest import (
+    ROOT,
+    constant,
+    missing,
+    needs_vllm,
+    nothing_is_loaded,
+    on_ranks,
+    set_channels,
+)
 from runs import TINY, command, difference, launch, python, read, run, same_weights
 from safetensors.torch import load_file, save_file
 from transformers import Gemma2Config, Qwen3NextConfig
@@ -343,14 +351,6 @@ def test_recomputing_activations_changes_no_weight(monkeypatch, tmp_path, graded
     assert difference(plain.weights, recomputed.weights) < 1e-6
 
 
-def missing(prompts, responses, references):
-    return [float("nan")] * len(responses)
-
-
-def constant(prompts, responses, references):
-    return [0.5] * len(responses)
-
-
 def test_rewards_that_are_missing_or_never_vary(monkeypatch, tmp_path):
     set_channels(monkeypatch, [Channel("gone", missing), Channel("same", constant)])
     (step,), _, samples, weights = run(monkeypatch, tmp_path, "--steps 1")
@@ -474,14 +474,6 @@ def test_nothing_but_what_is_ours_is_printed(monkeypatch, tiny, tmp_path, name, 
 
 
 # Bad input: one sentence, before the model is loaded
-
-
-def nothing_is_loaded(monkeypatch):
-    def load(*args, **options):
-        pytest.fail("the model was loaded")
-
-    for module in (hf, policies):
-        monkeypatch.setattr(module, "load", load)
 
 
 NO_WEIGHTS = "format=0,tool=0,arg_names=0,arg_values=0,no_invented=0,clean=0,brief=0"
