@@ -9,14 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, needs_vllm
 
 from local import models
 from tools import gpu, step
-
-needs_vllm = pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"
-)
 
 
 def check(root: Path, out: Path, *options) -> tuple[int, dict, str]:

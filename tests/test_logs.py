@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_train import TINY, command, launch
+from runs import TINY, command, launch
 
 from infra import terminal
 from infra.log import Log, RunLog, open_tracker

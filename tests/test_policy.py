@@ -315,7 +315,7 @@ def varlen(
     window_size,
     enable_gqa=False,
 ):
-    """What torch's varlen_attn computes: aligned at the end, as in FlashAttention, token by token."""
+    """As torch's varlen_attn, token by token: aligned at the end, as in FlashAttention."""
     assert query_ends.dtype == key_ends.dtype == torch.int32 and window_size == (-1, 0)
     assert enable_gqa == bool(policies.GQA)  # torch 2.11 has no such argument
     assert longest_query == query_ends.diff().max() and longest_key == key_ends.diff().max()
