@@ -187,15 +187,15 @@ def nothing_is_loaded(monkeypatch) -> None:
 @pytest.fixture
 def evaluate(monkeypatch, tmp_path, tiny):
     """eval.py in this process, in tmp_path. Returns (results.json, the lines of samples.jsonl)."""
-    import runs
+    import programs
 
     monkeypatch.chdir(tmp_path)
 
     def evaluated(*words, name: str = "a") -> tuple[dict, list[dict]]:
-        runs.evaluate_here("--engine hf --model", tiny, "--name", name, *words)
+        programs.evaluate_here("--engine hf --model", tiny, "--name", name, *words)
         folder = tmp_path / "runs" / name
         results = json.loads((folder / "results.json").read_text())
-        return results, runs.read_lines(folder / "samples.jsonl")
+        return results, programs.read_lines(folder / "samples.jsonl")
 
     return evaluated
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from conftest import ROOT
-from runs import launch, python, write_lines
+from programs import launch, python, write_lines
 
 from config import TrainConfig
 from experiments import cost, fits, lengths, roofline

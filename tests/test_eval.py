@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import ROOT, missing, needs_vllm, nothing_is_loaded
 from judge_server import Server, names, prompt_of, yes
-from runs import command, evaluate_here, launch, python, read_lines, run, write_lines
+from programs import command, evaluate_here, launch, python, read_lines, run, write_lines
 
 import eval as evaluation
 import local.hf

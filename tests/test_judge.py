@@ -17,7 +17,7 @@ import psutil
 import pytest
 from conftest import ROOT
 from judge_server import Server, graded, names, prompt_of, response_of, yes
-from runs import TINY, launch, python, read, run, same_weights, write_lines
+from programs import TINY, launch, python, read, run, same_weights, write_lines
 
 from config import JudgeOptions, TrainConfig
 from infra import pretrained

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import TINY, command, launch
+from programs import TINY, command, launch
 
 from infra import terminal
 from infra.log import Log, RunLog, open_tracker
@@ -323,7 +323,8 @@ def test_how_long_a_run_will_go_on(monkeypatch):
     for _ in range(10):
         now[0] += 700.0
         pace.step()
-    assert pace.left(14) == "1.2 h left"
+    assert pace.left(14) == "71 min left"
+    assert pace.left(3) == "3.3 h left"
     assert pace.left(20) == "40 s left"
 
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_train import TINY, command
+from programs import TINY, command
 
 from config import TrainConfig
 from experiments import fits
@@ -40,7 +40,7 @@ def test_a_plan_of_another_machine(tmp_path, tiny):
     said = lines(out)
     assert said["machine"] == "2 x H100, 79 GiB each"
     assert "all are trained" in said["model"]
-    assert said["prompts"].startswith("4 to train on, 2 held out; ")
+    assert re.match(r"4 to train on, 4 held out; \d+ to \d+ tokens, median \d+", said["prompts"])
     assert "<|im_start|>user" in said["the first"]
     assert "format 1.00" in said["rewards"]
     assert said["a step"].startswith("2 prompts x 4 responses, at most ")

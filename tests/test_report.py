@@ -316,7 +316,7 @@ def test_verdicts_of_a_judge(tmp_path):
 
 
 def test_benchmarks(tmp_path):
-    """HealthBench has verdicts without texts; of GPQA no text is shown; old ones lack the prompt."""
+    """HealthBench has verdicts without texts; of GPQA no text is shown; old ones lack prompts."""
     health = write_evaluation(
         tmp_path / "h", [{"response": "x", "met": [1.0, 0.0]}], {"overall": 0.5}
     )

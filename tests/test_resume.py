@@ -16,7 +16,7 @@ import torch
 import updates
 from conftest import ROOT, constant, missing, nothing_is_loaded, on_ranks, set_channels
 from judge_server import Server, graded
-from runs import (
+from programs import (
     TINY,
     launch,
     python,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import needs_vllm
-from runs import run
+from programs import run
 
 import policy as policies
 import rollout

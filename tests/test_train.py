@@ -19,7 +19,7 @@ from conftest import (
     on_ranks,
     set_channels,
 )
-from runs import TINY, command, difference, launch, python, read, run, same_weights
+from programs import TINY, command, difference, launch, python, read, run, same_weights
 from safetensors.torch import load_file, save_file
 from transformers import Gemma2Config, Qwen3NextConfig
 
