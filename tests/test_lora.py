@@ -8,6 +8,7 @@ import torch
 import updates
 from conftest import on_ranks
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
+from programs import TINY, evaluate_here, run
 from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -221,6 +222,20 @@ def test_the_state_holds_adapters_alone_and_resumes_to_the_bit(tmp_path, tiny, t
         adapters.own_parameters(trained.lm), adapters.own_parameters(again.lm), strict=True
     ):
         assert torch.equal(a, b)
+
+
+def test_a_run_its_kept_policies_and_its_evaluation(monkeypatch, tmp_path, row):
+    options = "--lora 4 --kl 0.1 --updates 2 --eval-every 1 --keep-policies"
+    trained = run(monkeypatch, tmp_path, *TINY, options)
+    assert all(0 < step["grad_norm"] < 1e9 and step["kl"] >= 0 for step in trained.steps)
+    assert [line["step"] for line in trained.evaluations] == [0, 1, 2]
+    folder = tmp_path / "runs/a"
+    final = policies.load(folder / "checkpoint", CPU)(row, 1.0)
+    kept = policies.load(folder / "policies/step-2", CPU)(row, 1.0)
+    first = policies.load(folder / "policies/step-0", CPU)(row, 1.0)
+    assert torch.equal(final, kept) and not torch.allclose(final, first)
+    assert (folder / "checkpoint/adapter/adapter_model.safetensors").exists()
+    evaluate_here("--engine hf --task tools --limit 2 --max-tokens 8 --policies --model runs/a")
 
 
 def test_options(monkeypatch):

@@ -124,9 +124,10 @@ def assert_same(a: Path, b: Path) -> None:
 # Stopped and resumed
 
 
-def test_a_run_that_is_killed_while_it_saves_is_resumed_to_the_bit():
+@pytest.mark.parametrize("rank", ["0", "4"], ids=["all weights", "lora"])
+def test_a_run_that_is_killed_while_it_saves_is_resumed_to_the_bit(rank):
     """One of the twenty of kill_and_resume.py."""
-    assert kill_and_resume.main(["--kills", "1", "--steps", "3"]) == 0
+    assert kill_and_resume.main(["--kills", "1", "--steps", "3", "--lora", rank]) == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
