@@ -161,6 +161,9 @@ def prepare(config: EvalConfig, model: str) -> Exam:
     )
     decoding = rollout.Decoding(tokenizer, known.stops, temperature, max_tokens)
     max_len = max(len(prompt.ids) for prompt in prompts) + max_tokens
+    if RANK == 0:
+        how = f"temperature {temperature:g}, at most {max_tokens} tokens"
+        print(f"{config.task}: {len(prompts)} prompts, one sample each at {how}", flush=True)
     return Exam(task, prompts, decoding, known.path, max_len)
 
 

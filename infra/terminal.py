@@ -52,7 +52,9 @@ def line_of_step(record: dict, head: str, left: str) -> str:
     )
     seconds = [f"{phase} {t:.1f}s" for phase, t in record["seconds"].items() if t >= 0.05]
     means = {name: stats["mean"] for name, stats in channels.items()}
-    parts = [rates(record["joint"], means), *against, numbers, " ".join(seconds)]
+    parts = [rates(record["joint"], means), *against, numbers]
+    if seconds:
+        parts.append(" ".join(seconds))
     if judge := record.get("judge"):
         yes = judge["yes"] / max(1, judge["verdicts"])
         parts.append(

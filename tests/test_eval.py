@@ -646,8 +646,8 @@ def test_scores_of_one_id_are_averaged_without_those_that_are_missing():
     assert first["scores"]["a"] == 1 and math.isnan(first["scores"]["b"])
     assert second["scores"]["a"] == 0.5
     assert first["responses"] == [
-        {"response": "1", "reference": "r"},
-        {"response": "nan", "reference": ""},
+        {"prompt": question, "response": "1", "reference": "r"},
+        {"prompt": question, "response": "nan", "reference": ""},
     ]
 
 
@@ -784,7 +784,8 @@ def outcomes(folder: Path) -> dict[str, tuple[dict, list[dict]]]:
 
 
 def test_every_kept_policy_is_evaluated_by_one_engine(kept, all_kept):
-    loaded, (header, *table) = all_kept
+    loaded, (how, header, *table) = all_kept
+    assert how.startswith("letters.py: ") and "one sample each at temperature 0" in how
     assert loaded == ["step-0"]
     assert header.split() == ["joint", "vowels", "tokens"]
     found = outcomes(kept / "runs/all")
