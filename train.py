@@ -36,7 +36,7 @@ from infra.prompts import Prompt, encode, today
 from infra.signals import catch_signals
 from infra.state import Checkpoints, NoCheckpoints, make_moments
 from infra.terminal import introduce
-from rewards import described, distinct, to_unit
+from rewards import Channel, described, distinct, to_unit
 from rollout import Decoding, Engine, Group, Sampler, VLLMEngine
 from tasks import load_prompts, load_task
 from update import Learner, Loss, make_optimizer, update
@@ -250,14 +250,11 @@ def main(config: TrainConfig) -> None:
 
             plan.show(config, task, known, train, held_out)
             sys.exit()  # the run's directory, which is empty, is removed
+        tokens_sha256 = resume.check_tokens(run, train + held_out)
         about = {
-            **config.model_dump(),
-            "channels": described(channels),
+            **about_run(config, channels, device),
             "data_sha256": data_sha256,
-            "tokens_sha256": resume.check_tokens(run, train + held_out),
-            "device": str(device),
-            "world_size": WORLD,
-            "versions": run_directory.versions(),
+            "tokens_sha256": tokens_sha256,
         }
         tracker = open_tracker(run, about, resumed=run_directory.latest(run) is not None)
 
@@ -278,6 +275,17 @@ def main(config: TrainConfig) -> None:
             fit(config, learner, sampler, train, log, evaluate_at, checkpoints)
             write_policy(run / "checkpoint")
     resume.finish(log, len(held_out), config.temperature)
+
+
+def about_run(config: TrainConfig, channels: list[Channel], device: torch.device) -> dict:
+    """What config.json says, beside the hashes of data and tokens."""
+    return {
+        **config.model_dump(),
+        "channels": described(channels),
+        "device": str(device),
+        "world_size": WORLD,
+        "versions": run_directory.versions(),
+    }
 
 
 def load(
