@@ -107,15 +107,21 @@ def work(studies: list[Study], train: Callable, workers: int, end: float) -> Non
 
     train: (study, run) -> its line, or None if it was broken off. end: no run begins after this
     time."""
+    under_way = set()
 
     def share() -> None:
         while time.time() < end:
             with LOCK:
                 study, run = take(studies)
-                under_way = TAKEN - set().union(*[study.read() for study in studies])
+                waits = bool(under_way)  # for a run that may decide a rate
+                if run:
+                    under_way.add(run)
             if run:
-                finish(study, train(study, run))
-            elif under_way:  # it may decide a rate
+                try:
+                    finish(study, train(study, run))
+                finally:
+                    under_way.discard(run)
+            elif waits:
                 time.sleep(min(10, max(0, end - time.time())))
             else:
                 return
@@ -155,9 +161,10 @@ def again(study: Study, name: str) -> None:
     first = done[name]
     run = study.kind(**{key: first[key] for key in study.kind._fields})
     second = execute(study, run, f"{name}-again-{time.strftime('%H%M%S')}")
-    for key in first.keys() - {"name", "minutes", "options", *study.kind._fields}:
-        same = first[key] == second[key]
-        print(f"{key}: " + ("the same" if same else f"{first[key]}, now {second[key]}"))
+    for key in first:
+        if key not in ("name", "options", "minutes", *study.kind._fields):
+            same = first[key] == second[key]
+            print(f"{key}: " + ("the same" if same else f"{first[key]}, now {second[key]}"))
 
 
 # A run, and what is kept of it
