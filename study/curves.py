@@ -16,7 +16,11 @@ Cells = dict[str, list[dict]]  # method: the runs of its seeds
 
 
 def curve(run: dict, channel: str) -> list[float]:
-    return [evaluation[channel][0] for evaluation in run["eval"]]
+    means = []
+    for evaluation in run["eval"]:
+        mean, _ = evaluation[channel]
+        means.append(mean)
+    return means
 
 
 def final(run: dict, channel: str = "joint") -> float:
@@ -28,13 +32,17 @@ def best(run: dict, channel: str = "joint") -> float:
     return max(curve(run, channel))
 
 
+def channels(run: dict, *others: str) -> list[str]:
+    """Names of what evaluations measure, without the joint rate and without others."""
+    first, *_ = run["eval"]
+    return [name for name in first if name not in ("step", "joint", *others)]
+
+
 def worst_channel(runs: list[dict], *others: str) -> str:
-    """The channel that is satisfied the least at the end, and how often, mean over seeds. others:
-    what evaluations have beside channels."""
+    """The channel that is satisfied the least at the end, and how often, mean over seeds."""
     means = {}
-    for channel in runs[0]["eval"][0]:
-        if channel not in ("step", "joint", *others):
-            means[channel] = np.mean([final(run, channel) for run in runs])
+    for channel in channels(runs[0], *others):
+        means[channel] = np.mean([final(run, channel) for run in runs])
     worst = min(means, key=means.get)
     return f"{worst} {means[worst]:.2f}"
 
@@ -45,9 +53,12 @@ def differences(cells: Cells, baseline: str, channel: str) -> dict[str, list[flo
     of_baseline = {run["seed"]: final(run, channel) for run in cells[baseline]}
     pairs = {}
     for method, runs in cells.items():
-        both = [run for run in runs if run["seed"] in of_baseline]
-        if method != baseline and len(both) > 1:
-            pairs[method] = [final(run, channel) - of_baseline[run["seed"]] for run in both]
+        of_seeds = []
+        for run in runs:
+            if run["seed"] in of_baseline:
+                of_seeds.append(final(run, channel) - of_baseline[run["seed"]])
+        if method != baseline and len(of_seeds) > 1:
+            pairs[method] = of_seeds
     return pairs
 
 
@@ -66,7 +77,8 @@ def tuning(done: dict[str, dict], runs: dict[str, dict], channel: str) -> str:
 def cost(done: dict[str, dict]) -> str:
     """The last line of the tables."""
     hours = sum(run["minutes"] for run in done.values()) / 60
-    machines = ", ".join(sorted({run["cpu"] for run in done.values()}))
+    machines = {run["cpu"] for run in done.values()}
+    machines = ", ".join(sorted(machines))
     return f"{len(done)} runs, {hours:.1f} hours of training on one core each; {machines}.\n"
 
 

@@ -93,7 +93,7 @@ def levels(cells: Cells) -> str:
                 ]
             )
     return table(
-        "| | lr | n | score at first | best | final | kept at first | least later | final "
+        "| | lr | n | score: first | best | final | kept: first | least | final "
         "| worst criterion at the end |",
         rows,
     )
@@ -141,11 +141,8 @@ def along(cells: Cells) -> str:
 
 def worst(run: dict) -> list[float]:
     """The share that meets the criterion that is met the least, at each evaluation."""
-    shares = []
-    for evaluation in run["eval"]:
-        criteria = evaluation.keys() - {"step", "joint", *NO_CRITERIA}
-        shares.append(min(evaluation[criterion][0] for criterion in criteria))
-    return shares
+    shares = [curve(run, criterion) for criterion in curves.channels(run, *NO_CRITERIA)]
+    return np.min(shares, 0).tolist()
 
 
 ROWS = {"score": "score", "kept": "replies that keep\nthe constraints"}
