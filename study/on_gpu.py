@@ -84,52 +84,8 @@ def train_in_session(study: matched.Study, run, end: float) -> dict | None:
 
 @functools.cache
 def session() -> "Session":
-    """A process has one."""
+    """A process of the pool has one."""
     return Session(rubric.Run("plain", "gdpo", "1e-5", 0).options())
-
-
-class TimeIsUp(Exception):
-    """Raised between two steps of a run."""
-
-
-class UntilEnd(NoCheckpoints):
-    """Saves nothing, and breaks the run off after the time `end`."""
-
-    def __init__(self, end: float):
-        super().__init__()
-        self.end = end
-
-    def save_if_due(self) -> float:
-        if time.time() > self.end:
-            raise TimeIsUp
-        return 0.0
-
-
-class QuietLog(RunLog):
-    def say(self, line: str) -> None:
-        """Says nothing: many runs would talk at a time."""
-
-
-class BatchEngine(HFEngine):
-    """Samples all prompts of a batch at once. The first seed is that of the whole batch."""
-
-    @torch.no_grad()
-    def generate(
-        self, prompts: list[list[int]], group: int, seeds: list[int]
-    ) -> Iterator[tuple[int, list[Response]]]:
-        longest = max(len(prompt) for prompt in prompts)
-        (padding, *_) = self.decoding.stops
-        ids = torch.full((len(prompts), longest), padding)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-            mask[row, longest - len(prompt) :] = 1
-        ids = ids.repeat_interleave(group, 0)  # (P * G, longest)
-        mask = mask.repeat_interleave(group, 0)
-        seed, *_ = seeds
-        responses = self._sample(ids, mask, seed)
-        for i in range(len(prompts)):
-            yield i, responses[i * group : (i + 1) * group]
 
 
 class Session:
@@ -177,6 +133,50 @@ class Session:
             weight.copy_(loaded)
             weight.grad = None
         self.learner = self.learner._replace(optimizer=make_optimizer(policy, lr))
+
+
+class TimeIsUp(Exception):
+    """Raised between two steps of a run."""
+
+
+class UntilEnd(NoCheckpoints):
+    """Saves nothing, and breaks the run off after the time `end`."""
+
+    def __init__(self, end: float):
+        super().__init__()
+        self.end = end
+
+    def save_if_due(self) -> float:
+        if time.time() > self.end:
+            raise TimeIsUp
+        return 0.0
+
+
+class QuietLog(RunLog):
+    def say(self, line: str) -> None:
+        """Says nothing: many runs would talk at a time."""
+
+
+class BatchEngine(HFEngine):
+    """Samples all prompts of a batch at once. The first seed is that of the whole batch."""
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: list[list[int]], group: int, seeds: list[int]
+    ) -> Iterator[tuple[int, list[Response]]]:
+        longest = max(len(prompt) for prompt in prompts)
+        padding, *_ = self.decoding.stops
+        ids = torch.full((len(prompts), longest), padding)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+            mask[row, longest - len(prompt) :] = 1
+        ids = ids.repeat_interleave(group, 0)  # (P * G, longest)
+        mask = mask.repeat_interleave(group, 0)
+        seed, *_ = seeds
+        responses = self._sample(ids, mask, seed)
+        for i in range(len(prompts)):
+            yield i, responses[i * group : (i + 1) * group]
 
 
 if __name__ == "__main__":

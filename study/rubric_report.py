@@ -25,9 +25,10 @@ INTRODUCTION = """# Tables of the study on rubrics
 
 Made by study/rubric_report.py from study/rubric.jsonl. study/rubric_task.py is the task. **Score**:
 points of what a reply meets over the points that it could have, as in HealthBench. **Kept**: the
-share of replies that keep all three constraints. Both are held out, and count what is true. ± is
-the deviation over seeds; p is of the exact sign-flip test, paired by seed, of a method against
-gdpo.
+share of replies that keep all three constraints. Both are held out, and count what is true. First
+is before training; least is the lowest of the evaluations after that; best is chosen on the prompts
+that measure it. ± is the deviation over seeds; p is of the exact sign-flip test, paired by seed, of
+a method against gdpo, the mean.
 
 """
 TITLES = {
@@ -123,7 +124,8 @@ def against_gdpo(cells: Cells) -> str:
 
 def along(cells: Cells) -> str:
     """Score, kept and worst criterion at each evaluation, means over seeds."""
-    rows, steps = [], []
+    rows = []
+    steps = []
     for method, runs in cells.items():
         if runs:
             steps = [str(evaluation["step"]) for evaluation in runs[0]["eval"]]
