@@ -9,7 +9,7 @@ import datetime
 import importlib.util
 import math
 import re
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
@@ -55,9 +55,8 @@ class Shared(JudgeOptions):
     """YYYY-MM-DD, for a chat template that asks (Llama's); default: today"""
 
     # Data and task
-    task: str = Field(
-        "tools", description=f"{', '.join(tasks.FILES)}, or a file of your own, such as mine.py"
-    )
+    task: str = "tools"
+    """one of the list below, or a file of your own, such as mine.py"""
     eval_data: str | None = None
     """held-out prompts, a file in the task's schema; default: public data, or, with train.py
     --data, its last rows"""
@@ -130,14 +129,29 @@ class TrainConfig(Shared):
     """batches to sample and train on"""
     updates: int = Field(1, ge=1)
     """optimizer steps a batch, each on prompts of its own; 1 is on-policy"""
+    lora: int = Field(0, ge=0, le=4096)
+    """rank of adapters that are trained instead of all weights (LoRA); 0: all weights"""
+    lora_alpha: float | None = Field(None, gt=0, le=1e6)
+    """an adapter's product is scaled by this / rank; default: 2 x rank"""
     lr: float = Field(1e-6, ge=0, le=100)
-    """AdamW's learning rate"""
+    """AdamW's learning rate; with --lora the default is 10 times as large"""
+    clip: str = "0.2:0.2"
+    """LOW:HIGH: the ratio of new and old probabilities stays in 1 - LOW to 1 + HIGH"""
+    mask_truncated: bool = False
+    """responses that were cut off at --max-tokens are not trained on"""
+    correction: Literal["token", "sequence"] = "token"
+    """of the gap between engine and trainer, by weights: token, a token's is at most 2; sequence, a
+    response whose weight is above 3 is left out"""
     lr_schedule: Literal["constant", "linear"] = "constant"
     """linear: falls to 0 until the run's end"""
     warmup: int = Field(5, ge=0)
     """steps of linear warm-up"""
     tokens_per_microbatch: int = Field(8192, ge=1)
     """most tokens in one forward: memory, not the gradient"""
+    kernels: Literal["eager", "compile", "liger"] = "eager"
+    """of the decoder's layers: transformers' own, torch.compile's, or the package liger-kernel's"""
+    flash_attention_3: bool = False
+    """attention by the package flash_attn_interface, for H100 and newer GPUs"""
     gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
     """on, off, or auto: on a GPU that has no room without"""
 
@@ -154,6 +168,8 @@ class TrainConfig(Shared):
     """runs/NAME: go on, with its options; auto: if --name has a checkpoint"""
     track: Literal["wandb", "trackio"] | None = None
     """log there, too: pip install it first"""
+    plan: str | None = Field(None, pattern=r"^(here|\d+x[\w ]+)$")
+    """only say what the run would take: here, or on such as 8xH100; nothing is loaded"""
 
     def check(self) -> None:
         super().check()
@@ -161,6 +177,17 @@ class TrainConfig(Shared):
             raise InputError(
                 f"--updates {self.updates}: at most --prompts ({self.prompts}), for each needs some"
             )
+        parse_clip(self.clip)
+        if self.kernels == "liger":
+            need("--kernels liger", "liger_kernel", "a GPU and `pip install liger-kernel`")
+        if self.flash_attention_3:
+            need("--flash-attention-3", "flash_attn_interface", "a GPU and FlashAttention 3")
+        if self.lora:
+            need(f"--lora {self.lora}", "peft", "`pip install peft`")
+        if self.lora_alpha and not self.lora:
+            raise InputError(f"--lora-alpha {self.lora_alpha}: give --lora, too, or leave it out")
+        if self.lora and "lr" not in self._given:
+            self.lr *= 10  # "LoRA Without Regret" (Thinking Machines, 2025), and TRL's guide
         if math.inf in parse_beta(self.beta) and self.agg == "explicit":
             raise InputError(
                 "--beta inf: the explicit penalty, mean - beta * variance, needs a finite beta"
@@ -196,7 +223,7 @@ class EvalConfig(Shared):
     """share of a GPU's memory that vLLM may take"""
 
 
-# What train.py takes for --model smollm2 instead: 135M parameters on two cores, not 7B on GPUs.
+# Defaults that replace those above for --model smollm2: 135M parameters on two cores.
 SMOLLM2 = {"prompts": 4, "steps": 14, "max_tokens": 64, "lr": 2e-5, "warmup": 2, "eval_prompts": 64}
 
 
@@ -214,6 +241,26 @@ def parse_beta(text: str) -> tuple[float, float]:
     return start, end
 
 
+def need(given: str, module: str, what: str) -> None:
+    """Raises InputError if a package that few runs need is not installed."""
+    if importlib.util.find_spec(module) is None:
+        raise InputError(f"{given} needs {what}; or leave it out")
+
+
+def parse_clip(text: str) -> tuple[float, float]:
+    """'0.2:0.28' -> (0.2, 0.28). Raises InputError."""
+    try:
+        low, high = (float(part) for part in text.split(":"))
+        if not (0 < low <= 1 and 0 < high < math.inf):
+            raise ValueError
+    except ValueError:
+        raise InputError(
+            f"--clip {text}: must be LOW:HIGH, two numbers above 0 of which LOW is at most 1, such "
+            "as 0.2:0.28"
+        ) from None
+    return low, high
+
+
 # Reading the command line
 
 
@@ -229,38 +276,96 @@ def parse(kind: type[Shared], description: str, argv: list[str] | None = None) -
         presets = {}
     config = validate(kind, {**presets, **given})
     config._given = set(given)
-    if given.get("resume", "auto") == "auto":  # else the options of the run itself count
+    # With --resume runs/NAME the run's own options count. They were checked when it began.
+    if given.get("resume", "auto") == "auto":
         config.check()
         check_use(config.task, given)
     return config
 
 
+# How --help groups the options, in this order.
+GROUPS = {
+    "model": ("model", "lora", "lora_alpha", "enable_thinking", "date", "policies"),
+    "data and task": ("task", "data", "eval_data", "weights", "limit", "subset", "repeats"),
+    "method": ("agg", "beta", "kl"),
+    "sampling": ("prompts", "group", "temperature", "max_tokens", "engine", "gpu_memory"),
+    "optimization": (
+        *("steps", "updates", "lr", "lr_schedule", "warmup", "clip", "mask_truncated"),
+        *("correction", "tokens_per_microbatch", "gradient_checkpointing"),
+        *("kernels", "flash_attention_3"),
+    ),
+    "run": (
+        *("name", "seed", "eval_every", "eval_prompts", "keep_policies"),
+        *("save_every", "resume", "track", "plan"),
+    ),
+    "judge": tuple(JudgeOptions.model_fields),
+}
+# What an option takes, where its type does not say so.
+TAKES = {
+    "model": "NAME|DIR",
+    "task": "NAME|FILE.py",
+    "data": "FILE",
+    "eval_data": "FILE",
+    "judge_cache": "FILE",
+    "judge_url": "URL",
+    "weights": "NAME=NUMBER,...",
+    "beta": "NUMBER|START:END",
+    "clip": "LOW:HIGH",
+    "date": "YYYY-MM-DD",
+    "name": "NAME",
+    "judge_model": "NAME",
+    "save_every": "auto|STEPS",
+    "resume": "auto|runs/NAME",
+    "plan": "here|8xH100",
+    "subset": "NAME",
+    "enable_thinking": "true|false",
+}
+
+
 def make_parser(kind: type[Shared], description: str, presets: dict) -> argparse.ArgumentParser:
     """A parser that returns texts, of the options that the command line has."""
+    offered = [name for name in tasks.FILES if not kind.trains or name not in tasks.BENCHMARKS]
+    lines = [f"  {name:14}{tasks.ABOUT[name]}" for name in offered]
     parser = argparse.ArgumentParser(
         description=description,
+        epilog="\n".join(["tasks:", *lines]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+        usage=f"{'train.py' if kind.trains else 'eval.py'} [options]",
     )
     parser.error = fail
-    # Pydantic has the judge's options first. They are the last to be read.
-    judges = list(JudgeOptions.model_fields)
-    names = [name for name in kind.model_fields if name not in judges]
-    for name in names + judges:
-        field = kind.model_fields[name]
-        default = "" if field.default is None else f" (default {field.default})"
-        if name in presets:
-            default = f" (default {field.default}; of smollm2: {presets[name]})"
-        text = " ".join(field.description.split()) + default
-        parser.add_argument(
-            option(name),
-            metavar="",
-            default=argparse.SUPPRESS,
-            nargs="?" if field.annotation is bool else None,
-            const="true" if field.annotation is bool else None,
-            help=text.replace("%", "%%"),  # argparse formats it with %
-        )
+    for title, names in GROUPS.items():
+        group = parser.add_argument_group(title)
+        for name in names:
+            if name in kind.model_fields:
+                add_option(group, name, kind.model_fields[name], presets)
     return parser
+
+
+def add_option(group, name: str, field, presets: dict) -> None:
+    default = "" if field.default is None else f" (default {field.default})"
+    if name in presets:
+        default = f" (default {field.default}; of smollm2: {presets[name]})"
+    text = " ".join(field.description.split()) + default
+    group.add_argument(
+        option(name),
+        metavar=TAKES.get(name) or takes(field.annotation),
+        default=argparse.SUPPRESS,
+        nargs="?" if field.annotation is bool else None,
+        const="true" if field.annotation is bool else None,
+        help=text.replace("%", "%%"),  # argparse formats it with %
+    )
+
+
+def takes(annotation) -> str:
+    """What an option of this type takes, for --help."""
+    if annotation is bool:
+        return "true|false"
+    choices = get_args(annotation)
+    if choices and type(None) in choices:  # X | None
+        annotation, *_ = choices
+        choices = get_args(annotation)
+    return "|".join(choices) if choices else "NUMBER"
 
 
 def fail(message: str) -> None:
@@ -293,6 +398,7 @@ PLAIN = {
     "name": "should be letters, digits, '_', '.' and '-', at most 100, and not begin with '.' or "
     "'-'",
     "save_every": "should be auto, or a number of steps, such as 20",
+    "plan": "should be here, or a number and a GPU, such as 8xH100",
 }
 
 

@@ -116,6 +116,7 @@ def measure(
             "task": config.task,
             "settings": settings(config, sampler.engine.decoding, prompts),
             "metrics": table,
+            "channels": described_channels(task, prompts),
             "averages": averages,
             "truncated": float(np.mean([sample["truncated"] for sample in samples])),
             "judge": report,
@@ -125,6 +126,12 @@ def measure(
 
     on_rank_0(write_results)
     return table
+
+
+def described_channels(task: rewards.Task, prompts: list[Prompt]) -> dict[str, dict]:
+    """Of rewards that are functions. A judge's criteria are in samples.jsonl."""
+    examples = [prompt.example for prompt in prompts if not prompt.example.criteria]
+    return rewards.described(rewards.distinct(task, examples))
 
 
 # What is asked, and of which model
@@ -154,11 +161,14 @@ def prepare(config: EvalConfig, model: str) -> Exam:
     )
     decoding = rollout.Decoding(tokenizer, known.stops, temperature, max_tokens)
     max_len = max(len(prompt.ids) for prompt in prompts) + max_tokens
+    if RANK == 0:
+        how = f"temperature {temperature:g}, at most {max_tokens} tokens"
+        print(f"{config.task}: {len(prompts)} prompts, one sample each at {how}", flush=True)
     return Exam(task, prompts, decoding, known.path, max_len)
 
 
 def load_engine(config: EvalConfig, exam: Exam, device: torch.device):
-    """An engine that samples from the checkpoint, until `push` replaces its weights.
+    """An engine with the checkpoint's weights. With --policies `push` must fill them first.
 
     Raises InputError.
     """
@@ -231,6 +241,8 @@ def record(task: rewards.Task, name: str, category: str, groups: list[rollout.Gr
             if not math.isnan(value):
                 values.append(value)
         responses.append(response)
+        if task.shows_prompts:
+            detail = {"prompt": group.prompt.example.messages} | detail
         details.append(detail)
     return {
         "id": name,

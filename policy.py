@@ -4,14 +4,15 @@ Each prompt is computed once for its group. Nothing is padded, no (tokens, vocab
 logits exists, and weights are sharded over ranks.
 
 A forward takes one row of tokens, in which every prompt is followed by its responses. A response
-sees its prompt and itself, at the positions that continue the prompt's. Numbers and gradients are
-those of one sequence a response (test_one_row_is_exactly_separate_sequences), for a fraction of
-the tokens.
+sees its prompt and itself, at the positions that continue the prompt's. Log-probs and gradients are
+those of one sequence a response, up to rounding, for a fraction of the tokens. In
+tests/test_policy.py test_one_row_is_exactly_separate_sequences shows it.
 """
 
+import functools
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,11 +24,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.attention import activate_flash_attention_impl
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
+from infra import adapters
+from infra.adapters import Lora
 from infra.pretrained import has_own_head, refuse_quantized, weights
 from infra.ranks import LOCAL_WORLD, RANK, WORLD, InputError, on_rank_0
 from infra.run_directory import publish
@@ -43,15 +47,15 @@ class Sequences(NamedTuple):
     """Who sees whom in a row of S tokens: a prompt itself, a response its prompt and itself.
 
     A row of a prompt (tokens 0 1 2) and two responses (3 4 and 5) has three sequences. Their
-    queries are 0 1 2 | 3 4 | 5, and their keys are 0 1 2 | 0 1 2 3 4 | 0 1 2 5. Tensors and two
-    numbers hold this, because torch.compile would compile a layer again for each new list.
+    queries are 0 1 2 | 3 4 | 5, and their keys are 0 1 2 | 0 1 2 3 4 | 0 1 2 5. None
+    of this is a Python list: for each new list torch.compile would compile a layer again.
     """
 
-    at: Tensor  # where in the row the keys are that each sequence sees, one sequence after another
-    query_ends: Tensor  # int32, cumulated from 0: where each sequence's queries end, S in all
-    key_ends: Tensor  # likewise its keys in `at`. Queries see keys up to themselves, end to end.
-    queries: int  # of the longest sequence
-    keys: int
+    keys_at: Tensor  # places in the row: the keys of the first sequence, of the second, ...
+    query_ends: Tensor  # int32: 0, then where each sequence's queries end in the row
+    key_ends: Tensor  # int32: 0, then where each sequence's keys end in `keys_at`
+    max_queries: int  # of the longest sequence
+    max_keys: int
 
 
 class Row(NamedTuple):
@@ -134,6 +138,24 @@ class Policy(nn.Module):
         head = self.lm.get_output_embeddings().weight  # (V, H)
         return LogProbs.apply(hidden, head, row.targets, temperature)
 
+    def use_kernels(self, kernels: str, flash_attention_3: bool = False) -> None:
+        """How the decoder's layers are computed. kernels: eager, as transformers does; compile, by
+        torch.compile, layer by layer; liger, norms, rotary and SwiGLU by the package liger-kernel.
+        flash_attention_3: `varlen_attn` becomes that of the package flash_attn_interface.
+        """
+        if flash_attention_3:
+            activate_flash_attention_impl("FA3")
+        if kernels == "compile":
+            for layer in self.lm.base_model.layers:
+                layer.compile(dynamic=True)  # once for rows of all sizes
+        if kernels == "liger":
+            from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+            # LogProbs stands in for the head and its loss.
+            _apply_liger_kernel_to_instance(
+                model=self.lm, cross_entropy=False, fused_linear_cross_entropy=False
+            )
+
     def recompute(self, mode: str, tokens: int) -> None:
         """Should activations be computed again in the backward pass? If so, they are from now on.
 
@@ -163,60 +185,72 @@ def _prompt_once(
     attention_mask,
     scaling: float,
     sequences: Sequences,
+    sliding_window: int | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it.
 
     query (1, H, S, D), key and value (1, fewer H, S, D) -> (1, S, H, D). A prompt's keys and values
     are copied for each response. An ordinary kernel for sequences of different lengths does the
-    rest: no mask, and no work that is thrown away.
+    rest: no mask, and no work that is thrown away. sliding_window: how many keys a token of this
+    layer sees, its own among them. That is exact, since a response's keys continue its prompt's.
     """
+    args = query[0], key[0], value[0], scaling, sequences, sliding_window
     if query.is_cuda:
-        return _attend_on_cuda(query[0], key[0], value[0], scaling, sequences), None
+        return _attend_on_cuda(*args), None
     # The copies are made again in the backward pass, to save memory.
-    out = checkpoint(
-        _attend_on_cpu, query[0], key[0], value[0], scaling, sequences, use_reentrant=False
-    )
-    return out, None
+    return checkpoint(_attend_on_cpu, *args, use_reentrant=False), None
 
 
 def _attend_on_cuda(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float, sequences: Sequences
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    sequences: Sequences,
+    window: int | None = None,
 ) -> Tensor:
     """(H, S, D) -> (1, S, H, D), by FlashAttention's kernel. It wants half precision."""
     query = query.transpose(0, 1)  # (S, H, D)
-    key = key.transpose(0, 1).index_select(0, sequences.at)
-    value = value.transpose(0, 1).index_select(0, sequences.at)
+    key = key.transpose(0, 1).index_select(0, sequences.keys_at)
+    value = value.transpose(0, 1).index_select(0, sequences.keys_at)
     out = varlen_attn(
         query,
         key,
         value,
         sequences.query_ends,
         sequences.key_ends,
-        sequences.queries,
-        sequences.keys,
+        sequences.max_queries,
+        sequences.max_keys,
         scale=scaling,
-        window_size=(-1, 0),  # causal
+        window_size=(window - 1 if window else -1, 0),  # keys to the left, none to the right
         **GQA,
     )
     return out[None]
 
 
 def _attend_on_cpu(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float, sequences: Sequences
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    sequences: Sequences,
+    window: int | None = None,
 ) -> Tensor:
     """The same, sequence by sequence, in any precision."""
     queries = query.split(sequences.query_ends.diff().tolist(), 1)
     key_lengths = sequences.key_ends.diff().tolist()
-    keys = key.index_select(1, sequences.at).split(key_lengths, 1)
-    values = value.index_select(1, sequences.at).split(key_lengths, 1)
+    keys = key.index_select(1, sequences.keys_at).split(key_lengths, 1)
+    values = value.index_select(1, sequences.keys_at).split(key_lengths, 1)
     outputs = []
     for q, k, v in zip(queries, keys, values, strict=True):  # (heads, length, D)
         n = q.shape[1]
         seen = k.shape[1]
         mask = None
-        if n < seen:  # a response: its first query sees the whole prompt and itself
+        if n < seen or window:  # the first query of a response sees the whole prompt and itself
             mask = torch.ones(n, seen, dtype=torch.bool).tril(seen - n)
+        if window:
+            mask = mask.triu(seen - n - window + 1)
         out = scaled_dot_product_attention(
             q[None], k[None], v[None], mask, is_causal=mask is None, scale=scaling, enable_gqa=True
         )
@@ -255,11 +289,13 @@ class LogProbs(torch.autograd.Function):
         return torch.cat(logps)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         hidden, head, targets, normalizers = ctx.saved_tensors
         grad = grad / ctx.temperature
         d_hidden = []
-        d_head = torch.zeros_like(head, dtype=torch.float32)
+        d_head = None
+        if ctx.needs_input_grad[1]:  # with LoRA the head is frozen
+            d_head = torch.zeros_like(head, dtype=torch.float32)
         chunks = [x.split(ctx.chunk) for x in (hidden, targets, normalizers, grad)]
         for h, target, normalizer, g in zip(*chunks, strict=True):
             # d logp / d logits = [token is the target] - its probability
@@ -268,6 +304,8 @@ class LogProbs(torch.autograd.Function):
             d = d.scatter_add_(-1, target[:, None], g[:, None])
             d = d.to(h.dtype)  # in half precision for the products
             d_hidden.append(d @ head)
+            if d_head is None:
+                continue
             if d.dtype == torch.float32:
                 d_head.addmm_(d.T, h)
             else:
@@ -309,16 +347,21 @@ def load(
     mesh: DeviceMesh | None = None,
     dtype: torch.dtype = torch.float32,
     trained: bool = True,
+    lora: Lora | None = None,
 ) -> Policy:
     """A checkpoint as a policy with weights in `dtype`. All ranks must call it.
+
+    lora: only adapters, in float32, are trained; infra/adapters.py.
 
     Each rank reads its own shard, and never holds more. On GPUs a layer is gathered and computed in
     bfloat16, and gradients are reduced in float32. There is no dropout: log-probs must be those of
     the policy that sampled. Raises InputError for missing or quantized weights.
     """
     refuse_quantized(path)
-    lm = skeleton(path, dtype)
-    policy = Policy(lm, path).requires_grad_(trained)
+    lm = skeleton(path, dtype, lora)
+    policy = Policy(lm, path)
+    if not lora:
+        policy.requires_grad_(trained)
     if mesh:
         shard(policy, mesh, compute_dtype(device))
     buffers = dict(lm.named_buffers())
@@ -328,6 +371,9 @@ def load(
     lm.tie_weights()  # to_empty has parted them
     saved_tensors = weights(path)
     for name, parameter in lm.named_parameters():
+        if adapters.is_adapter(name):
+            continue
+        name = adapters.plain_name(name)
         if name not in saved_tensors:
             raise InputError(f"{path} lacks weights that its config.json asks for, {name} for one")
         saved = saved_tensors[name].get_slice(name)
@@ -338,10 +384,12 @@ def load(
                 f"its config.json asks for {shape}"
             )
         fill(parameter, saved, mesh)
+    if lora:
+        adapters.initialize(lm, lora.seed, functools.partial(fill, mesh=mesh))
     return policy
 
 
-def skeleton(path: Path, dtype: torch.dtype):
+def skeleton(path: Path, dtype: torch.dtype, lora: Lora | None = None):
     """The model of a checkpoint's config.json, without memory for its weights."""
     config = AutoConfig.from_pretrained(path)
     if has_own_head(path):
@@ -350,6 +398,8 @@ def skeleton(path: Path, dtype: torch.dtype):
         lm = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation="prompt_once"
         )
+        if lora:
+            adapters.inject(lm, lora)
     lm.tie_weights()
     for module in lm.modules():
         if isinstance(module, nn.Dropout):
@@ -361,8 +411,8 @@ def shard(policy: Policy, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     """Deals the parameters out, a decoder layer at a time, and the rest together."""
     trained = next(policy.parameters()).requires_grad
     precision = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32)
-    # A unit that was gathered for a forward is given up after it (True). None, FSDP2's default,
-    # keeps the last one, embeddings and head, because the backward pass needs it first.
+    # True: a unit's gathered weights are freed after its forward. None, FSDP2's default: those of
+    # the last unit, embeddings and head, stay, because the backward pass needs them first.
     reshard = None if trained else True
     for unit in [*policy.lm.base_model.layers, policy]:
         fully_shard(unit, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard)
@@ -392,10 +442,14 @@ def full_weights(policy: Policy, dtype: torch.dtype) -> Iterator[tuple[str, Tens
     for prefix, unit in units or [("", policy)]:
         if isinstance(unit, FSDPModule):
             unit.unshard()
+        own = []
         for name, parameter in unit.named_parameters(prefix, remove_duplicate=False):
-            if not isinstance(parameter, DTensor):  # a DTensor belongs to another unit
-                # A copy: the receiver may keep it until a whole layer is there.
-                yield name.removeprefix("lm."), parameter.detach().to(dtype, copy=True)
+            # The unit's own parameters are whole now. A DTensor is a nested unit's, still sharded.
+            if not isinstance(parameter, DTensor):
+                own.append((name, parameter))
+        for name, tensor in adapters.merge(policy, own):
+            # A copy: the receiver may keep it until a whole layer is there.
+            yield name.removeprefix("lm."), tensor.to(dtype, copy=True)
         if isinstance(unit, FSDPModule):
             unit.reshard()
 
@@ -404,24 +458,25 @@ def full_weights(policy: Policy, dtype: torch.dtype) -> Iterator[tuple[str, Tens
 def save_policy(policy: Policy, tokenizer, dtype: torch.dtype, path: Path) -> None:
     """Writes a checkpoint that transformers and vLLM load as it is. All ranks must call it.
 
-    dtype: the original's. Raises InputError on all ranks if it cannot be written.
+    dtype: the original's. An adapter is merged; by itself it is in the folder `adapter`. Raises
+    InputError on all ranks if it cannot be written.
     """
+    lm = policy.lm
     part = path.with_name(path.name + ".part")
-    gathered = {}
-    for name, parameter in policy.lm.named_parameters():
-        full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
-        if RANK == 0:
-            gathered[name] = full.to("cpu", dtype)
+    merged = on_cpu_of_rank_0(adapters.merge(lm, lm.named_parameters()), dtype)
+    adapter = on_cpu_of_rank_0(adapters.own_parameters(lm), torch.float32)
 
     def write() -> None:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         try:
-            save_torch_state_dict(gathered, part)
+            save_torch_state_dict(merged, part)
         except SafetensorError as error:
             raise OSError(str(error)) from error
-        policy.lm.config.dtype = dtype
-        policy.lm.config.save_pretrained(part)
+        lm.config.dtype = dtype
+        lm.config.save_pretrained(part)
+        if adapter:
+            adapters.save(lm, adapter, part / "adapter")
         generation = policy.source / "generation_config.json"
         if generation.is_file():  # as it was: transformers refuses to write some that it reads
             shutil.copy(generation, part)
@@ -434,3 +489,15 @@ def save_policy(policy: Policy, tokenizer, dtype: torch.dtype, path: Path) -> No
         if RANK == 0:
             shutil.rmtree(part, ignore_errors=True)
         raise InputError(f"{path} could not be written: {error}") from error
+
+
+def on_cpu_of_rank_0(
+    parameters: Iterable[tuple[str, Tensor]], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The parameters, whole, in rank 0's main memory; {} on other ranks. All must call it."""
+    gathered = {}
+    for name, parameter in parameters:
+        full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        if RANK == 0:
+            gathered[name] = full.to("cpu", dtype)
+    return gathered

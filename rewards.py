@@ -39,6 +39,7 @@ class Channel(NamedTuple):
     full: float = 1.0  # the value that satisfies it
     bounds: tuple[float, float] = (0.0, 1.0)  # its worst and best value; only --agg softmin asks
     weight: float = 1.0  # in the aggregation; 0: it is only logged
+    help: str = ""  # a few words for people: what it asks
 
 
 class Example(NamedTuple):
@@ -62,6 +63,7 @@ class Task:
     temperature = 0.0
     max_tokens = 1024
     clip = False
+    shows_prompts = True  # in eval.py's samples.jsonl
 
     def __init__(self, prompts: Callable, channels: list[Channel]):
         """prompts: (n_train, n_test) -> (training examples, held-out examples); None means all.
@@ -84,7 +86,7 @@ class Task:
 
     def start(self, example: Example, responses: list[str]) -> Callable[[], np.ndarray]:
         """Begins to score G responses to one prompt. Returns a function that waits for their
-        rewards (G, K). Only a judge has something to do before that is called."""
+        rewards (G, K). Only a judge starts work before that function is called."""
         return lambda: score(self._channels, example, responses)
 
     def try_out(self, example: Example) -> None:
@@ -136,9 +138,23 @@ class Task:
         """Raises InputError, on all ranks alike, if a judge failed too often."""
 
     def averages(self) -> dict[str, dict[str, float]]:
-        """{name: {category: weight}}: weighted means over categories of the score "correct", which
-        a benchmark reports."""
+        """{name of an average: {category: its weight}}. Each average that a benchmark reports is
+        taken over its categories' means of the score "correct"."""
         return {}
+
+
+def distinct(task: Task, examples: list[Example]) -> list[Channel]:
+    """The channels of all these prompts, one of each name, in the order in which they come."""
+    channels = {}
+    for example in examples:
+        for channel in task.channels(example):
+            channels.setdefault(channel.name, channel)
+    return list(channels.values())
+
+
+def described(channels: list[Channel]) -> dict[str, dict]:
+    """{name: what people and tools need to read its values}, for config.json and results.json."""
+    return {c.name: {"full": c.full, "weight": c.weight, "help": c.help} for c in channels}
 
 
 # Scoring
@@ -171,7 +187,8 @@ def answer(response: str) -> str:
 
 
 def asked(messages: list[dict]) -> str:
-    """The last message that is not the assistant's: a chat may end in how an answer begins."""
+    """The last message that is not the assistant's. A chat may end with an assistant's message: the
+    response continues it."""
     *_, last = [message for message in messages if message["role"] != "assistant"]
     return last["content"] or ""
 
@@ -204,8 +221,9 @@ def digest(examples: list[Example]) -> str:
 @contextlib.contextmanager
 def users_code(what: str):
     """For calls of what a user wrote: an exception becomes one InputError that says where it was
-    raised. The working directory stays, since paths such as runs/NAME count from it."""
+    raised."""
     try:
+        # Goes back to this directory afterwards: paths such as runs/NAME count from it.
         with contextlib.chdir("."):
             yield
     except InputError:
@@ -256,6 +274,8 @@ def check_channels(channels: object) -> None:
             raise InputError(f"channel {name}: fn must be a function, and not {channel.fn!r}")
         if inspect.iscoroutinefunction(channel.fn):
             raise InputError(f"channel {name}: fn must not be async: let it call asyncio.run")
+        if not isinstance(channel.help, str):
+            raise InputError(f"channel {name}: help must be a text, and not {channel.help!r}")
         if not isinstance(channel.weight, Real):
             raise InputError(f"channel {name}: weight must be a number, and not {channel.weight!r}")
         if not _is_finite(channel.full):

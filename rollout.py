@@ -35,7 +35,7 @@ class Response(NamedTuple):
     logp: list[float]  # of each token when it was sampled, at the sampling temperature
     mask: list[int]  # 1 = sampled. 0 is for tokens that an engine of yours puts in: not trained on
     finish: str  # "stop", or "length" if the response was cut off
-    text: str  # what rewards see: Prompt.opened, then all tokens except the stop token
+    text: str  # what rewards see: a thought that the prompt began, then all but the stop token
 
 
 @dataclass
@@ -186,7 +186,7 @@ def request_seed(seed: int, step: int | str, place: int) -> int:
     seeds of two prompts should not be neighbours.
     """
     digest = hashlib.sha256(f"{seed}/{step}/{place}".encode()).digest()
-    return int.from_bytes(digest[:4]) >> 1
+    return int.from_bytes(digest[:4]) >> 1  # 31 bits
 
 
 def make_response(

@@ -13,8 +13,10 @@ explicit penalty differ in step 2 alone. GRPO and `softmin` aggregate the raw re
 z-score the result.
 
 NaN means "this reward is missing". It is left out everywhere, and never counts as 0. Prompts that
-have fewer channels are padded with NaN. A tensor with two dimensions is ONE group (G, K): P groups
-are (P, G, K), or all of their rollouts would be z-scored together.
+have fewer channels are padded with NaN.
+
+The aggregations also take one group, (G, K). `advantages` takes the batch (P, G, K) only: in two
+dimensions the rollouts of all prompts would be z-scored together.
 """
 
 import math
@@ -52,7 +54,8 @@ def soft_min(z: Tensor, beta: float, weights: Tensor | None = None) -> Tensor:
     smallest = smallest.masked_fill(smallest == math.inf, 0.0)
     above = torch.where(w > 0, z - smallest, 0.0)  # (..., G, K) >= 0
     # The minimum is taken out, so that no exponent is positive: a large beta cannot overflow.
-    # expm1 and log1p keep the digits that a small beta would lose to rounding.
+    # The weights sum to 1, so log sum w exp(x) = log(1 + sum w (exp(x) - 1)). In this form, log1p
+    # and expm1, a small beta loses no digits to rounding.
     if beta == 0:
         extra = (w * above).sum(-1)
     elif beta == math.inf:
@@ -139,8 +142,8 @@ def explicit_advantage(rewards: Tensor, beta: float, weights: Tensor | None = No
 def grpo_advantage(rewards: Tensor, beta: float = 0.0, weights: Tensor | None = None) -> Tensor:
     """GRPO (arXiv 2402.03300): the sum of the raw rewards, z-scored in the group. beta is not used.
 
-    A rollout with missing rewards gets its weighted mean times the group's number of channels: a
-    gap is not a 0.
+    A rollout with missing rewards gets the weighted mean of its others, times the group's number of
+    channels, so that a gap does not count as 0.
     """
     r = _check(rewards)
     w = _channel_weights(r, weights)
@@ -190,6 +193,7 @@ def policy_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     is_cap: float = 2.0,
+    response: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Step 4: the clipped policy gradient over tokens. All tensors have one shape, any shape.
 
@@ -201,9 +205,10 @@ def policy_loss(
     n_tokens: sampled tokens of the *whole* update, of all micro-batches and ranks. Losses and
         gradients then simply add up, and each token counts the same, as in ToolRL and DAPO.
 
-    The engine and the trainer compute the same policy with different kernels. The truncated
-    importance weight min(exp(old_logp - sampler_logp), is_cap) corrects the gap; is_cap = 0 leaves
-    it out. Returns the loss and sums over tokens for the log.
+    response: int64, which response each token belongs to, below the number of tokens; see
+        `importance`. The tensors then have the shape (N,).
+
+    Returns the loss and sums over tokens for the log.
 
     The ratio is clipped here; the gradient's norm in update.py, which calls this.
     """
@@ -213,7 +218,7 @@ def policy_loss(
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     gain = torch.minimum(ratio * advantage, clipped * advantage)
     gap = torch.where(mask > 0, old_logp - sampler_logp, 0.0)
-    weight = gap.exp().clamp(max=is_cap) if is_cap > 0 else torch.ones_like(gap)
+    weight = importance(gap, is_cap, response)
     loss = -(weight * gain * mask).sum() / n_tokens
     is_clipped = ratio * advantage > clipped * advantage
     return loss, {
@@ -221,6 +226,20 @@ def policy_loss(
         "is_weight": (weight * mask).sum(),
         "sampler_gap": (gap.abs() * mask).sum(),
     }
+
+
+def importance(gap: Tensor, cap: float, response: Tensor | None = None) -> Tensor:
+    """Importance weights of tokens, because engine and trainer compute one policy differently.
+
+    gap: log-probs of the trainer minus those of the engine. A token's weight is min(exp(gap), cap);
+    cap = 0: 1. With `response` it is the exponential of the response's summed gap, and 0 above cap:
+    such a response is left out (TRL's default, sequence_mask with cap 3).
+    """
+    if response is None:
+        return gap.exp().clamp(max=cap) if cap > 0 else torch.ones_like(gap)
+    summed = torch.zeros_like(gap).index_add(0, response, gap)
+    weight = summed[response].exp()
+    return weight.masked_fill(weight > cap, 0.0)
 
 
 def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:

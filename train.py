@@ -4,8 +4,8 @@
     torchrun --nproc_per_node=8 train.py --model Qwen/Qwen2.5-7B --agg rvpo   # 8 GPUs
 
 Kept from GRPO: G rollouts a prompt instead of a critic, the clipped ratio, an optional KL penalty.
-Every number is the same for any number of ranks, up to rounding and random rewards. The loop is
-`fit`, a step is `step`, and its optimizer steps are `update` in update.py.
+On a CPU every number is the same for any number of ranks, up to rounding, unless a reward draws at
+random. The loop is `fit`, a step is `step`, and its optimizer steps are `update` in update.py.
 """
 
 import sys
@@ -28,16 +28,18 @@ import torch
 
 import policy as policies
 import rvpo
-from config import parse_beta
+from config import parse_beta, parse_clip
 from infra import pretrained, resume, run_directory
+from infra.adapters import Base, Lora
 from infra.log import Log, RunLog, open_tracker
 from infra.prompts import Prompt, encode, today
 from infra.signals import catch_signals
-from infra.state import Checkpoints, NoCheckpoints, tensors
-from rewards import to_unit
+from infra.state import Checkpoints, NoCheckpoints, make_moments
+from infra.terminal import introduce
+from rewards import described, distinct, to_unit
 from rollout import Decoding, Engine, Group, Sampler, VLLMEngine
 from tasks import load_prompts, load_task
-from update import Learner, make_optimizer, update
+from update import Learner, Loss, make_optimizer, update
 
 
 def fit(
@@ -63,7 +65,7 @@ def fit(
         if state.step == config.steps:
             return
         groups, metrics = step(config, learner, sampler, prompts, log, state.step)
-        metrics["seconds"]["save"] = seconds_saving
+        metrics["seconds"]["save"] = seconds_saving  # of the save before this step
         log.step(state.step + 1, groups, metrics)
         state.bad_steps = state.bad_steps + 1 if metrics["bad_updates"] else 0
         state.step += 1
@@ -228,6 +230,8 @@ def main(config: TrainConfig) -> None:
         if not train:
             raise InputError(f"--task {config.task}: there are no prompts to train on")
         data_sha256 = resume.check_data(run, train + held_out)
+        channels = distinct(task, train + held_out)
+        introduce(config, channels)
         task.try_out(train[0])  # a faulty reward is found now, and not after the model is loaded
 
         known = pretrained.describe(config.model, config.max_tokens, trained=True)
@@ -241,8 +245,14 @@ def main(config: TrainConfig) -> None:
         )
         train = tokenize(train)
         held_out = tokenize(held_out)
+        if config.plan:
+            from tools import plan
+
+            plan.show(config, task, known, train, held_out)
+            sys.exit()  # the run's directory, which is empty, is removed
         about = {
             **config.model_dump(),
+            "channels": described(channels),
             "data_sha256": data_sha256,
             "tokens_sha256": resume.check_tokens(run, train + held_out),
             "device": str(device),
@@ -258,7 +268,8 @@ def main(config: TrainConfig) -> None:
             policies.save_policy, learner.policy, known.tokenizer, known.dtype
         )
         kept = write_policy if config.keep_policies else None
-        log = RunLog(run, config.steps, state.step, kept, tracker)
+        evaluated = [step for step in range(config.steps + 1) if is_evaluated(step, config)]
+        log = RunLog(run, config.steps, state.step, kept, tracker, evaluated)
         checkpoints = Checkpoints(log, learner.policy, learner.optimizer, config.save_every, state)
         log.begin(state.lengths, about)
         evaluate_at = functools.partial(evaluate, sampler, held_out, log)
@@ -266,7 +277,7 @@ def main(config: TrainConfig) -> None:
         with checkpoints.saving_what_can_be(write_policy):
             fit(config, learner, sampler, train, log, evaluate_at, checkpoints)
             write_policy(run / "checkpoint")
-    resume.finish(log, len(held_out))
+    resume.finish(log, len(held_out), config.temperature)
 
 
 def load(
@@ -281,14 +292,23 @@ def load(
     half = policies.compute_dtype(device)
     pretrained.announce(config.model)
     with pretrained.readable(config.model):
-        policy = policies.load(known.path, device, mesh)
+        if config.lora:
+            lora = Lora(
+                config.lora, config.lora_alpha or 2 * config.lora, config.seed, config.model
+            )
+            policy = policies.load(known.path, device, mesh, half, lora=lora)
+        else:
+            policy = policies.load(known.path, device, mesh)
         reference = None
-        if config.kl:
+        if config.kl and config.lora:
+            reference = Base(policy)
+        elif config.kl:
             reference = policies.load(known.path, device, mesh, half, trained=False)
         optimizer = make_optimizer(policy, config.lr)
-        # This call makes AdamW's moments. Made later, they would take blocks that vLLM needs.
-        tensors(policy, optimizer)
+        # Made later, they would take blocks of memory that vLLM needs.
+        make_moments(optimizer)
         policy.recompute(config.gradient_checkpointing, config.tokens_per_microbatch)
+        policy.use_kernels(config.kernels, config.flash_attention_3)
         if config.engine == "vllm":
             at_a_time = min(32, max(config.prompts * config.group, config.eval_prompts))
             engine = VLLMEngine(known.path, decoding, longest, config.gpu_memory, at_a_time)
@@ -296,7 +316,8 @@ def load(
             from local import hf
 
             engine = hf.HFEngine(hf.load(known.path, device, half), decoding)
-    return Learner(policy, reference, optimizer, device), engine
+    loss = Loss(parse_clip(config.clip), config.mask_truncated, config.correction)
+    return Learner(policy, reference, optimizer, device, loss), engine
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """The update: optimizer steps on one batch of groups.
 
 Each prompt is computed once for its group. A prompt whose advantages are all 0 teaches nothing and
-is left out. Work is dealt out to ranks as micro-batches of equal size, in which nothing is padded.
+is left out. Each rank gets equally many micro-batches of nearly equal size; nothing is padded.
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -25,11 +27,18 @@ GRAD_CLIP = 1.0  # the gradient norm is clipped to this, as in ToolRL
 SUMS = "loss", "tokens", "clip_fraction", "is_weight", "sampler_gap", "entropy", "kl"
 
 
+class Loss(NamedTuple):  # what may be changed of the loss, see docs/choices.md
+    clip: tuple[float, float] = (0.2, 0.2)  # the ratio stays in 1 - low to 1 + high
+    mask_truncated: bool = False  # responses that were cut off are not trained on
+    correction: str = "token"  # of the gap between engine and trainer: token or sequence
+
+
 class Learner(NamedTuple):  # what is trained, and what trains it
     policy: policies.Policy
-    reference: policies.Policy | None  # of the KL penalty
+    reference: Callable | None  # of the KL penalty: computes log-probs as the policy does
     optimizer: torch.optim.Optimizer
     device: torch.device
+    loss: Loss = Loss()
 
 
 class MicroBatch(NamedTuple):  # one forward pass: N response tokens, in the order of the groups
@@ -37,13 +46,13 @@ class MicroBatch(NamedTuple):  # one forward pass: N response tokens, in the ord
     mask: Tensor  # (N,) 1 = sampled, 0 = forced
     sampler_logp: Tensor  # (N,) as the sampling engine reported them
     advantages: Tensor  # (N,) each rollout's, repeated for its tokens
+    response: Tensor  # (N,) int64: the number of each token's response
 
 
 def make_optimizer(policy, lr: float) -> torch.optim.AdamW:
     """AdamW with ToolRL's settings, in one fused kernel."""
-    return torch.optim.AdamW(
-        policy.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=0.01, fused=True
-    )
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.999), weight_decay=0.01, fused=True)
 
 
 def update(
@@ -59,6 +68,8 @@ def update(
     gradient was not finite, bad_prompts their places in the batch. Raises signals.Stop on all
     ranks, with the policy unchanged.
     """
+    if learner.loss.mask_truncated:
+        groups = [without_truncated(group) for group in groups]
     shares = np.array_split(np.arange(len(groups)), updates)
     # Sampled tokens of each update, also of prompts that are not computed. They are counted over
     # all ranks before any work is split: every split then gives the same mean over tokens.
@@ -77,7 +88,7 @@ def update(
     for u, micro_batches in enumerate(work):
         loss = torch.zeros((), device=learner.device)
         for i, (batch, old_logp) in enumerate(zip(micro_batches, old_logps[u], strict=True)):
-            if u == 0:  # after an optimizer step there is no way back: the step is finished
+            if u == 0:  # later the policy has changed already: then all updates are finished
                 check_signals()
             if isinstance(learner.policy, FSDPModule):
                 # Nodes exchange gradients once, with those of the last micro-batch.
@@ -96,6 +107,16 @@ def update(
     metrics["bad_prompts"] = [place for u in bad_updates for place in shares[u].tolist()]
     metrics["skipped_prompts"] = len(groups) - computed_prompts
     return metrics
+
+
+def without_truncated(group: Group) -> Group:
+    """The group with responses that were cut off masked out (DAPO's overlong filtering)."""
+    responses = []
+    for response in group.responses:
+        if response.finish == "length":
+            response = response._replace(mask=[0] * len(response.mask))
+        responses.append(response)
+    return replace(group, responses=responses)
 
 
 def count_sampled(groups: list[Group], places: np.ndarray) -> int:
@@ -121,8 +142,8 @@ def old_logps_of(policy, work: list[list[MicroBatch]], temperature: float) -> li
                 logps.append(policy(batch.row, temperature))
             old_logps.append(logps)
     if isinstance(policy, FSDPModule):
-        # A forward without backward leaves whole copies of embeddings and head behind. AdamW
-        # would change the copies.
+        # A forward without backward leaves embeddings and head whole (see policy.shard). AdamW
+        # would change these copies instead of the shards.
         policy.reshard()
     return old_logps
 
@@ -143,8 +164,17 @@ def add_gradients(
     logp = learner.policy(batch.row, temperature)  # (N,)
     if old_logp is None:
         old_logp = logp.detach()
+    per_sequence = learner.loss.correction == "sequence"
     loss, stats = rvpo.policy_loss(
-        logp, old_logp, batch.sampler_logp, batch.advantages, batch.mask, n_tokens
+        logp,
+        old_logp,
+        batch.sampler_logp,
+        batch.advantages,
+        batch.mask,
+        n_tokens,
+        *learner.loss.clip,
+        is_cap=3.0 if per_sequence else 2.0,
+        response=batch.response if per_sequence else None,
     )
     if learner.reference is not None:
         with torch.no_grad():
@@ -154,8 +184,8 @@ def add_gradients(
     stats["loss"] = loss * n_tokens
     stats["tokens"] = batch.mask.sum()
     stats["entropy"] = -(logp.detach() * batch.mask).sum()  # an estimate: the mean of -log p
-    # fully_shard divides the sum of the gradients by the number of ranks. The loss is a part of a
-    # sum, so it is multiplied by it.
+    # FSDP averages gradients over ranks. Ours must be summed, so the loss is multiplied by the
+    # number of ranks.
     (loss * WORLD).backward()
     for name, value in stats.items():
         sums[name] += value.detach()
@@ -232,12 +262,14 @@ def pack(groups: list[Group], device: torch.device) -> MicroBatch:
             mask += response.mask
             sampler_logp += response.logp
     rollout_advantages = torch.cat([group.advantages for group in groups])
-    advantages = rollout_advantages.repeat_interleave(torch.tensor(lengths))
+    response = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    advantages = rollout_advantages[response]
     return MicroBatch(
         policies.pack(sequences, device),
         torch.tensor(mask, dtype=torch.float32, device=device),
         torch.tensor(sampler_logp, dtype=torch.float32, device=device),
         torch.as_tensor(advantages, dtype=torch.float32, device=device),
+        response.to(device),
     )
 
 
@@ -256,6 +288,7 @@ def deal(groups: list[Group], ranks: int, budget: int) -> list[list[list[Group]]
         parts += split(group, min(budget - len(group.prompt.ids), largest))
     parts.sort(key=computed, reverse=True)
 
+    # A part above the budget is alone in its micro-batch, and fills one.
     tokens = sum(min(computed(part), budget) for part in parts)
     rounds = max(1, math.ceil(tokens / ranks / budget))
     micro_batches = fill(parts, rounds * ranks, budget)

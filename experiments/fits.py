@@ -1,6 +1,6 @@
 """Which model fits which GPUs, and how long the paper's tool run takes: docs/gpu.md's table.
 
-    python experiments/fits.py                        # a quarter of an hour on a CPU
+    python experiments/fits.py                        # half an hour on a CPU
     python experiments/fits.py --gpu H100 --gpus 8    # some of its lines
 
 Memory is simulated by tools/simulate.py, with what it assumes for CUDA and vLLM. Seconds come from
@@ -19,6 +19,7 @@ if __name__ == "__main__":  # before torch is imported: --help must not wait for
     parser.add_argument("--gpus", type=int, default=0, help="of the machine (default 1 and 8)")
     OPTIONS = parser.parse_args()
 
+import itertools
 import json
 import math
 import subprocess
@@ -43,6 +44,7 @@ from experiments.roofline import (
 )
 from tools.simulate import ENGINE, GIB, OUTSIDE, USABLE
 
+RANK = 16  # of LoRA's adapters
 SIZES = "0.5B", "1.5B", "3B", "7B", "14B"
 SHARES = 0.4, 0.5, 0.6  # --gpu-memory: the first that leaves vLLM enough room
 BUDGETS = 8192, 4096, 2048  # --tokens-per-microbatch: the first that fits
@@ -76,7 +78,7 @@ MACHINES = (
 )
 
 
-def simulate(size: str, machine: Machine, budget: int) -> dict:
+def simulate(size: str, machine: Machine, budget: int, rank: int) -> dict:
     """tools/simulate.py in a process of its own, for it changes torch."""
     options = {
         "size": size,
@@ -86,6 +88,7 @@ def simulate(size: str, machine: Machine, budget: int) -> dict:
         "group": GROUP,
         "response": RESPONSE_TOKENS,
         "tokens-per-microbatch": budget,
+        "lora": rank,
     }
     command = [sys.executable, str(ROOT / "tools/simulate.py"), "--json"]
     for name, value in options.items():
@@ -99,14 +102,17 @@ def share_of_vllm(simulated: dict, memory: float) -> float:
     return next((share for share in SHARES if vllm <= share * memory), 1.0)
 
 
-def fit(size: str, machine: Machine) -> tuple[int, float, dict] | None:
-    """(tokens of a micro-batch, share of vLLM, the simulation); None if the model does not fit."""
+def fit(size: str, machine: Machine, rank: int) -> tuple[int, float, dict] | None:
+    """(tokens of a micro-batch, share of vLLM, the simulation); None if the model does not fit.
+
+    rank: of LoRA; 0: all weights are trained."""
     _, _, total = parameters(size)
     usable = USABLE * machine.memory
-    if OUTSIDE + 12 * total / machine.gpus / GIB > usable:  # weights and AdamW's moments in fp32
+    held = 2 if rank else 12  # bytes a parameter: bf16; or fp32 with AdamW's moments
+    if OUTSIDE + held * total / machine.gpus / GIB > usable:
         return None
     for budget in BUDGETS:
-        simulated = simulate(size, machine, budget)
+        simulated = simulate(size, machine, budget, rank)
         held = OUTSIDE + simulated["held_gib"]
         share = share_of_vllm(simulated, machine.memory)
         pushing = held + simulated["vllm_weights_gib"] + simulated["push_gib"]
@@ -117,12 +123,15 @@ def fit(size: str, machine: Machine) -> tuple[int, float, dict] | None:
     return None
 
 
-def seconds(size: str, machine: Machine, budget: int, share: float, simulated: dict) -> list[float]:
+def seconds(
+    size: str, machine: Machine, rank: int, budget: int, share: float, simulated: dict
+) -> list[float]:
     """Of a step of the tool run: update, transfers between GPUs, sampling, all with the rest."""
     prompts, updates = TRAIN["prompts"], TRAIN["updates"]
     layers, head = needed(size, PROMPT, RESPONSE_TOKENS, GROUP, prompts)
     old_logp = (1 - 1 / updates) / 3  # a forward for all updates after the first
-    operations = (layers + head) * (1 + old_logp) + layers * simulated["recomputes"] / 3
+    trained = 2 / 3 if rank else 1  # frozen weights need no gradient
+    operations = (layers + head) * (trained + old_logp) + layers * simulated["recomputes"] / 3
     updating = operations / (MFU * machine.flops * machine.gpus)
 
     at_once = budget // round(PROMPT + GROUP * (RESPONSE_TOKENS - 1))  # prompts of a micro-batch
@@ -139,8 +148,8 @@ def seconds(size: str, machine: Machine, budget: int, share: float, simulated: d
     return [updating, sending, sampling, (1 + REST) * (updating + sending + sampling)]
 
 
-def line(size: str, machine: Machine) -> list[str] | None:
-    found = fit(size, machine)
+def line(size: str, machine: Machine, rank: int) -> list[str] | None:
+    found = fit(size, machine, rank)
     if found is None:
         return None
     budget, share, simulated = found
@@ -150,7 +159,9 @@ def line(size: str, machine: Machine) -> list[str] | None:
         options.append(f"`--gpu-memory {share}`")
     if budget != BUDGETS[0]:
         options.append(f"`--tokens-per-microbatch {budget}`")
-    times = seconds(size, machine, *found)
+    if rank:
+        options.insert(0, f"`--lora {rank}`")
+    times = seconds(size, machine, rank, *found)
     return [
         f"{machine.gpus} x {machine.gpu}",
         size,
@@ -171,7 +182,7 @@ if __name__ == "__main__":
     for machine in MACHINES:
         for gpus in (1, 8):
             if OPTIONS.gpu in ("", machine.gpu) and OPTIONS.gpus in (0, gpus):
-                for size in SIZES:
-                    cells = line(size, machine._replace(gpus=gpus))
+                for size, rank in itertools.product(SIZES, (0, RANK)):
+                    cells = line(size, machine._replace(gpus=gpus), rank)
                     if cells:
                         print("| " + " | ".join(cells) + " |", flush=True)

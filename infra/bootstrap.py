@@ -91,5 +91,5 @@ def resample(
 
 
 def chunks(n: int, items: int) -> list[np.ndarray]:
-    """The numbers below n, in parts for which so many draws of all items fit into memory."""
+    """0 to n - 1 in chunks: of one chunk's samples about DRAWS_AT_A_TIME items are drawn."""
     return np.array_split(np.arange(n), max(1, n * items // DRAWS_AT_A_TIME))

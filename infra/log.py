@@ -7,7 +7,7 @@ log elsewhere, write another one. The numbers come from statistics.py, the warni
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from tqdm import tqdm
@@ -15,6 +15,7 @@ from tqdm import tqdm
 from infra.ranks import RANK, InputError, on_rank_0
 from infra.run_directory import write_json
 from infra.statistics import mean_and_error, step_statistics
+from infra.terminal import Pace, line_of_evaluation, line_of_step
 from infra.watch import Watch
 from rollout import Group
 
@@ -62,7 +63,7 @@ class Log:
         if judge := metrics.get("judge"):
             record["judge"] = {**judge, "share_of_step": judge["seconds"] / seconds}
         self.metrics(record)
-        self.say(line_of_step(record))
+        self.say(line_of_step(record, *self.progress(step)))
         if bad := record["bad_updates"]:
             self.say(f"step {step}: a loss or gradient is not finite; updates left out: {bad}")
         return record
@@ -87,8 +88,12 @@ class Log:
         if report:
             record["judge"] = report
         self.metrics(record)
-        means = [f"{name} {shown(mean)}" for name, (mean, _) in results.items()]
-        self.say(f"held out, {step} steps: {' '.join(means)}")
+        head, _ = self.progress(step)
+        self.say(line_of_evaluation(results, head))
+
+    def progress(self, step: int) -> tuple[str, str]:
+        """The number of a step as its line shows it, and how long the run will go on, or ""."""
+        return str(step), ""
 
 
 class RunLog(Log):
@@ -105,9 +110,12 @@ class RunLog(Log):
         begun: int = 0,
         write_policy: Callable | None = None,
         tracker=None,
+        evaluated: Iterable[int] = (),
     ):
-        """steps, begun: of the progress bar, all steps and those that are done."""
+        """steps, begun: all steps, and those that are done. evaluated: after which steps there is
+        an evaluation."""
         self.run = run
+        self.pace = Pace(steps, evaluated)
         self.write_policy = write_policy
         self.tracker = tracker
         self.watch = Watch()
@@ -146,7 +154,14 @@ class RunLog(Log):
         if RANK == 0:
             self.bar.write(line)
 
+    def progress(self, step: int) -> tuple[str, str]:
+        steps = self.pace.steps
+        if not self.pace.seconds:
+            return f"{step:{len(str(steps))}}/{steps}", ""
+        return f"{step:{len(str(steps))}}/{steps}", self.pace.left(step)
+
     def step(self, step: int, groups: list[Group], metrics: dict) -> dict:
+        self.pace.step()
         record = super().step(step, groups, metrics)
         joint, grad = f"{record['joint']:.2f}", f"{record['grad_norm']:.2f}"
         self.bar.set_postfix(joint=joint, grad=grad, refresh=False)
@@ -162,6 +177,7 @@ class RunLog(Log):
         report: dict,
         full: dict[str, float] | None = None,
     ) -> None:
+        self.pace.evaluation()
         super().evaluation(step, scores, report, full)
         if step == 0 and full:
             for warning in self.watch.evaluation(scores, full):
@@ -213,34 +229,6 @@ def sample_records(step: int, group: Group) -> Iterator[dict]:
             "rewards": dict(zip(names, values, strict=True)),
             "advantage": advantage,
         }
-
-
-def line_of_step(record: dict) -> str:
-    """What the terminal shows of a step's record."""
-    channels = record["channels"]
-    means = [f"{name} {shown(stats['mean'])}" for name, stats in channels.items()]
-    against = [
-        f"works against {name} ({stats['credit']:.2f})"
-        for name, stats in channels.items()
-        if stats["credit"] < 0
-    ]
-    numbers = (
-        f"grad {record['grad_norm']:.2f} entropy {record['entropy']:.2f}"
-        f" length {record['length_mean']:.0f}"
-    )
-    seconds = [f"{phase} {t:.1f}s" for phase, t in record["seconds"].items() if t >= 0.05]
-    parts = [f"joint {shown(record['joint'])}", " ".join(means), *against, numbers]
-    parts.append(" ".join(seconds))
-    if judge := record.get("judge"):
-        yes = judge["yes"] / max(1, judge["verdicts"])
-        parts.append(
-            f"judge {judge['requests']} requests {judge['seconds']:.1f}s, yes to {yes:.0%}"
-        )
-    return f"step {record['step']}: {' | '.join(parts)}"
-
-
-def shown(mean: float) -> str:
-    return "missing" if math.isnan(mean) else f"{mean:.2f}"
 
 
 def scores_of(name: str, rows: list[dict[str, float]]) -> list[float]:

@@ -7,7 +7,6 @@ policy.py and by the engines.
 
 import contextlib
 import json
-import math
 import re
 import sys
 import tempfile
@@ -25,7 +24,7 @@ from infra.ranks import RANK, InputError
 transformers_logging.disable_progress_bar()
 
 # Model types whose log-probs tests compare with transformers'.
-TRAINABLE = "llama", "mistral", "phi3", "qwen2", "qwen3"
+TRAINABLE = "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3"
 POINTER = b"version https://git-lfs"
 NARROW = re.compile(r"[FIU][1-8](_\w+)?")  # dtypes of less than 16 bits in safetensors: F8_E4M3, I8
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
@@ -52,8 +51,7 @@ def describe(name: str, max_tokens: int, trained: bool = False) -> Pretrained:
         tokenizer = load_tokenizer(path)
         stops = stop_tokens(path, tokenizer)
         config = AutoConfig.from_pretrained(path)
-        window = getattr(config, "sliding_window", None) or math.inf
-        room = min(config.max_position_embeddings, window) - max_tokens
+        room = config.max_position_embeddings - max_tokens
     if room < 1:
         raise InputError(
             f"--max-tokens {max_tokens}: the model's context has no room for a prompt beside them"
@@ -238,8 +236,8 @@ def stop_tokens(path: Path, tokenizer) -> list[int]:
 
 
 def check_ids(ids: list[int], tokenizer, embeddings: int, what: str) -> None:
-    """Raises InputError for a token id that the model has no embedding for. A tokenizer may have
-    such ids, for they cannot be sampled."""
+    """Raises InputError if one of the ids has no embedding. A tokenizer may have such tokens, if no
+    prompt has them."""
     if (largest := max(ids)) >= embeddings:
         raise InputError(
             f"{what} has the token {tokenizer.decode([largest])!r}, id {largest}, but "

@@ -80,7 +80,8 @@ def join():
     if WORLD > 1:
         store, _, _ = next(rendezvous("env://"))
         if WORLD == LOCAL_WORLD:
-            # Ranks that torchrun starts in place of others get the store of those, with its keys.
+            # After a restart torchrun hands out the old store, with its keys, so each restart gets
+            # keys of its own. Not on several nodes: a node that joins again counts from 0.
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     else:
         store = dist.HashStore()  # a group of one, so that one GPU takes the path of many

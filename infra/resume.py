@@ -84,7 +84,7 @@ def open_run(options: dict, given: set[str]) -> Iterator[tuple[Path, dict, State
     yield run, options, begun
 
 
-def finish(log: RunLog, n_held_out: int) -> None:
+def finish(log: RunLog, n_held_out: int, temperature: float) -> None:
     """Closes a run whose policy is saved: deletes its state, and prints its first and its last
     evaluation. Does nothing except on rank 0."""
     if RANK > 0:
@@ -95,7 +95,8 @@ def finish(log: RunLog, n_held_out: int) -> None:
     if (run / "state").exists():
         retire(run / "state")
     first, *_, last = [line["eval"] for line in evaluations(run)]
-    print(f"\n{n_held_out} held-out prompts    before           after     (standard error)")
+    print(f"\n{n_held_out} held-out prompts, one sample each at temperature {temperature:g}")
+    print(f"{'':>20}  before         after          (standard error)")
     for name, before in first.items():
         if name in last:
             print(f"{name:>20}  {_cell(*before)}  {_cell(*last[name])}")
@@ -196,8 +197,8 @@ def _same_on_all_ranks(value) -> bool:
 
 
 def _before(run: Path, name: str, default: str) -> str:
-    """What config.json of a run that goes on has. default: of a new run, and of an old one whose
-    config.json does not have it."""
+    """What config.json recorded when a resumed run began. default: if the run is new, or its
+    config.json is too old to have it."""
     if latest(run) is None:
         return default
     return json.loads((run / "config.json").read_text()).get(name, default)

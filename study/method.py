@@ -17,10 +17,10 @@ import math
 
 import matplotlib.pyplot as plt
 import numpy as np
-import style
 import torch
 
 import rvpo
+from tools import style
 
 ROOT = Path(__file__).parent.parent
 PANELS = {

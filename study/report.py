@@ -7,9 +7,9 @@ import math
 from pathlib import Path
 
 import numpy as np
-import style
 import toy
 
+from tools import style
 from tools.stats import sign_flips, spread, table
 
 Cells = dict[str, list[dict]]  # method, or another column: results, one a seed

@@ -22,11 +22,11 @@ if __name__ == "__main__":  # before torch is imported: --help must not wait for
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script sees its own folder only
 
 import numpy as np
-import style
 import text
 import torch
 
 import rvpo
+from tools import style
 
 ROOT = Path(__file__).parent.parent
 METHODS = {

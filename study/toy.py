@@ -211,10 +211,11 @@ def attend(
     """policy._prompt_once for hundreds of short sequences: one padded call is faster."""
     lengths = sequences.query_ends.diff().long()  # (sequences,)
     seen = sequences.key_ends.diff().long()  # (sequences,)
-    rows, columns = torch.arange(sequences.queries), torch.arange(sequences.keys)
+    rows, columns = torch.arange(sequences.max_queries), torch.arange(sequences.max_keys)
     # Where queries and keys are in the packed row: (sequences, longest), padded with the last one.
     queries = (lengths.cumsum(0) - lengths)[:, None] + rows.clamp(max=lengths[:, None] - 1)
-    keys = sequences.at[(seen.cumsum(0) - seen)[:, None] + columns.clamp(max=seen[:, None] - 1)]
+    keys = (seen.cumsum(0) - seen)[:, None] + columns.clamp(max=seen[:, None] - 1)
+    keys = sequences.keys_at[keys]
     query = query[0][:, queries]  # (heads, sequences, longest, D)
     copies = len(query) // key.shape[1]  # query heads that share a key
     key = key[0][:, keys].repeat_interleave(copies, 0)

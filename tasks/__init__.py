@@ -26,6 +26,19 @@ FILES = {
     "gpqa": "gpqa",
     "bfcl": "bfcl",
 }
+ABOUT = {
+    "tools": "choose a tool and its arguments; prompts are made up, nothing is downloaded",
+    "reply": "answer a customer in 35 words; made up, too: the demo's",
+    "reply-25": "the same in 25 words",
+    "reply-capped": "the same in 35 words, with capped rewards",
+    "rlla": "tool calling with ToolRL's data and rewards",
+    "rar-medicine": "Rubrics as Rewards, medicine; a judge",
+    "rar-science": "Rubrics as Rewards, science; a judge",
+    "rubric": "rubrics of your own (--data FILE.jsonl); a judge",
+    "healthbench": "HealthBench; a judge",
+    "gpqa": "GPQA-Diamond, four times",
+    "bfcl": "BFCL v3, single turn",
+}
 BENCHMARKS = "healthbench", "gpqa", "bfcl"  # eval.py only
 
 
@@ -81,6 +94,7 @@ def load_prompts(
     with users_code(call):
         made = task.prompts(n_train, n_test)
     two = isinstance(made, (list, tuple)) and len(made) == 2
+    # One list of two examples has length 2, too.
     if not two or isinstance(made[0], Example):
         raise InputError(f"{call} must return two lists, of training and of held-out examples")
     train, held_out = made

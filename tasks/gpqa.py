@@ -56,6 +56,7 @@ def answered(prompts: list[str], responses: list[str], references: list[str]) ->
 
 class GPQA(Task):
     temperature, max_tokens = 0.5, 2048
+    shows_prompts = False  # the authors ask not to publish the items
 
     def __init__(self, config):
         super().__init__(

@@ -104,4 +104,18 @@ def channel(name: str, limit: int, most: int) -> Channel:
         return [values(*pair, limit, most)[name] for pair in pairs]
 
     full = 1.0 if name in ("short", "name") else 1 / most - 1e-6  # one satisfies
-    return Channel(name, fn, full)
+    return Channel(name, fn, full, help=about(name, limit, most))
+
+
+def about(name: str, limit: int, most: int) -> str:
+    asks = {
+        "short": f"at most {limit} words",
+        "name": "has the customer's name",
+        "polite": "has a polite word",
+        "you": "has the word you",
+        "we": "has the word we",
+        "sentences": "has a sentence",
+    }
+    if name in ("short", "name") or most == 1:
+        return asks[name]
+    return f"{asks[name]}; up to {most} are paid"

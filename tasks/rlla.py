@@ -20,7 +20,10 @@ PUBLIC = "https://raw.githubusercontent.com/qiancheng0/ToolRL/main/dataset/rlla_
 def task(config) -> Task:
     return Task(
         rows.prompts(config, PUBLIC, from_row),
-        [Channel("format", format_reward), Channel("correctness", correctness, 3.0, (-3.0, 3.0))],
+        [
+            Channel("format", format_reward, help="ToolRL's format"),
+            Channel("correctness", correctness, 3.0, (-3.0, 3.0), help="the calls, -3 to 3"),
+        ],
     )
 
 

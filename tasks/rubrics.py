@@ -183,7 +183,10 @@ class Rubrics(Judged):
         self.weights = text
 
     def channels(self, example: Example) -> list[Channel]:
-        return [Channel(c.label, weight=self.weight(c)) for c in example.criteria]
+        return [
+            Channel(c.label, weight=self.weight(c), help="a judge's verdicts")
+            for c in example.criteria
+        ]
 
     def weight(self, criterion: Criterion) -> float:
         if self.weights == "category":

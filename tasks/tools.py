@@ -157,15 +157,25 @@ def prompts(n_train: int, n_test: int | None) -> tuple[list[Example], list[Examp
 
 
 def task(config) -> Task:
-    names = "format", "tool", "arg_names", "arg_values", "no_invented", "clean", "brief"
-    made = Task(prompts, [channel(name) for name in names])
+    made = Task(prompts, [channel(name, asks) for name, asks in CHANNELS.items()])
     made.max_tokens = 256  # in an evaluation
     return made
 
 
-def channel(name: str) -> Channel:
+CHANNELS = {
+    "format": "thinks, then calls, in ToolRL's format",
+    "tool": "calls the right tool",
+    "arg_names": "share of the right arguments that are named",
+    "arg_values": "share of the right arguments with the right value",
+    "no_invented": "1 less the share of arguments that do not exist",
+    "clean": "share of the text that is inside the blocks",
+    "brief": "falls to 0 with the length",
+}
+
+
+def channel(name: str, asks: str) -> Channel:
     def fn(prompts: list[str], responses: list[str], references: list[str]) -> list[float]:
         pairs = zip(responses, references, strict=True)
         return [values(*pair)[name] for pair in pairs]
 
-    return Channel(name, fn)
+    return Channel(name, fn, help=asks)

@@ -1,6 +1,8 @@
-"""What several test files share: the suite's settings, ranks, tiny models, channels."""
+"""What several test files share: settings, ranks, tiny models, evaluations, channels."""
 
 import importlib
+import importlib.util
+import json
 import multiprocessing
 import os
 import re
@@ -23,6 +25,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 # The ranks of a test are on one machine, whatever its name resolves to.
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+needs_vllm = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"
+)
 
 
 # Ranks
@@ -164,6 +169,37 @@ def llama(tmp_path_factory, vocabulary) -> Path:
     return path
 
 
+def nothing_is_loaded(monkeypatch) -> None:
+    """From here on a test fails if the program loads a model's weights."""
+    import policy
+    from local import hf
+
+    def load(*args, **options):
+        pytest.fail("the model was loaded")
+
+    for module in (hf, policy):
+        monkeypatch.setattr(module, "load", load)
+
+
+# Evaluations
+
+
+@pytest.fixture
+def evaluate(monkeypatch, tmp_path, tiny):
+    """eval.py in this process, in tmp_path. Returns (results.json, the lines of samples.jsonl)."""
+    import programs
+
+    monkeypatch.chdir(tmp_path)
+
+    def evaluated(*words, name: str = "a") -> tuple[dict, list[dict]]:
+        programs.evaluate_here("--engine hf --model", tiny, "--name", name, *words)
+        folder = tmp_path / "runs" / name
+        results = json.loads((folder / "results.json").read_text())
+        return results, programs.read_lines(folder / "samples.jsonl")
+
+    return evaluated
+
+
 # Channels
 
 
@@ -181,6 +217,14 @@ def vowels(prompts: list[str], responses: list[str], references: list[str]) -> l
 
 def short(prompts: list[str], responses: list[str], references: list[str]) -> list[float]:
     return [1 / (1 + len(text)) for text in responses]
+
+
+def missing(prompts: list[str], responses: list[str], references: list[str]) -> list[float]:
+    return [float("nan")] * len(responses)
+
+
+def constant(prompts: list[str], responses: list[str], references: list[str]) -> list[float]:
+    return [0.5] * len(responses)
 
 
 def set_channels(monkeypatch, channels: list, name: str = "tools") -> None:

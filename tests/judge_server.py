@@ -21,6 +21,7 @@ class Server:
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
         self.port = asyncio.run_coroutine_threadsafe(self._start(), self.loop).result()
         self.url = f"http://127.0.0.1:{self.port}/v1"
+        self.options = f"--judge-url {self.url} --judge-model m"  # of train.py and eval.py
 
     async def _start(self) -> int:
         app = web.Application()
@@ -57,6 +58,20 @@ class Server:
         finally:
             self.in_flight -= 1
 
+    def prompts(self) -> list[str]:
+        """What was asked, in the order of the requests."""
+        return [prompt_of(request["body"]) for request in self.requests]
+
+
+def prompt_of(body: dict) -> str:
+    return body["messages"][0]["content"]
+
+
+def response_of(body: dict) -> str:
+    """The response that is to be graded, as the judge sees it: quoted."""
+    _, _, end = prompt_of(body).partition("Response to grade:\n")
+    return end.splitlines()[0]
+
 
 def names(body: dict) -> list[str]:
     """The verdicts that a request asks for."""
@@ -64,11 +79,9 @@ def names(body: dict) -> list[str]:
     return [name for name, kind in properties.items() if kind["type"] == "boolean"]
 
 
-def graded(body: dict) -> str:
+def graded(body: dict, number: int) -> str:
     """A response's own word: which of the criteria it meets, such as "meets 1 3"."""
-    prompt = body["messages"][0]["content"]
-    response = prompt.split("Response to grade:\n")[1].split("\n")[0]
-    met = re.findall(r"\d+", response)
+    met = re.findall(r"\d+", response_of(body))
     return json.dumps({name: name.removeprefix("criterion_") in met for name in names(body)})
 
 
@@ -76,8 +89,6 @@ def yes(body: dict, number: int) -> str:
     return json.dumps(dict.fromkeys(names(body), True))
 
 
-if (
-    __name__ == "__main__"
-):  # a process of its own, for measuring: every verdict is true, after 50 ms
+if __name__ == "__main__":  # for measuring: every verdict is true, after 50 ms
     print(Server(yes, delay=0.05).url, flush=True)
     threading.Event().wait()

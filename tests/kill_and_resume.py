@@ -147,10 +147,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--lora", type=int, default=0, help="rank (default: all weights)")
     args = parser.parse_args(argv)
     rng, began = random.Random(args.seed), time.monotonic()
     differ = 0
-    options = ["--engine", args.engine, "--steps", args.steps]
+    options = ["--engine", args.engine, "--steps", args.steps, "--lora", args.lora]
     options += "--max-tokens 24 --eval-every 2 --updates 2 --save-every 1 --resume auto".split()
     with tempfile.TemporaryDirectory() as folder:
         cwd = Path(folder)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from test_eval import evaluate  # noqa: F401 - a fixture
 from test_rollout import decoding
 
 import rollout
@@ -151,10 +150,7 @@ def test_the_date_is_the_runs_own(tokenizer):
 
 
 def test_evaluations_of_two_days_are_compared_if_the_date_is_in_no_prompt(
-    evaluate,  # noqa: F811 - the fixture
-    tmp_path,
-    tiny,
-    dated,
+    evaluate, tmp_path, tiny, dated
 ):
     words = ["--task", "tools", "--limit", 2, "--max-tokens", 4]
     other, _ = evaluate(*words, "--date", "2024-02-28")

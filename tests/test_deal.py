@@ -18,20 +18,29 @@ from rollout import Group, Response
 # The work of a (query, key) pair in units of a token's: in Qwen2.5-7B 2 x 3584 operations, against
 # those of 233 million weights.
 PAIR = 3e-5
-BOTH_ONE_ONE_NONE = torch.tensor([[1.0, 1], [1, 0], [0, 1], [0, 0]]).double()  # (4, 2) rewards
-GROUPS = st.lists(
-    st.tuples(st.integers(1, 300), st.lists(st.integers(0, 200), min_size=1, max_size=8)),
-    max_size=12,
-)
+BOTH_ONE_ONE_NONE = torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]).double()
+# Tokens of a prompt, and of each of its responses; of several prompts.
+PROMPT = st.integers(1, 300)
+RESPONSES = st.lists(st.integers(0, 200), min_size=1, max_size=8)
+LENGTHS = st.lists(st.tuples(PROMPT, RESPONSES), max_size=12)
 
 
 def make(lengths: list[tuple[int, list[int]]]) -> list[Group]:
     """Groups with prompts and responses of these lengths; a response's text says which it is."""
     groups = []
-    for g, (prompt, of_responses) in enumerate(lengths):
-        responses = [Response([0] * n, [], [], "", f"{g} {i}") for i, n in enumerate(of_responses)]
-        rewards, advantages = torch.zeros(len(responses), 0), torch.zeros(len(responses))
-        groups.append(Group(Prompt([g] * prompt, None), [], responses, rewards, advantages))
+    for g, (of_prompt, of_responses) in enumerate(lengths):
+        responses = []
+        for i, n in enumerate(of_responses):
+            responses.append(Response([0] * n, [], [], "", f"{g} {i}"))
+        n_responses = len(responses)
+        group = Group(
+            prompt=Prompt([g] * of_prompt, None),
+            channels=[],
+            responses=responses,
+            rewards=torch.zeros(n_responses, 0),
+            advantages=torch.zeros(n_responses),
+        )
+        groups.append(group)
     return groups
 
 
@@ -59,12 +68,17 @@ def work(group: Group) -> float:
 
 def done(dealt) -> list[float]:
     """The work of each rank."""
-    return [sum(map(work, itertools.chain(*batches))) for batches in dealt]
+    shares = []
+    for batches in dealt:
+        parts = itertools.chain(*batches)
+        shares.append(sum(map(work, parts)))
+    return shares
 
 
 def name(part: Group) -> tuple[int, list[int]]:
     """Which prompt it has, and which of its responses."""
-    return part.prompt.ids[0], [int(response.text.split()[1]) for response in part.responses]
+    responses = [int(response.text.split()[1]) for response in part.responses]
+    return part.prompt.ids[0], responses
 
 
 def names(dealt) -> list:
@@ -76,16 +90,33 @@ def names(dealt) -> list:
 
 
 def texts(groups: list[Group]) -> list[str]:
-    return sorted(response.text for group in groups for response in group.responses)
+    found = []
+    for group in groups:
+        found += [response.text for response in group.responses]
+    return sorted(found)
 
 
 def check(dealt, groups, ranks: int, budget: int):
-    assert len(dealt) == ranks and len({len(batches) for batches in dealt}) == 1
+    assert len(dealt) == ranks
+    assert len({len(batches) for batches in dealt}) == 1
     everywhere = [*itertools.chain(*dealt)]
-    assert texts([*itertools.chain(*everywhere)]) == texts(groups)
+    parts = [*itertools.chain(*everywhere)]
+    assert texts(parts) == texts(groups)
     for batch in everywhere:
-        fits = sum(update.computed(part) for part in batch) <= budget
-        assert fits or sum(len(part.responses) for part in batch) == 1
+        tokens = sum(map(update.computed, batch))
+        responses = sum(len(part.responses) for part in batch)
+        assert tokens <= budget or responses == 1
+
+
+def token_advantages(agg: str, lengths: tuple[int, ...]) -> list[torch.Tensor]:
+    """Of responses with these lengths: the advantages of each one's tokens."""
+    responses = [Response([0] * n, [-1.0] * n, [1] * n, "", "") for n in lengths]
+    channels = [Channel("a"), Channel("b")]
+    prompt = Prompt([0] * 10, None)
+    group = Group(prompt, channels, responses, BOTH_ONE_ONE_NONE)
+    train.set_advantages([group], agg, 1.0)
+    batch = update.pack([group], torch.device("cpu"))
+    return batch.advantages.split(lengths)
 
 
 @pytest.mark.parametrize("agg", ["rvpo", "gdpo", "grpo"])
@@ -93,31 +124,32 @@ def test_an_advantage_does_not_depend_on_the_length_of_a_response(agg):
     """Each token has its rollout's."""
     seen = []
     for lengths in ((1, 1, 1, 1), (2, 90, 40, 7)):
-        responses = [Response([0] * n, [-1.0] * n, [1] * n, "", "") for n in lengths]
-        channels = [Channel("a"), Channel("b")]
-        group = Group(Prompt([0] * 10, None), channels, responses, BOTH_ONE_ONE_NONE)
-        train.set_advantages([group], agg, 1.0)
-        *_, advantages = update.pack([group], torch.device("cpu"))
-        assert all(len(of_one.unique()) == 1 for of_one in advantages.split(lengths))
-        seen.append([of_one[0].item() for of_one in advantages.split(lengths)])
-    assert seen[0] == seen[1] and seen[0] == sorted(seen[0], reverse=True)
+        of_responses = token_advantages(agg, lengths)
+        assert all(len(advantages.unique()) == 1 for advantages in of_responses)
+        seen.append([advantages[0].item() for advantages in of_responses])
+    first, second = seen
+    assert first == second == sorted(first, reverse=True)
 
 
 def test_z_scores_summed_over_tokens_would():
     """As in an implementation of RVPO elsewhere (docs/choices.md): a response that fails both
     rewards beats longer ones that fail one."""
     z = rvpo.zscore(BOTH_ONE_ONE_NONE)
-    assert rvpo.soft_min(z, 1.0).argmin() == 3
-    summed = z * torch.tensor([[2.0], [90], [40], [7]])
-    assert rvpo.soft_min(summed, 1.0).argsort(descending=True).tolist() == [0, 3, 2, 1]
+    scores = rvpo.soft_min(z, 1.0)
+    assert scores.argmin() == 3
+    lengths = torch.tensor([[2.0], [90.0], [40.0], [7.0]])
+    scores = rvpo.soft_min(z * lengths, 1.0)
+    best_first = scores.argsort(descending=True)
+    assert best_first.tolist() == [0, 3, 2, 1]
 
 
 def test_computed_by_hand():
     (group,) = make([(10, [3, 1, 0, 5])])
-    assert update.computed(group) == 10 + 2 + 0 + 0 + 4
+    tokens = update.computed(group)
+    assert tokens == 10 + 2 + 0 + 0 + 4
 
 
-@given(GROUPS, st.integers(1, 9), st.integers(1, 2000))
+@given(LENGTHS, st.integers(1, 9), st.integers(1, 2000))
 def test_each_response_once_within_the_budget_and_equally_many_micro_batches(
     lengths, ranks, budget
 ):
@@ -125,7 +157,8 @@ def test_each_response_once_within_the_budget_and_equally_many_micro_batches(
     dealt = update.deal(groups, ranks, budget)
     check(dealt, groups, ranks, budget)
     # Each rank makes the plan for itself.
-    assert names(dealt) == names(update.deal(groups, ranks, budget))
+    again = update.deal(groups, ranks, budget)
+    assert names(dealt) == names(again)
 
 
 @pytest.mark.parametrize(
@@ -141,20 +174,26 @@ def test_each_response_once_within_the_budget_and_equally_many_micro_batches(
     ],
 )
 def test_plans_by_hand(lengths, ranks, budget, expected):
-    assert names(update.deal(make(lengths), ranks, budget)) == expected
+    dealt = update.deal(make(lengths), ranks, budget)
+    assert names(dealt) == expected
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_prompts_are_computed_once_where_that_is_fair(seed):
     """128 prompts of 8 on 8 ranks: no prompt is computed twice, and no rank waits for long."""
     rng = np.random.default_rng(seed)
-    groups = make(
-        [(int(rng.integers(100, 900)), rng.integers(20, 400, 8).tolist()) for _ in range(128)]
-    )
+    lengths = []
+    for _ in range(128):
+        prompt = int(rng.integers(100, 900))
+        responses = rng.integers(20, 400, 8)
+        lengths.append((prompt, responses.tolist()))
+    groups = make(lengths)
     dealt = update.deal(groups, 8, 16384)
     check(dealt, groups, 8, 16384)
-    assert sum(done(dealt)) == pytest.approx(sum(work(group) for group in groups), rel=1e-12)
-    assert max(done(dealt)) <= 1.05 * min(done(dealt))
+    shares = done(dealt)
+    once = sum(map(work, groups))
+    assert sum(shares) == pytest.approx(once, rel=1e-12)
+    assert max(shares) <= 1.05 * min(shares)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -165,7 +204,9 @@ def test_skewed_lengths_are_dealt_out_within_a_twelfth(prompts, group, seed):
     check(dealt, groups, 8, 16384)
     shares = done(dealt)
     assert max(shares) <= 1.08 * min(shares)
-    in_turn = [sum(map(work, groups[rank::8])) for rank in range(8)]
+    in_turn = []
+    for rank in range(8):
+        in_turn.append(sum(map(work, groups[rank::8])))
     assert max(shares) < max(in_turn)
 
 
@@ -174,4 +215,5 @@ def test_few_prompts_on_many_ranks_are_parted():
     groups = make([(50, [400] * 8)] * 4)
     dealt = update.deal(groups, 8, 16384)
     check(dealt, groups, 8, 16384)
-    assert max(done(dealt)) <= 1.05 * min(done(dealt))
+    shares = done(dealt)
+    assert max(shares) <= 1.05 * min(shares)

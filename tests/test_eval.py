@@ -1,31 +1,30 @@
-"""Benchmarks: scoring by hand, BFCL's own ground truth through its checker, the statistics, and the command."""
+"""Benchmarks: scoring by hand, BFCL's own ground truth through its checker, the statistics, and the
+command."""
 
 import base64
+import contextlib
 import importlib.machinery
-import importlib.util
+import io
 import itertools
 import json
 import math
-import os
 import random
 import shutil
-import subprocess
-import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from judge_server import Server, names
-from test_train import command
-from test_train import run as train
+from conftest import ROOT, missing, needs_vllm, nothing_is_loaded
+from judge_server import Server, names, prompt_of, yes
+from programs import command, evaluate_here, launch, python, read_lines, run, write_lines
 
 import eval as evaluation
 import local.hf
 import rollout
 import tasks
 import tools.compare as comparison
-from config import EvalConfig, TrainConfig, parse
+from config import EvalConfig, TrainConfig
 from infra import prompts
 from infra.ranks import InputError
 from local import hf
@@ -33,52 +32,29 @@ from rewards import Channel, Example, Task
 from tasks import bfcl, gpqa, healthbench, rows, tools
 from tools import stats
 
-needs_vllm = pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"
-)
 
-
-@pytest.fixture
-def evaluate(monkeypatch, tmp_path, tiny):
-    """eval.py in this process. Returns (results.json, samples.jsonl)."""
-
-    def run(*args, name: str = "a"):
-        monkeypatch.chdir(tmp_path)
-        evaluation.main(
-            parse(
-                evaluation.EvalConfig,
-                "",
-                ["--model", str(tiny), "--engine", "hf", "--name", name, *map(str, args)],
-            )
-        )
-        folder = tmp_path / "runs" / name
-        return json.loads((folder / "results.json").read_text()), [
-            json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()
-        ]
-
-    return run
-
-
-def options(task: str, path=None, **others) -> EvalConfig:
+def options(task: str, path: Path | None = None, **others) -> EvalConfig:
     return EvalConfig(task=task, eval_data=path and str(path), **others)
 
 
 def records(task: Task, examples: list[Example], texts: list[str]) -> list[dict]:
     """The lines of samples.jsonl, with these responses to the examples."""
-    groups = [
-        rollout.Group(
-            prompts.Prompt([], example),
-            task.channels(example),
-            [rollout.Response([], [], [], "stop", text)],
-            torch.from_numpy(task.start(example, [text])()),
-        )
-        for example, text in zip(examples, texts, strict=True)
-    ]
+    groups = []
+    for example, text in zip(examples, texts, strict=True):
+        responses = [rollout.Response([], [], [], "stop", text)]
+        rewards = torch.from_numpy(task.start(example, [text])())
+        prompt = prompts.Prompt([], example)
+        groups.append(rollout.Group(prompt, task.channels(example), responses, rewards))
     return evaluation.records(task, groups)
 
 
 def marks(task: Task, example: Example, text: str) -> dict[str, float]:
-    return records(task, [example], [text])[0]["scores"]
+    (record,) = records(task, [example], [text])
+    return record["scores"]
+
+
+def means_of(metrics: dict[str, dict]) -> dict[str, float]:
+    return {name: metric["mean"] for name, metric in metrics.items()}
 
 
 # HealthBench
@@ -89,9 +65,12 @@ def test_healthbench_score_by_hand():
     assert healthbench.score([7, 5, 10, -6], met) == pytest.approx(11 / 22)
     assert healthbench.score([7, -6], np.array([0, 1])) == pytest.approx(-6 / 7)  # not clipped
     assert np.isnan(healthbench.score([-6, -1], np.array([0, 1])))  # no positive points: skipped
-    assert np.isnan(
-        healthbench.score([7, 5], np.array([1, np.nan]))
-    )  # a missing verdict is not a 0
+    # A missing verdict is not a 0.
+    assert np.isnan(healthbench.score([7, 5], np.array([1, np.nan])))
+
+
+def item(criterion: str, points: int, *tags: str) -> dict:
+    return {"criterion": criterion, "points": points, "tags": [*tags]}
 
 
 HEALTH = [
@@ -100,60 +79,39 @@ HEALTH = [
         "prompt": [{"role": "user", "content": "ache"}],
         "example_tags": ["theme:hedging", "physician_agreed_category:x"],
         "rubrics": [
-            {"criterion": "c1", "points": 7, "tags": ["level:example", "axis:accuracy"]},
-            {"criterion": "c2", "points": 5, "tags": ["axis:accuracy"]},
-            {"criterion": "c3", "points": 10, "tags": ["axis:completeness"]},
-            {"criterion": "c4", "points": -6, "tags": ["axis:communication_quality"]},
+            item("c1", 7, "level:example", "axis:accuracy"),
+            item("c2", 5, "axis:accuracy"),
+            item("c3", 10, "axis:completeness"),
+            item("c4", -6, "axis:communication_quality"),
         ],
     },
     {
         "prompt_id": "b",
         "prompt": [{"role": "user", "content": "cough"}],
         "example_tags": ["theme:communication"],
-        "rubrics": [
-            {"criterion": "c5", "points": 3, "tags": ["axis:completeness"]},
-            {"criterion": "bad", "points": -9, "tags": ["axis:accuracy"]},
-        ],
+        "rubrics": [item("c5", 3, "axis:completeness"), item("bad", -9, "axis:accuracy")],
     },
 ]
 
 
-def of_healthbench(tmp_path, server) -> list:
-    (tmp_path / "h.jsonl").write_text("\n".join(map(json.dumps, HEALTH)))
-    return [
-        "--task",
-        "healthbench",
-        "--eval-data",
-        "h.jsonl",
-        "--max-tokens",
-        8,
-        "--judge-url",
-        server.url,
-        "--judge-model",
-        "m",
-    ]
+def of_healthbench(folder: Path, server: Server) -> str:
+    """Words that evaluate both rows of HEALTH."""
+    write_lines(folder / "h.jsonl", HEALTH)
+    return f"--task healthbench --eval-data h.jsonl --max-tokens 8 {server.options}"
+
+
+def meets_some(body: dict, number: int) -> str:
+    """Four criteria are met. Each is asked in a request of its own."""
+    met = any(f' {criterion}"' in prompt_of(body) for criterion in ("c1", "c3", "c4", "bad"))
+    return json.dumps({"explanation": "x", **dict.fromkeys(names(body), met)})
 
 
 def test_healthbench(evaluate, tmp_path):
-    server = Server(
-        lambda body, n: json.dumps(
-            {
-                "explanation": "x",
-                **{
-                    name: any(
-                        f' {c}"' in body["messages"][0]["content"]
-                        for c in ("c1", "c3", "c4", "bad")
-                    )
-                    for name in names(body)
-                },
-            }
-        )
-    )
-    results, samples = evaluate(*of_healthbench(tmp_path, server))
-    assert (
-        samples[0]["scores"].pop("axis:communication_quality") is None
-    )  # no positive points: skipped
-    assert samples[0]["scores"] == pytest.approx(
+    server = Server(meets_some)
+    results, (a, b) = evaluate(of_healthbench(tmp_path, server))
+    # Its only item has no positive points: it is skipped.
+    assert a["scores"].pop("axis:communication_quality") is None
+    assert a["scores"] == pytest.approx(
         {
             "overall": 11 / 22,
             "theme:hedging": 11 / 22,
@@ -161,9 +119,10 @@ def test_healthbench(evaluate, tmp_path):
             "axis:completeness": 1.0,
         }
     )
-    assert samples[1]["scores"]["overall"] == -3 and samples[1]["responses"][0]["met"] == [0, 1]
-    means = {name: metric["mean"] for name, metric in results["metrics"].items()}
-    assert means == pytest.approx(
+    assert b["scores"]["overall"] == -3
+    assert b["responses"][0]["met"] == [0, 1]
+    metrics = results["metrics"]
+    assert means_of(metrics) == pytest.approx(
         {
             "overall": 0.0,
             "theme:hedging": 0.5,
@@ -172,153 +131,124 @@ def test_healthbench(evaluate, tmp_path):
             "axis:completeness": 0.5,
         }
     )
-    assert results["metrics"]["overall"]["n"] == 2 and results["metrics"]["axis:accuracy"]["n"] == 1
-    prompt = next(
-        request["body"]["messages"][0]["content"]
-        for request in server.requests
-        if " c4" in request["body"]["messages"][0]["content"]
-    )
-    assert r'"\u005b-6] c4"' in prompt and '"explanation"' in prompt and '"user": "ache"' in prompt
-    assert results["judge"]["requests"] == 6 and results["settings"]["judge_model"] == "m"
+    assert metrics["overall"]["n"] == 2 and metrics["axis:accuracy"]["n"] == 1
+    assert results["judge"]["requests"] == 6
+    assert results["settings"]["judge_model"] == "m"
+    prompt = next(prompt for prompt in server.prompts() if " c4" in prompt)
+    assert r'"\u005b-6] c4"' in prompt
+    assert '"explanation"' in prompt
+    assert '"user": "ache"' in prompt
 
 
 def test_healthbench_clips_the_mean_and_bootstraps():
-    samples = [
-        {"id": str(i), "category": "", "scores": {"overall": x}}
-        for i, x in enumerate([-3.0, 0.5, 0.7, 1.0])
-    ]
-    clipped, plain = (
-        evaluation.summarize(samples, {}, clip, 0)["overall"] for clip in (True, False)
-    )
+    values = [-3.0, 0.5, 0.7, 1.0]
+    samples = []
+    for i, value in enumerate(values):
+        samples.append({"id": str(i), "category": "", "scores": {"overall": value}})
+    clipped = evaluation.summarize(samples, {}, True, 0)["overall"]
+    plain = evaluation.summarize(samples, {}, False, 0)["overall"]
     assert clipped["mean"] == 0 and plain["mean"] == pytest.approx(-0.2)
-    draws = np.random.default_rng(1).choice([-3.0, 0.5, 0.7, 1.0], (20_000, 4)).mean(1)
-    assert clipped["stderr"] == pytest.approx(draws.clip(0, 1).std(), rel=0.1) and plain[
-        "stderr"
-    ] == pytest.approx(draws.std(), rel=0.1)
+    draws = np.random.default_rng(1).choice(values, (20_000, 4)).mean(1)
+    assert clipped["stderr"] == pytest.approx(draws.clip(0, 1).std(), rel=0.1)
+    assert plain["stderr"] == pytest.approx(draws.std(), rel=0.1)
 
 
 def test_healthbench_without_enough_verdicts_keeps_the_responses(evaluate, tmp_path):
-    server = Server(
-        lambda body, n: (
-            '{"explanation": "x", "criterion_1": "true"}' if n > 1 else '{"criterion_1": true}'
-        )
-    )
+    def answer(body: dict, number: int) -> str:
+        if number == 1:  # asked before the run
+            return '{"criterion_1": true}'
+        return '{"explanation": "x", "criterion_1": "true"}'
+
     with pytest.raises(InputError, match="100% of the rows have a verdict missing"):
-        evaluate(*of_healthbench(tmp_path, server))
-    lines = (tmp_path / "runs/a/samples.jsonl").read_text().splitlines()
-    assert (
-        len(lines) == 2
-        and json.loads(lines[0])["responses"][0]["met"] == [None] * 4
-        and json.loads(lines[0])["scores"]["overall"] is None
-    )
+        evaluate(of_healthbench(tmp_path, Server(answer)))
+    first, _ = read_lines(tmp_path / "runs/a/samples.jsonl")
+    assert first["responses"][0]["met"] == [None] * 4
+    assert first["scores"]["overall"] is None
     assert not (tmp_path / "runs/a/results.json").exists()
 
 
 def test_one_missing_verdict_leaves_its_row_out(evaluate, tmp_path):
-    server = Server(
-        lambda body, n: (
-            (400, "too long")
-            if " c2" in body["messages"][0]["content"]
-            else json.dumps(dict.fromkeys(names(body), True))
-        )
-    )
-    results, samples = evaluate(*of_healthbench(tmp_path, server), "--judge-max-missing", 0.6)
-    assert (
-        samples[0]["scores"]["overall"] is None and samples[0]["scores"]["axis:completeness"] == 1
-    )
-    assert results["metrics"]["overall"] == pytest.approx(
-        {"mean": 0, "stderr": 0, "n": 1}
-    ) and results["judge"]["missing"] == pytest.approx(1 / 6)
+    def answer(body: dict, number: int):
+        return (400, "too long") if " c2" in prompt_of(body) else yes(body, number)
+
+    words = of_healthbench(tmp_path, Server(answer))
+    results, (first, _) = evaluate(words, "--judge-max-missing 0.6")
+    assert first["scores"]["overall"] is None
+    assert first["scores"]["axis:completeness"] == 1
+    assert results["metrics"]["overall"] == pytest.approx({"mean": 0, "stderr": 0, "n": 1})
+    assert results["judge"]["missing"] == pytest.approx(1 / 6)
     assert results["judge"]["rows_missing"] == 0.5
-    with pytest.raises(
-        InputError,
-        match="50% of the rows have a verdict missing, more than --judge-max-missing 0.2",
-    ):
-        evaluate(*of_healthbench(tmp_path, server), name="b")
+    message = "50% of the rows have a verdict missing, more than --judge-max-missing 0.2"
+    with pytest.raises(InputError, match=message):
+        evaluate(words, name="b")
 
 
 def test_rubrics_are_evaluated_like_any_task(evaluate, tmp_path):
-    server = Server(lambda body, n: json.dumps(dict.fromkeys(names(body), True)))
+    server = Server(yes)
     rubric = [
         {"description": "a", "weight": 5},
         {"description": "b", "weight": -1},
         {"description": "c", "weight": 4},
         {"description": "d"},
     ]
-    (tmp_path / "r.jsonl").write_text(
-        "\n".join(json.dumps({"question": question, "rubric": rubric}) for question in "qr")
-    )
-    results, samples = evaluate(
-        "--task",
-        "rar-science",
-        "--eval-data",
-        "r.jsonl",
-        "--limit",
-        1,
-        "--max-tokens",
-        4,
-        "--judge-url",
-        server.url,
-        "--judge-model",
-        "m",
-    )
-    assert [sample["scores"] for sample in samples] == [
-        {"joint": 0, "essential": 1, "pitfall": 0, "important": 1}
-    ]
-    assert samples[0]["responses"][0]["rewards"] == {"1 a": 1, "2 b": 0, "3 c": 1, "4 d": 1}
-    assert (
-        results["judge"]["missing"] == 0
-        and results["judge"]["requests"] == 4
-        and results["settings"]["judge_model"] == "m"
-    )
+    rubrics = [{"question": question, "rubric": rubric} for question in "qr"]
+    write_lines(tmp_path / "r.jsonl", rubrics)
+    words = "--task rar-science --eval-data r.jsonl --limit 1 --max-tokens 4"
+    results, (sample,) = evaluate(words, server.options)
+    assert sample["scores"] == {"joint": 0, "essential": 1, "pitfall": 0, "important": 1}
+    assert sample["responses"][0]["rewards"] == {"1 a": 1, "2 b": 0, "3 c": 1, "4 d": 1}
+    assert results["judge"]["missing"] == 0 and results["judge"]["requests"] == 4
+    assert results["settings"]["judge_model"] == "m"
 
 
 # GPQA
 
-GPQA = (
-    "Question,Correct Answer,Incorrect Answer 1,Incorrect Answer 2,Incorrect Answer 3,Record ID\n"
-    '"Secret ""one"",\nin two lines?",right1,w1,x1,y1,rec1\nSecret two?,right2,w2,x2,y2,rec2\nSecret three?,right3,w3,x3,y3,rec3\n'
-)
+GPQA = """\
+Question,Correct Answer,Incorrect Answer 1,Incorrect Answer 2,Incorrect Answer 3,Record ID
+"Secret ""one"",
+in two lines?",right1,w1,x1,y1,rec1
+Secret two?,right2,w2,x2,y2,rec2
+Secret three?,right3,w3,x3,y3,rec3
+"""
 
 
 def of_gpqa(
-    tmp_path, text: str = GPQA, n: int | None = None, **others
+    folder: Path, text: str = GPQA, limit: int | None = None, **others
 ) -> tuple[Task, list[Example]]:
-    (tmp_path / "g.csv").write_text(text)
-    task = gpqa.task(options("gpqa", tmp_path / "g.csv", **{"repeats": 2, **others}))
-    return task, task.prompts(0, n)[1]
+    """The task, and its examples: two of each row."""
+    (folder / "g.csv").write_text(text)
+    task = gpqa.task(options("gpqa", folder / "g.csv", repeats=2, **others))
+    _, examples = task.prompts(0, limit)
+    return task, examples
 
 
 def test_gpqa_permutations_are_simple_evals(tmp_path):
     """Rows repeated, then one permutation each from Random(0), in order."""
-    rng, (task, examples) = random.Random(0), of_gpqa(tmp_path)
+    task, examples = of_gpqa(tmp_path)
+    rng = random.Random(0)
     for repeat, i in itertools.product(range(2), range(3)):
         order = rng.sample(range(4), 4)
         text = examples[2 * i + repeat].messages[0]["content"]
-        choices = [f"{['right', 'w', 'x', 'y'][k]}{i + 1}" for k in order]
-        assert text.splitlines()[-4:] == [
-            f"{letter}) {choice}" for letter, choice in zip("ABCD", choices, strict=True)
-        ]
+        choices = [f"right{i + 1}", f"w{i + 1}", f"x{i + 1}", f"y{i + 1}"]
+        shown = zip("ABCD", order, strict=True)
+        assert text.splitlines()[-4:] == [f"{letter}) {choices[k]}" for letter, k in shown]
         letter = "ABCD"[order.index(0)]
-        right = ["Answer: E"] * 2
-        right[repeat] = f"so\nAnswer: {letter}"
-        (item,) = records(task, examples[2 * i : 2 * i + 2], right)
-        assert (
-            item["scores"] == {"accuracy": 0.5, "answered": 0.5}
-            and item["responses"][repeat]["correct"]
-            == letter
-            == item["responses"][repeat]["letter"]
-        )
+        answers = ["Answer: E"] * 2
+        answers[repeat] = f"so\nAnswer: {letter}"
+        (record,) = records(task, examples[2 * i : 2 * i + 2], answers)
+        assert record["scores"] == {"accuracy": 0.5, "answered": 0.5}
+        response = record["responses"][repeat]
+        assert response["correct"] == response["letter"] == letter
+
+
+def test_gpqa_examples(tmp_path):
+    _, examples = of_gpqa(tmp_path)
     assert 'Secret "one",\nin two lines?' in examples[0].messages[0]["content"]
-    assert [example.id for example in examples] == [
-        "rec1",
-        "rec1",
-        "rec2",
-        "rec2",
-        "rec3",
-        "rec3",
-    ] and len(of_gpqa(tmp_path, n=2)[1]) == 4
-    assert of_gpqa(tmp_path, seed=1)[1] != examples
+    assert [example.id for example in examples] == "rec1 rec1 rec2 rec2 rec3 rec3".split()
+    _, of_two_rows = of_gpqa(tmp_path, limit=2)
+    assert len(of_two_rows) == 4
+    _, of_another_seed = of_gpqa(tmp_path, seed=1)
+    assert of_another_seed != examples
 
 
 @pytest.mark.parametrize(
@@ -342,18 +272,17 @@ def test_gpqa_letter(response, letter):
 
 
 def test_gpqa_items_are_not_published(evaluate, monkeypatch, tmp_path):
-    (tmp_path / "g.csv").write_text(GPQA)
     answer = "Secret two? is right2. Answer: A"
-    monkeypatch.setattr(
-        local.hf,
-        "make_response",
-        lambda tokens, logp, finish, *rest: rollout.Response(tokens, logp, [], finish, answer),
-    )
-    results, samples = evaluate(
-        "--task", "gpqa", "--eval-data", "g.csv", "--max-tokens", 4, "--repeats", 2
-    )
+
+    def make_response(tokens, logp, finish, *others):
+        return rollout.Response(tokens, logp, [], finish, answer)
+
+    (tmp_path / "g.csv").write_text(GPQA)
+    monkeypatch.setattr(local.hf, "make_response", make_response)
+    results, samples = evaluate("--task gpqa --eval-data g.csv --max-tokens 4 --repeats 2")
     for file in (tmp_path / "runs/a").iterdir():
-        assert not any(secret in file.read_text() for secret in ("Secret", "right", "w1", "x2"))
+        text = file.read_text()
+        assert not any(secret in text for secret in ("Secret", "right", "w1", "x2"))
     assert base64.b64decode(samples[1]["responses"][0]["base64"]).decode() == answer
     assert results["metrics"]["answered"]["mean"] == 1 and len(samples) == 3
 
@@ -375,54 +304,58 @@ def test_bad_gpqa_rows(tmp_path, text, message):
 # BFCL
 
 
+def echo(category: str, functions: list[dict], truth: list[dict]) -> str:
+    """A response that says the ground truth."""
+    kinds = {function["name"]: function["parameters"]["properties"] for function in functions}
+    lines = []
+    for call in truth:
+        ((name, accepted),) = call.items()
+        parameters = first_accepted(accepted)
+        if category in ("java", "javascript"):
+            for key, value in parameters.items():
+                kind = "String"
+                if category == "java" and key in kinds.get(name, {}):
+                    kind = kinds[name][key]["type"]
+                parameters[key] = literal(value, kind)
+        lines.append(json.dumps({"name": name, "parameters": parameters}))
+    return "<think> t </think>\n<tool_call>\n" + "\n".join(lines) + "\n</tool_call>"
+
+
+def first_accepted(accepted: dict[str, list]) -> dict:
+    """Of each parameter the first value that the ground truth accepts; "" says that it may be left
+    out."""
+    parameters = {}
+    for key, values in accepted.items():
+        if values and values[0] != "":
+            parameters[key] = plain(values[0])
+    return parameters
+
+
+def plain(value):
+    """A value in which an object has lists of accepted values, too."""
+    if isinstance(value, list):
+        return [plain(x) if isinstance(x, dict) else x for x in value]
+    if isinstance(value, dict):
+        return {key: values[0] for key, values in value.items() if values and values[0] != ""}
+    return value
+
+
 def literal(value, kind: str) -> str:
     """The value as Java or JavaScript source, as the checker's converters read it."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list) and kind == "ArrayList":
-        return (
-            f"new ArrayList<String>(Arrays.asList({', '.join(literal(x, 'json') for x in value)}))"
-        )
+        items = ", ".join(literal(x, "json") for x in value)
+        return f"new ArrayList<String>(Arrays.asList({items}))"
     if isinstance(value, list) and kind == "Array":
-        return f"new String[]{{{', '.join(map(str, value))}}}"  # the converter keeps quotes as a part of the string
+        # The converter keeps quotes as a part of the string.
+        return f"new String[]{{{', '.join(map(str, value))}}}"
     if isinstance(value, dict) and kind == "HashMap":
-        return (
-            "new HashMap<String, Object>() {{ "
-            + " ".join(f'put("{k}", {literal(v, "json")});' for k, v in value.items())
-            + " }}"
-        )
+        puts = " ".join(f'put("{key}", {literal(x, "json")});' for key, x in value.items())
+        return f"new HashMap<String, Object>() {{{{ {puts} }}}}"
     if kind in ("long", "float"):
         return f"{value}{kind[0].upper()}"
     return value if isinstance(value, str) and kind != "json" else json.dumps(value)
-
-
-def plain(value):
-    """Of an object, or of the objects in a list, the first accepted value of every key."""
-    if isinstance(value, list):
-        return [plain(x) if isinstance(x, dict) else x for x in value]
-    return (
-        {k: v[0] for k, v in value.items() if v and v[0] != ""}
-        if isinstance(value, dict)
-        else value
-    )
-
-
-def echo(category: str, functions: list[dict], truth: list[dict]) -> str:
-    """A response that says the ground truth."""
-    lines, properties = [], {f["name"]: f["parameters"]["properties"] for f in functions}
-    for call in truth:
-        ((name, accepted),) = call.items()
-        parameters = {
-            k: plain(values[0]) for k, values in accepted.items() if values and values[0] != ""
-        }
-        if category in ("java", "javascript"):
-            kinds = {
-                k: kind["type"] if category == "java" else "String"
-                for k, kind in properties.get(name, {}).items()
-            }
-            parameters = {k: literal(v, kinds.get(k, "String")) for k, v in parameters.items()}
-        lines.append(json.dumps({"name": name, "parameters": parameters}))
-    return "<think> t </think>\n<tool_call>\n" + "\n".join(lines) + "\n</tool_call>"
 
 
 SIZES = {
@@ -448,20 +381,19 @@ def of_bfcl():
 
 
 def test_bfcl_has_the_rows_of_v3(of_bfcl):
-    examples = of_bfcl.prompts(0, None)[1]
-    assert {
-        category: sum(example.category == category for example in examples) for category in SIZES
-    } == SIZES
-    assert (
-        len(examples) == len({example.id for example in examples}) == 3641
-        and len(of_bfcl.prompts(0, 3)[1]) == 3 * 13
-    )
+    _, examples = of_bfcl.prompts(0, None)
+    categories = [example.category for example in examples]
+    assert {category: categories.count(category) for category in SIZES} == SIZES
+    assert len(examples) == len({example.id for example in examples}) == 3641
+    _, three_each = of_bfcl.prompts(0, 3)
+    assert len(three_each) == 3 * 13
 
 
 def test_bfcl_ground_truth_passes_its_checker(of_bfcl):
     """The rest is the data's own: a few rows require a parameter that their answer leaves out."""
-    passed, total = 0, 0
-    for example in of_bfcl.prompts(0, None)[1]:
+    passed = total = 0
+    _, examples = of_bfcl.prompts(0, None)
+    for example in examples:
         category, functions, truth = json.loads(example.reference)
         assert category == example.category
         if "relevance" in category:
@@ -469,8 +401,10 @@ def test_bfcl_ground_truth_passes_its_checker(of_bfcl):
         right = echo(category, functions, truth)
         scores = marks(of_bfcl, example, right)
         assert scores["format"] == 1
-        passed, total = passed + scores["correct"], total + 1
-        assert marks(of_bfcl, example, right.replace('{"name": "', '{"name": "x'))["correct"] == 0
+        passed += scores["correct"]
+        total += 1
+        wrong = right.replace('{"name": "', '{"name": "x')
+        assert marks(of_bfcl, example, wrong)["correct"] == 0
     print(f"{passed:.0f} of {total}")
     assert total == 2501 and passed / total >= 0.99
 
@@ -478,99 +412,94 @@ def test_bfcl_ground_truth_passes_its_checker(of_bfcl):
 def test_bfcl_relevance_and_format(of_bfcl):
     call = '<think> t </think>\n<tool_call>\n{"name": "f", "parameters": {}}\n</tool_call>'
     refusal = "<think> t </think>\n<response> I have no tool for that. </response>"
-    by_group = {example.category: example for example in of_bfcl.prompts(0, None)[1]}
-    for group, response, scores in [
-        ("irrelevance", call, (0, 1)),
-        ("irrelevance", refusal, (1, 1)),
-        ("live_irrelevance", "text", (1, 0)),
-        ("live_relevance", call, (1, 1)),
-        ("live_relevance", refusal, (0, 1)),
-        ("live_relevance", call.replace("{}", "3"), (0, 1)),
-        ("simple", refusal, (0, 1)),
-        ("simple", call, (0, 1)),
-        ("parallel", "", (0, 0)),
-    ]:
-        got = marks(of_bfcl, by_group[group], response)
-        assert (got["correct"], got["format"]) == scores, (group, response)
+    _, examples = of_bfcl.prompts(0, None)
+    by_category = {example.category: example for example in examples}
+    for category, response, correct, well_formed in (
+        ("irrelevance", call, 0, 1),
+        ("irrelevance", refusal, 1, 1),
+        ("live_irrelevance", "text", 1, 0),
+        ("live_relevance", call, 1, 1),
+        ("live_relevance", refusal, 0, 1),
+        ("live_relevance", call.replace("{}", "3"), 0, 1),
+        ("simple", refusal, 0, 1),
+        ("simple", call, 0, 1),
+        ("parallel", "", 0, 0),
+    ):
+        scores = marks(of_bfcl, by_category[category], response)
+        assert scores["correct"] == correct, (category, response)
+        assert scores["format"] == well_formed, (category, response)
+
+
+CALLS = """\
+<tool_call>
+{"name": "f", "parameters": {"x": 1}}
+bad line
+{"name": "g"}
+[]
+{"name": "h", "parameters": {}}
+</tool_call>"""
+LAST_CALL = '<tool_call>\n{"name": "last", "parameters": {}}\n</tool_call> text'
 
 
 def test_bfcl_calls_are_read_as_toolrl_reads_them():
-    block = '<tool_call>\n{"name": "f", "parameters": {"x": 1}}\nbad line\n{"name": "g"}\n[]\n{"name": "h", "parameters": {}}\n</tool_call>'
-    assert bfcl.calls(block) == [{"f": {"x": 1}}, {"h": {}}]
-    assert bfcl.calls(
-        block + '<tool_call>\n{"name": "last", "parameters": {}}\n</tool_call> text'
-    ) == [{"last": {}}]
-    assert (
-        bfcl.calls('{"name": "f", "parameters": {}}')
-        == bfcl.calls("")
-        == bfcl.calls("[" * 50_000)
-        == []
-    )
+    assert bfcl.calls(CALLS) == [{"f": {"x": 1}}, {"h": {}}]
+    assert bfcl.calls(CALLS + LAST_CALL) == [{"last": {}}]
+    assert bfcl.calls('{"name": "f", "parameters": {}}') == []
+    assert bfcl.calls("") == bfcl.calls("[" * 50_000) == []
 
 
 def test_bfcl_prompt_is_toolrls(of_bfcl):
-    examples = of_bfcl.prompts(0, 1)[1]
-    system, user = examples[0].messages
+    _, examples = of_bfcl.prompts(0, 1)
+    system, user = (message["content"] for message in examples[0].messages)
+    assert "\n1. Name: calculate_triangle_area\nDescription: Calculate the area" in system
+    assert '\nParameters: {"base": {"type": "integer"' in system
     assert (
-        "\n1. Name: calculate_triangle_area\nDescription: Calculate the area" in system["content"]
-        and '\nParameters: {"base": {"type": "integer"' in system["content"]
-    )
-    assert (
-        '{"name": "Tool name", "parameters": {"Parameter name": "Parameter content", "... ...": "... ..."}}'
-        in system["content"]
-    )
-    assert (
-        user["content"]
-        == "**Dialogue Records History**\n<user> Find the area of a triangle with a base of 10 units and height of 5 units. </user>"
+        '{"name": "Tool name", "parameters": '
+        '{"Parameter name": "Parameter content", "... ...": "... ..."}}'
+    ) in system
+    assert user == (
+        "**Dialogue Records History**\n<user> Find the area of a triangle with a base of 10 units "
+        "and height of 5 units. </user>"
     )
     java = next(example for example in examples if example.category == "java")
-    assert (
-        "Java 8 SDK syntax" in java.messages[0]["content"]
-        and "in string representation" in java.messages[0]["content"]
-    )
+    system_of_java = java.messages[0]["content"]
+    assert "Java 8 SDK syntax" in system_of_java
+    assert "in string representation" in system_of_java
+
+
+RIGHT = {  # the share of each category's answers that are right; of others none
+    "simple": 0.9,
+    "java": 0.6,
+    "javascript": 0.3,
+    "multiple": 0.8,
+    "parallel": 0.4,
+    "irrelevance": 0.5,
+    "live_simple": 0.5,
+    "live_irrelevance": 1.0,
+}
 
 
 def test_bfcl_averages_by_hand(of_bfcl):
     averages = of_bfcl.averages()
-    assert all(sum(weights.values()) == pytest.approx(1) for weights in averages.values())
-    right = {
-        "simple": 0.9,
-        "java": 0.6,
-        "javascript": 0.3,
-        "multiple": 0.8,
-        "parallel": 0.4,
-        "irrelevance": 0.5,
-        "live_simple": 0.5,
-        "live_irrelevance": 1.0,
-    }
-    samples = [
-        {
-            "id": f"{c}{i}",
-            "category": c,
-            "scores": {"correct": float(i < 10 * right.get(c, 0)), "format": 1.0},
-        }
-        for c in SIZES
-        for i in range(10)
-    ]
-    means = {
-        name: metric["mean"]
-        for name, metric in evaluation.summarize(samples, averages, False, 0).items()
-    }
+    for weights in averages.values():
+        assert sum(weights.values()) == pytest.approx(1)
+    samples = []
+    for category, i in itertools.product(SIZES, range(10)):
+        scores = {"correct": float(i < 10 * RIGHT.get(category, 0)), "format": 1.0}
+        samples.append({"id": f"{category}{i}", "category": category, "scores": scores})
+    means = means_of(evaluation.summarize(samples, averages, False, 0))
     assert means["non-live"] == pytest.approx((0.6 + 0.8 + 0.4 + 0 + 0.5) / 5)
     assert means["live"] == pytest.approx((0.5 * 258 + 882) / 2251)
     assert means["non-live AST"] == pytest.approx((0.6 + 0.8 + 0.4 + 0) / 4)
     assert means["live AST"] == pytest.approx(0.5 * 258 / 1351)
-    assert means["v3 without multi-turn (live, non-live)"] == pytest.approx(
-        (means["live"] + means["non-live"]) / 2
-    )
+    both = (means["live"] + means["non-live"]) / 2
+    assert means["v3 without multi-turn (live, non-live)"] == pytest.approx(both)
     assert means["java"] == pytest.approx(0.6) and means["format"] == 1
 
 
 def test_bfcl_eval_missing_or_of_v4(monkeypatch, tmp_path):
-    for spec in (
-        None,
-        importlib.machinery.ModuleSpec("bfcl_eval", None, origin=str(tmp_path / "__init__.py")),
-    ):
+    of_v4 = importlib.machinery.ModuleSpec("bfcl_eval", None, origin=str(tmp_path / "__init__.py"))
+    for spec in (None, of_v4):
         monkeypatch.setattr(bfcl.importlib.util, "find_spec", lambda name, spec=spec: spec)
         with pytest.raises(InputError, match="pip install --no-deps bfcl-eval"):
             bfcl.package.__wrapped__()
@@ -579,47 +508,34 @@ def test_bfcl_eval_missing_or_of_v4(monkeypatch, tmp_path):
 # Comparing
 
 
-def result(tmp_path, name, values, task="gpqa", **settings):
-    folder = tmp_path / name
-    folder.mkdir()
-    (folder / "results.json").write_text(
-        json.dumps(
-            {
-                "task": task,
-                "settings": {"items": "x", "model": name, **settings},
-                "averages": {},
-                "metrics": {},
-            }
-        )
-    )
-    (folder / "samples.jsonl").write_text(
-        "\n".join(
-            json.dumps({"id": str(i), "category": "", "scores": scores})
-            for i, scores in enumerate(values)
-        )
-    )
-    return folder / "results.json"
+def result(folder: Path, name: str, scores: list, task: str = "gpqa", **settings) -> Path:
+    """results.json as eval.py writes it, and beside it samples.jsonl with these scores."""
+    run = folder / name
+    run.mkdir()
+    settings = {"items": "x", "model": name, **settings}
+    content = {"task": task, "settings": settings, "averages": {}, "metrics": {}}
+    (run / "results.json").write_text(json.dumps(content))
+    samples = []
+    for i, of_item in enumerate(scores):
+        samples.append({"id": str(i), "category": "", "scores": of_item})
+    write_lines(run / "samples.jsonl", samples)
+    return run / "results.json"
 
 
 def test_compare_against_exact_tests(tmp_path):
-    """Eight pairs: all 256 sign flips enumerated, and the bootstrap interval from as many draws of our own."""
+    """Eight pairs: all 256 sign flips enumerated, and the bootstrap interval from as many draws of
+    our own."""
     rng = np.random.default_rng(0)
     x, y = rng.random(8), rng.random(8) + 0.25
-    (row,) = comparison.compare(
-        result(tmp_path, "a", [{"s": v} for v in x]), result(tmp_path, "b", [{"s": v} for v in y])
-    )
+    first = result(tmp_path, "a", [{"s": value} for value in x])
+    second = result(tmp_path, "b", [{"s": value} for value in y])
+    (row,) = comparison.compare(first, second)
     d = y - x
-    exact = np.mean(
-        [
-            abs(np.dot(signs, d)) >= abs(d.sum()) - 1e-12
-            for signs in itertools.product([-1, 1], repeat=8)
-        ]
-    )
-    assert (
-        row["difference"] == pytest.approx(d.mean())
-        and row["p"] == pytest.approx(exact, abs=0.015)
-        and row["n"] == 8
-    )
+    signs = np.array([*itertools.product([-1, 1], repeat=8)])
+    exact = np.mean(abs(signs @ d) >= abs(d.sum()) - 1e-12)
+    assert row["difference"] == pytest.approx(d.mean())
+    assert row["p"] == pytest.approx(exact, abs=0.015)
+    assert row["n"] == 8
     draws = rng.choice(d, (100_000, 8)).mean(1)
     assert [row["low"], row["high"]] == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.02)
 
@@ -628,23 +544,18 @@ def test_compare_is_paired_corrected_and_leaves_missing_pairs_out(tmp_path):
     rng = np.random.default_rng(1)
     base = rng.random(200)  # items differ far more than the two models do
     first = [{"overall": v, "axis:a": v, "axis:b": v} for v in base]
-    second = [
-        {
-            "overall": v + 0.02 + 0.02 * rng.standard_normal(),
-            "axis:a": v + 0.01 * rng.standard_normal(),
-            "axis:b": v + 0.02,
-        }
-        for v in base
-    ]
+    second = []
+    for v, (x, y) in zip(base, rng.standard_normal((200, 2)), strict=True):
+        gain = 0.02 + 0.02 * x
+        second.append({"overall": v + gain, "axis:a": v + 0.01 * y, "axis:b": v + 0.02})
     second[0]["axis:b"] = None
     overall, a, b = comparison.compare(result(tmp_path, "a", first), result(tmp_path, "b", second))
-    assert overall["p"] < 0.001 and overall["low"] > 0.01 and "p_holm" not in overall
-    assert (
-        a["p"] > 0.01
-        and b["n"] == 199
-        and b["p_holm"] == pytest.approx(2 * b["p"])
-        and a["p_holm"] == pytest.approx(max(a["p"], 2 * b["p"]))
-    )
+    assert overall["p"] < 0.001 and overall["low"] > 0.01
+    assert "p_holm" not in overall
+    assert a["p"] > 0.01
+    assert a["p_holm"] == pytest.approx(max(a["p"], 2 * b["p"]))
+    assert b["n"] == 199
+    assert b["p_holm"] == pytest.approx(2 * b["p"])
     same = comparison.compare(tmp_path / "a/results.json", tmp_path / "a/results.json")
     assert all(row["difference"] == 0 and row["p"] == 1 for row in same)
 
@@ -654,33 +565,36 @@ def test_holm_by_hand():
     assert stats.holm([0.9, 0.8]) == [1.0, 1.0] and stats.holm([]) == []
 
 
-def test_compare_refuses(tmp_path):
+def test_compare_refuses_what_cannot_be_compared(tmp_path):
     good = result(tmp_path, "good", [{"s": 1.0}])
-    for name, options, message in [
+    for name, settings, message in (
         ("items", {"items": "y"}, "different items"),
         ("heat", {"temperature": 1}, "temperature is None in"),
         ("task", {"task": "bfcl"}, "task is gpqa"),
-    ]:
+    ):
+        other = result(tmp_path, name, [{"s": 1.0}], **settings)
         with pytest.raises(InputError, match=f"cannot be compared: .*{message}"):
-            comparison.compare(good, result(tmp_path, name, [{"s": 1.0}], **options))
+            comparison.compare(good, other)
+    more = result(tmp_path, "more", [{"s": 1.0}, {"s": 0.0}])
     with pytest.raises(InputError, match="different items"):
-        comparison.compare(good, result(tmp_path, "more", [{"s": 1.0}, {"s": 0.0}]))
+        comparison.compare(good, more)
+    other = result(tmp_path, "other", [{"t": 1.0}])
+    with pytest.raises(InputError, match="no metric in common"):
+        comparison.compare(good, other)
+
+
+def test_compare_refuses_what_eval_did_not_write(tmp_path):
+    good = result(tmp_path, "good", [{"s": 1.0}])
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/results.json").write_text("{}")
-    broken = [
-        tmp_path / "broken/results.json",
-        tmp_path / "missing/results.json",
-        result(tmp_path, "none", []),
-    ]
-    for number, scores in enumerate(
-        ["text", None, [1], {"s": "0.5"}, {"s": [1]}, {"s": float("inf")}]
-    ):
-        broken.append(result(tmp_path, f"odd{number}", [scores]))
     twice = result(tmp_path, "twice", [{"s": 1.0}])
-    (tmp_path / "twice/samples.jsonl").write_text('{"id": "0", "category": "", "scores": {}}\n' * 2)
-    with pytest.raises(InputError, match="no metric in common"):
-        comparison.compare(good, result(tmp_path, "other", [{"t": 1.0}]))
-    for path in [*broken, twice]:
+    write_lines(tmp_path / "twice/samples.jsonl", [{"id": "0", "category": "", "scores": {}}] * 2)
+    bad = [tmp_path / "broken/results.json", tmp_path / "missing/results.json", twice]
+    bad.append(result(tmp_path, "none", []))
+    odd = ["text", None, [1], {"s": "0.5"}, {"s": [1]}, {"s": float("inf")}]
+    for number, scores in enumerate(odd):
+        bad.append(result(tmp_path, f"odd{number}", [scores]))
+    for path in bad:
         with pytest.raises(InputError, match="cannot be read as eval.py writes them"):
             comparison.compare(good, path)
 
@@ -692,22 +606,21 @@ def test_compare_says_what_it_cannot_read(tmp_path, monkeypatch, capsys):
     for folder in ("kept/step-2", "kept/step-10", "trained", "empty"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "trained/metrics.jsonl").touch()
-    for other, message in [
+    for other, message in (
         ("kept", "kept holds evaluations of several policies: name one, such as kept/step-10"),
         (
             "trained",
-            "trained is a run of train.py, which compare cannot read: evaluate it first, with python eval.py --model trained --task ..., "
-            "and name the directory that this prints",
+            "trained is a run of train.py, which compare cannot read: evaluate it first, with "
+            "python eval.py --model trained --task ..., and name the directory that this prints",
         ),
         ("empty", "empty: no results of eval.py are there; name its directory, such as runs/NAME"),
         ("nothing", "nothing: no results of eval.py are there"),
-    ]:
+    ):
         with pytest.raises(InputError) as error:
             comparison.main(["good", other])
         assert str(error.value).startswith(message)
-    with pytest.raises(
-        InputError, match="usage: python tools/compare.py runs/A runs/B, each a directory"
-    ):
+    message = "usage: python tools/compare.py runs/A runs/B, each a directory"
+    with pytest.raises(InputError, match=message):
         comparison.main(["good"])
     assert capsys.readouterr().out == ""
 
@@ -716,13 +629,10 @@ def test_compare_says_what_it_cannot_read(tmp_path, monkeypatch, capsys):
 
 
 def test_scores_of_one_id_are_averaged_without_those_that_are_missing():
-    task = Task(
-        None,
-        [
-            Channel("a", lambda prompts, responses, references: [float(r) for r in responses]),
-            Channel("b", lambda p, r, ref: [math.nan]),
-        ],
-    )
+    def number(prompts, responses, references):
+        return [float(response) for response in responses]
+
+    task = Task(None, [Channel("a", number), Channel("b", missing)])
     question = [{"role": "user", "content": "q"}]
     examples = [
         Example(question, "r", id="x"),
@@ -731,20 +641,13 @@ def test_scores_of_one_id_are_averaged_without_those_that_are_missing():
         Example(question, id="x", category="other"),
     ]
     first, second, third = records(task, examples, ["1", "0.5", "nan", "0"])
-    assert (first["id"], first["category"], second["id"], third["category"]) == (
-        "x",
-        "",
-        "1",
-        "other",
-    )
-    assert (
-        first["scores"]["a"] == 1
-        and second["scores"]["a"] == 0.5
-        and math.isnan(first["scores"]["b"])
-    )
+    assert first["id"] == "x" and first["category"] == ""
+    assert second["id"] == "1" and third["category"] == "other"
+    assert first["scores"]["a"] == 1 and math.isnan(first["scores"]["b"])
+    assert second["scores"]["a"] == 0.5
     assert first["responses"] == [
-        {"response": "1", "reference": "r"},
-        {"response": "nan", "reference": ""},
+        {"prompt": question, "response": "1", "reference": "r"},
+        {"prompt": question, "response": "nan", "reference": ""},
     ]
 
 
@@ -754,83 +657,69 @@ def test_benchmarks_are_not_for_training():
             tasks.load_task(TrainConfig(task=name))
 
 
+WITHOUT_ROWS = """
+from rewards import Channel, Task
+def task(options):
+    return Task(lambda n, m: ([], []), [Channel("a")])
+"""
+
+
 def test_a_task_without_rows(evaluate, tmp_path):
-    (tmp_path / "mine.py").write_text(
-        "from rewards import Channel, Task\ndef task(options):\n    return Task(lambda n, m: ([], []), [Channel('a')])\n"
-    )
+    (tmp_path / "mine.py").write_text(WITHOUT_ROWS)
     with pytest.raises(InputError, match="mine.py: no rows to evaluate on"):
-        evaluate("--task", "mine.py")
+        evaluate("--task mine.py")
 
 
 # The command
 
 
-def test_trained_tasks_and_the_command(evaluate, tiny, tmp_path):
-    results, samples = evaluate("--task", "tools", "--limit", 3, "--max-tokens", 16)
-    assert len(samples) == 3 and set(results["metrics"]) == {
-        "joint",
-        *tools.values("", tools.examples(1, "test")[0].reference),
-    }
-    example, task = tools.examples(3, "test")[1], tools.task(options("tools"))
-    answer = task.start(example, [samples[1]["responses"][0]["response"]])()[0]
-    assert (
-        list(samples[1]["scores"].values())[1:] == answer.tolist()
-        and samples[1]["responses"][0]["reference"] == example.reference
-    )
-    row = {
-        "prompt": example.messages,
-        "reward_model": {
-            "ground_truth": "<think> t </think>\n" + example.reference.rpartition("</think>\n")[2]
-        },
-    }
-    (tmp_path / "rlla.json").write_text(json.dumps([row] * 2))
-    command = [
-        sys.executable,
-        ROOT / "eval.py",
-        "--model",
-        tiny,
-        "--engine",
-        "hf",
-        "--task",
-        "rlla",
-        "--eval-data",
-        "rlla.json",
-        "--max-tokens",
-        "8",
-    ]
-    out = subprocess.run([*command, "--name", "b"], cwd=tmp_path, capture_output=True, text=True)
-    assert out.returncode == 0 and "correctness  -3.000 (0.000)  n=2" in out.stdout, out.stderr[
-        -2000:
-    ]
-    out = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node=2",
-            *command[1:],
-            "--name",
-            "c",
-        ],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert out.returncode == 0, out.stderr[-2000:]
-    assert (tmp_path / "runs/b/samples.jsonl").read_text() == (
-        tmp_path / "runs/c/samples.jsonl"
-    ).read_text()  # greedy: the same on two ranks
-    out = subprocess.run(
-        [sys.executable, ROOT / "tools/compare.py", "runs/b", "runs/c/results.json"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert out.returncode == 0 and out.stdout.count("1.0000") >= 3
-    assert out.stdout.startswith("A: runs/b\nB: runs/c/results.json\n") and out.stdout.splitlines()[
-        2
-    ].split()[:5] == ["A", "B", "B", "-", "A"]
+def test_a_training_task_is_evaluated_by_its_own_rewards(evaluate):
+    results, samples = evaluate("--task tools --limit 3 --max-tokens 16")
+    first, second, _ = tools.examples(3, "test")
+    assert set(results["metrics"]) == {"joint", *tools.values("", first.reference)}
+    sample = samples[1]
+    (response,) = sample["responses"]
+    (rewards,) = tools.task(options("tools")).start(second, [response["response"]])()
+    assert [*sample["scores"].values()][1:] == rewards.tolist()
+    assert response["reference"] == second.reference
+    assert len(samples) == 3
+
+
+@pytest.fixture(scope="module")
+def evaluated(tiny, tmp_path_factory):
+    """A folder in which the command has evaluated twice: runs/b on one rank, runs/c on two; and
+    what it printed for b."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    _, example, _ = tools.examples(3, "test")
+    _, _, answer = example.reference.rpartition("</think>\n")
+    truth = {"ground_truth": f"<think> t </think>\n{answer}"}
+    rows = [{"prompt": example.messages, "reward_model": truth}] * 2
+    (folder / "rlla.json").write_text(json.dumps(rows))
+    words = ["--model", tiny, "--engine hf --task rlla --eval-data rlla.json --max-tokens 8"]
+    printed = command(*words, "--name b", cwd=folder, script="eval.py")
+    command(*words, "--name c", cwd=folder, ranks=2, script="eval.py")
+    return folder, printed
+
+
+def test_the_command_prints_its_table(evaluated):
+    _, printed = evaluated
+    assert "correctness  -3.000 (0.000)  n=2" in printed
+
+
+def test_two_ranks_write_the_samples_of_one(evaluated):
+    """Sampling is greedy."""
+    folder, _ = evaluated
+    samples = (folder / "runs/b/samples.jsonl").read_text()
+    assert samples == (folder / "runs/c/samples.jsonl").read_text()
+
+
+def test_compare_prints_its_table(evaluated):
+    folder, _ = evaluated
+    printed = command("runs/b runs/c/results.json", cwd=folder, script="tools/compare.py")
+    assert printed.count("1.0000") >= 3
+    assert printed.startswith("A: runs/b\nB: runs/c/results.json\n")
+    _, _, head, *_ = printed.splitlines()
+    assert head.split()[:5] == ["A", "B", "B", "-", "A"]
 
 
 # Every policy that a run has kept
@@ -838,215 +727,209 @@ def test_trained_tasks_and_the_command(evaluate, tiny, tmp_path):
 LETTERS = """
 from rewards import Channel, Example, Task
 
+WORDS = "one two three four five six seven eight nine ten".split()
+EXAMPLES = [Example([{"role": "user", "content": f"Say {word}"}], word) for word in WORDS]
+
 def vowels(prompts, responses, references):
     return [sum(c in "aeiou" for c in r) / max(1, len(r)) for r in responses]
 
+def lengths(prompts, responses, references):
+    return [float(len(r)) for r in responses]
+
 def task(options):
-    prompts = [Example([{"role": "user", "content": f"Say {word}"}], word) for word in "one two three four five six seven eight nine ten".split()]
-    return Task(lambda n, m: (prompts[:6], prompts[6:]), [Channel("vowels", vowels), Channel("tokens", lambda p, rs, ref: [float(len(r)) for r in rs], weight=0)])
+    channels = [Channel("vowels", vowels), Channel("tokens", lengths, weight=0)]
+    return Task(lambda n, m: (EXAMPLES[:6], EXAMPLES[6:]), channels)
 """
+OF_LETTERS = "--task letters.py --model runs/trained --max-tokens 12"
 
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory):
-    """A folder with runs/trained, which has kept its policies after 0, 2 and 3 steps; they answer differently."""
+    """A folder with runs/trained, which has kept its policies after 0, 2 and 3 steps; they answer
+    differently."""
     folder = tmp_path_factory.mktemp("kept")
     (folder / "letters.py").write_text(LETTERS)
+    words = "--task letters.py --steps 3 --eval-every 2 --max-tokens 16 --lr 1e-2 --keep-policies"
     with pytest.MonkeyPatch.context() as monkeypatch:
-        train(
-            monkeypatch,
-            folder,
-            "--task",
-            "letters.py",
-            "--steps",
-            3,
-            "--eval-every",
-            2,
-            "--max-tokens",
-            16,
-            "--lr",
-            1e-2,
-            "--keep-policies",
-            name="trained",
-        )
+        run(monkeypatch, folder, words, name="trained")
     (folder / "runs/trained/policies/step-9.part").mkdir()  # of a run that was killed
     return folder
 
 
-def of_letters(engine: str = "hf") -> list[str]:
-    return [
-        "--task",
-        "letters.py",
-        "--model",
-        "runs/trained",
-        "--max-tokens",
-        "12",
-        "--engine",
-        engine,
-    ]
-
-
-def outcomes(folder) -> dict[str, tuple[dict, list[dict]]]:
-    """{step-N: (metrics, lines of samples.jsonl)}."""
-    return {
-        path.name: (
-            json.loads((path / "results.json").read_text())["metrics"],
-            [json.loads(line) for line in (path / "samples.jsonl").read_text().splitlines()],
-        )
-        for path in folder.glob("step-*")
-    }
-
-
-def test_every_kept_policy_is_evaluated_as_it_would_be_alone(kept, monkeypatch, capsys):
-    """By one engine, and on two ranks: each like a checkpoint of its own, the last like the run."""
-    monkeypatch.chdir(kept)
-    loaded, load = [], hf.load
-    monkeypatch.setattr(hf, "load", lambda path, *rest: loaded.append(path) or load(path, *rest))
-    evaluation.main(
-        parse(evaluation.EvalConfig, "", [*of_letters(), "--policies", "--name", "all"])
-    )
-    assert [path.name for path in loaded] == ["step-0"]
-    found, (header, *rows) = outcomes(kept / "runs/all"), capsys.readouterr().out.splitlines()
-    assert {*found} == {"step-0", "step-2", "step-3"} and header.split() == [
-        "joint",
-        "vowels",
-        "tokens",
-    ]
-    assert len({json.dumps(samples) for _, samples in found.values()}) == 3
-    for row, step in zip(rows, (0, 2, 3), strict=False):
-        metrics, samples = found[f"step-{step}"]
-        assert len(samples) == 4 and row.split()[0] == f"step-{step}"
-        assert f"{metrics['vowels']['mean']:.3f} ({metrics['vowels']['stderr']:.3f})" in row
-    for name, source in (("alone", "runs/trained/policies/step-2"), ("last", "runs/trained")):
-        evaluation.main(
-            parse(evaluation.EvalConfig, "", [*of_letters(), "--model", source, "--name", name])
-        )
-        results = json.loads((kept / "runs" / name / "results.json").read_text())
-        step = "step-2" if name == "alone" else "step-3"
-        both = json.loads((kept / "runs/all" / step / "results.json").read_text())
-        assert (
-            both["settings"].pop("model") == f"runs/trained/policies/{step}"
-            and results["settings"].pop("model") == source
-        )
-        assert (
-            both == results
-            and (kept / "runs" / name / "samples.jsonl").read_text()
-            == (kept / "runs/all" / step / "samples.jsonl").read_text()
-        )
-    assert {
-        row["difference"]
-        for row in comparison.compare(
-            kept / "runs/all/step-3/results.json", kept / "runs/last/results.json"
-        )
-    } == {0}
-    out = command(*of_letters(), "--policies", "--name", "two", cwd=kept, ranks=2, script="eval.py")
-    assert outcomes(kept / "runs/two") == found and [header, *rows[:3]] == out.splitlines()[:4]
-
-
-def test_an_evaluation_of_policies_goes_on_where_it_broke_off(kept, monkeypatch, tmp_path):
-    """What is missing is done, what is there stays as it is, other settings are refused."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "letters.py").write_text(LETTERS)
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs/trained").symlink_to(kept / "runs/trained")
-    words = [*of_letters(), "--policies", "--name", "part"]
-    evaluation.main(parse(evaluation.EvalConfig, "", words))
-    whole, run = outcomes(tmp_path / "runs/part"), tmp_path / "runs/part"
-    (run / "step-2/results.json").unlink()  # killed between its two files
-    shutil.rmtree(run / "step-3")
-    written = (run / "step-0/results.json").stat().st_mtime_ns
-    evaluation.main(parse(evaluation.EvalConfig, "", words))
-    assert outcomes(run) == whole and (run / "step-0/results.json").stat().st_mtime_ns == written
+@pytest.fixture(scope="module")
+def all_kept(kept):
+    """Evaluates every kept policy into runs/all. Returns what was loaded, and the printed lines."""
     loaded = []
-    monkeypatch.setattr(hf, "load", lambda *_: loaded.append(1))
-    evaluation.main(parse(evaluation.EvalConfig, "", words))
-    assert not loaded
-    with pytest.raises(
-        InputError,
-        match=r"step-0/results.json is of another evaluation: max_tokens is 12 there, and 13 now; choose another --name",
-    ):
-        evaluation.main(parse(evaluation.EvalConfig, "", [*words, "--max-tokens", "13"]))
-    (run / "step-0/results.json").write_text("{")
-    with pytest.raises(InputError, match=r"step-0/results.json cannot be read"):
-        evaluation.main(parse(evaluation.EvalConfig, "", words))
-    with pytest.raises(InputError, match="holds something else than a run"):
-        evaluation.main(
-            parse(evaluation.EvalConfig, "", [*of_letters(), "--policies", "--name", "trained"])
-        )
+    load = hf.load
+
+    def noting(path, *others):
+        loaded.append(path.name)
+        return load(path, *others)
+
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as monkeypatch, contextlib.redirect_stdout(printed):
+        monkeypatch.chdir(kept)
+        monkeypatch.setattr(hf, "load", noting)
+        evaluate_here(OF_LETTERS, "--engine hf --policies --name all")
+    return loaded, printed.getvalue().splitlines()
+
+
+def outcomes(folder: Path) -> dict[str, tuple[dict, list[dict]]]:
+    """{step-N: (metrics, lines of samples.jsonl)}."""
+    found = {}
+    for path in folder.glob("step-*"):
+        metrics = json.loads((path / "results.json").read_text())["metrics"]
+        found[path.name] = metrics, read_lines(path / "samples.jsonl")
+    return found
+
+
+def test_every_kept_policy_is_evaluated_by_one_engine(kept, all_kept):
+    loaded, (how, header, *table) = all_kept
+    assert how.startswith("letters.py: ") and "one sample each at temperature 0" in how
+    assert loaded == ["step-0"]
+    assert header.split() == ["joint", "vowels", "tokens"]
+    found = outcomes(kept / "runs/all")
+    assert {*found} == {"step-0", "step-2", "step-3"}
+    assert len({json.dumps(samples) for _, samples in found.values()}) == 3
+    for line, step in zip(table, ("step-0", "step-2", "step-3"), strict=False):
+        metrics, samples = found[step]
+        assert len(samples) == 4
+        assert line.split()[0] == step
+        assert f"{metrics['vowels']['mean']:.3f} ({metrics['vowels']['stderr']:.3f})" in line
+
+
+@pytest.mark.parametrize(
+    ("source", "step"),
+    [("runs/trained/policies/step-2", "step-2"), ("runs/trained", "step-3")],
+    ids=["one of them", "the run's last"],
+)
+def test_a_kept_policy_is_evaluated_as_it_would_be_alone(kept, all_kept, monkeypatch, source, step):
+    monkeypatch.chdir(kept)
+    evaluate_here(OF_LETTERS, "--engine hf --model", source, "--name", f"alone-{step}")
+    alone, among_others = kept / f"runs/alone-{step}", kept / "runs/all" / step
+    samples = (alone / "samples.jsonl").read_text()
+    assert samples == (among_others / "samples.jsonl").read_text()
+    results = json.loads((alone / "results.json").read_text())
+    expected = json.loads((among_others / "results.json").read_text())
+    assert results["settings"].pop("model") == source
+    assert expected["settings"].pop("model") == f"runs/trained/policies/{step}"
+    assert results == expected
+    compared = comparison.compare(among_others / "results.json", alone / "results.json")
+    assert {row["difference"] for row in compared} == {0}
+
+
+def test_two_ranks_evaluate_kept_policies_as_one_does(kept, all_kept):
+    _, printed = all_kept
+    words = [OF_LETTERS, "--engine hf --policies --name two"]
+    out = command(*words, cwd=kept, ranks=2, script="eval.py")
+    assert outcomes(kept / "runs/two") == outcomes(kept / "runs/all")
+    assert out.splitlines()[:4] == printed[:4]
 
 
 @needs_vllm
-def test_vllm_evaluates_every_kept_policy(kept, monkeypatch):
-    """The same greedy text as transformers: no weight and no cached prefix of the policy before is left."""
-    monkeypatch.chdir(kept)
-    evaluation.main(
-        parse(evaluation.EvalConfig, "", [*of_letters(), "--policies", "--name", "of_hf"])
+def test_vllm_evaluates_every_kept_policy(kept, all_kept):
+    """The same greedy text as transformers: no weight and no cached prefix of the policy before is
+    left."""
+    words = [OF_LETTERS, "--engine vllm --policies --name of_vllm"]
+    command(*words, cwd=kept, script="eval.py")
+    assert outcomes(kept / "runs/of_vllm") == outcomes(kept / "runs/all")
+
+
+@pytest.fixture
+def part(kept, all_kept, monkeypatch, tmp_path):
+    """runs/part in another folder, which nothing is missing of yet. Words that evaluate into it."""
+    (tmp_path / "letters.py").write_text(LETTERS)
+    shutil.copytree(kept / "runs/all", tmp_path / "runs/part")
+    (tmp_path / "runs/trained").symlink_to(kept / "runs/trained")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "runs/part", f"{OF_LETTERS} --engine hf --policies --name part"
+
+
+def test_an_evaluation_of_policies_goes_on_where_it_broke_off(part):
+    """What is missing is done, what is there stays as it is."""
+    folder, words = part
+    whole = outcomes(folder)
+    (folder / "step-2/results.json").unlink()  # killed between its two files
+    shutil.rmtree(folder / "step-3")
+    written = (folder / "step-0/results.json").stat().st_mtime_ns
+    evaluate_here(words)
+    assert outcomes(folder) == whole
+    assert (folder / "step-0/results.json").stat().st_mtime_ns == written
+
+
+def test_an_evaluation_of_policies_that_is_finished_loads_nothing(part, monkeypatch):
+    _, words = part
+    nothing_is_loaded(monkeypatch)
+    evaluate_here(words)
+
+
+def test_an_evaluation_of_policies_does_not_go_on_with_another(part):
+    folder, words = part
+    message = (
+        "step-0/results.json is of another evaluation: max_tokens is 12 there, and 13 now; "
+        "choose another --name"
     )
-    command(*of_letters("vllm"), "--policies", "--name", "of_vllm", cwd=kept, script="eval.py")
-    assert outcomes(kept / "runs/of_vllm") == outcomes(kept / "runs/of_hf")
+    with pytest.raises(InputError, match=message):
+        evaluate_here(words, "--max-tokens 13")
+    (folder / "step-0/results.json").write_text("{")
+    with pytest.raises(InputError, match="step-0/results.json cannot be read"):
+        evaluate_here(words)
+    with pytest.raises(InputError, match="holds something else than a run"):
+        evaluate_here(words, "--name trained")
 
 
-def write_policies(run, tables: dict[int, dict[str, tuple[float, float]]]) -> dict:
+def write_policies(folder: Path, tables: dict[int, dict[str, tuple[float, float]]]) -> dict:
     """As eval.py --policies leaves it. Returns what print_policies is given."""
     out = {}
     for step, table in tables.items():
-        out[run / f"step-{step}"] = {
-            name: {"mean": mean, "stderr": error, "n": 9} for name, (mean, error) in table.items()
-        }
-        (run / f"step-{step}").mkdir(parents=True)
-        (run / f"step-{step}/results.json").write_text(
-            json.dumps({"metrics": out[run / f"step-{step}"]})
-        )
+        metrics = {}
+        for name, (mean, error) in table.items():
+            metrics[name] = {"mean": mean, "stderr": error, "n": 9}
+        path = folder / f"step-{step}"
+        path.mkdir(parents=True)
+        (path / "results.json").write_text(json.dumps({"metrics": metrics}))
+        out[path] = metrics
     return out
 
 
+OF_A = {  # mean and standard error, of each step
+    0: {"overall": (0.1, 0.01), "other": (0.9, 0.02)},
+    5: {"overall": (0.4, 0.03)},
+    10: {"overall": (0.4, 0.05), "other": (0.2, 0.06)},
+}
+OF_B = {0: {"overall": (0.1, 0.01)}, 9: {"overall": (0.3, 0.02)}}
+
+
 def test_best_and_final_policies_are_marked(tmp_path, capsys):
-    """By the first metric; of equal ones the earliest; in steps' order, which is not that of their names."""
-    a = {
-        0: {"overall": (0.1, 0.01), "other": (0.9, 0.02)},
-        5: {"overall": (0.4, 0.03)},
-        10: {"overall": (0.4, 0.05), "other": (0.2, 0.06)},
-    }
-    evaluation.print_policies(write_policies(tmp_path / "runs/a", a))
+    """By the first metric; of equal ones the earliest; in steps' order, which is not that of their
+    names."""
+    evaluation.print_policies(write_policies(tmp_path / "runs/a", OF_A))
     assert [line.split() for line in capsys.readouterr().out.splitlines()[:4]] == [
         ["overall", "other"],
         ["step-0", "0.100", "(0.010)", "0.900", "(0.020)"],
         ["step-5", "BEST", "0.400", "(0.030)", "-"],
         ["step-10", "FINAL", "0.400", "(0.050)", "0.200", "(0.060)"],
     ]
-    evaluation.print_policies(
-        write_policies(
-            tmp_path / "runs/b", {0: {"overall": (0.1, 0.01)}, 9: {"overall": (0.3, 0.02)}}
-        )
-    )
-    assert capsys.readouterr().out.splitlines()[2].split() == [
-        "step-9",
-        "BEST",
-        "FINAL",
-        "0.300",
-        "(0.020)",
-    ]
-    rows = command(
-        "runs/a", "runs/b", "--out", "both.png", cwd=tmp_path, script="tools/plot.py"
-    ).splitlines()
-    assert [row.split() for row in rows[1:]] == [
+    evaluation.print_policies(write_policies(tmp_path / "runs/b", OF_B))
+    _, _, last, *_ = capsys.readouterr().out.splitlines()
+    assert last.split() == ["step-9", "BEST", "FINAL", "0.300", "(0.020)"]
+
+
+def test_plot_of_evaluated_policies(tmp_path):
+    write_policies(tmp_path / "runs/a", OF_A)
+    write_policies(tmp_path / "runs/b", OF_B)
+    words = "runs/a runs/b --out both.png"
+    _, *rows = command(words, cwd=tmp_path, script="tools/plot.py").splitlines()
+    assert [row.split() for row in rows] == [
         ["runs/a", "overall", "0.100", "(0.010)", "0.400", "(0.030)", "5", "0.400", "(0.050)"],
         ["runs/b", "overall", "0.100", "(0.010)", "0.300", "(0.020)", "9", "0.300", "(0.020)"],
         ["both.png"],
     ]
     assert (tmp_path / "both.png").stat().st_size > 5000
     (tmp_path / "runs/b/step-12").mkdir()  # an evaluation that was broken off
-    out = subprocess.run(
-        [sys.executable, ROOT / "tools/plot.py", "runs/b"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert (
-        out.returncode == 1
-        and out.stderr.startswith("error: runs/b/step-12/results.json cannot be read")
-        and out.stderr.count("\n") == 1
-    )
+    result = launch("runs/b", cwd=tmp_path, script="tools/plot.py")
+    assert result.returncode == 1 and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: runs/b/step-12/results.json cannot be read")
 
 
 @pytest.mark.parametrize(
@@ -1066,73 +949,44 @@ def test_best_and_final_policies_are_marked(tmp_path, capsys):
     ],
 )
 def test_a_run_without_whole_policies(evaluate, monkeypatch, tiny, tmp_path, broken, message):
-    monkeypatch.setattr(hf, "load", lambda *args: pytest.fail("the model was loaded"))
-    (tmp_path / "runs/there").mkdir(parents=True)
-    if broken:
-        (tmp_path / "runs/there/policies" / broken.partition("/")[0]).mkdir(parents=True)
-    if broken and "/" in broken:
-        shutil.copytree(tiny, tmp_path / "runs/there/policies/step-0")
-        shutil.copytree(tiny, tmp_path / "runs/there/policies/step-3", dirs_exist_ok=True)
-        (tmp_path / "runs/there/policies" / broken).write_text(
-            '{"quantization_config": {"quant_method": "fp8"}}'
-        )
+    nothing_is_loaded(monkeypatch)
+    policies = tmp_path / "runs/there/policies"
+    if broken is None:
+        policies.parent.mkdir(parents=True)
+    elif "/" not in broken:
+        (policies / broken).mkdir(parents=True)
+    else:
+        shutil.copytree(tiny, policies / "step-0")
+        shutil.copytree(tiny, policies / "step-3")
+        (policies / broken).write_text('{"quantization_config": {"quant_method": "fp8"}}')
     with pytest.raises(InputError) as error:
-        evaluate("--task", "tools", "--model", "runs/there", "--policies")
-    assert (
-        message in str(error.value)
-        and "\n" not in str(error.value)
-        and not (tmp_path / "runs/a").exists()
-    )
+        evaluate("--task tools --model runs/there --policies")
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "runs/a").exists()
 
 
 @needs_vllm
 def test_vllm_and_transformers_answer_alike(evaluate, own_head, tmp_path):
-    """Greedy, from the checkpoint as it is, which has a head of its own, though its config.json denies it."""
-    args = ["--task", "tools", "--limit", "4", "--max-tokens", "12"]
-    _, samples = evaluate(*args, "--model", own_head)
-    out = subprocess.run(
-        [
-            sys.executable,
-            ROOT / "eval.py",
-            "--model",
-            own_head,
-            "--engine",
-            "vllm",
-            *args,
-            "--name",
-            "vllm",
-        ],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert out.returncode == 0, out.stderr[-3000:]
-    of_vllm = [
-        json.loads(line)["responses"]
-        for line in (tmp_path / "runs/vllm/samples.jsonl").read_text().splitlines()
-    ]
-    assert of_vllm == [sample["responses"] for sample in samples]
+    """Greedy, from the checkpoint as it is, which has a head of its own, though its config.json
+    denies it."""
+    words = ["--task tools --limit 4 --max-tokens 12 --model", own_head]
+    _, samples = evaluate(*words)
+    command(*words, "--engine vllm --name vllm", cwd=tmp_path, script="eval.py")
+    of_vllm = read_lines(tmp_path / "runs/vllm/samples.jsonl")
+    assert [sample["responses"] for sample in of_vllm] == [s["responses"] for s in samples]
 
 
 def test_a_wrong_option_does_not_wait_for_torch():
-    for args, message in [
-        (["--tasks", "tools"], "error: unrecognized arguments: --tasks"),
-        (["--task", "tools", "--limit", "0"], "error: --limit 0"),
-        (["--help"], ""),
-    ]:
-        out = subprocess.run(
-            [sys.executable, "-X", "importtime", ROOT / "eval.py", *args],
-            capture_output=True,
-            text=True,
-        )
-        assert (
-            message in out.stderr
-            and "Traceback" not in out.stderr
-            and out.returncode == (args != ["--help"])
-        )
-        assert not {"torch", "transformers"} & {
-            line.rpartition("|")[2].strip() for line in out.stderr.splitlines()
-        }
+    for words, code, message in (
+        ("--tasks tools", 1, "error: unrecognized arguments: --tasks"),
+        ("--task tools --limit 0", 1, "error: --limit 0"),
+        ("--help", 0, ""),
+    ):
+        result = python("-X importtime", ROOT / "eval.py", words)
+        assert result.returncode == code
+        assert message in result.stderr and "Traceback" not in result.stderr
+        imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
+        assert not {"torch", "transformers"} & imported
 
 
 @pytest.mark.parametrize("script", ["train.py", "eval.py"])
@@ -1141,8 +995,9 @@ def test_a_wrong_option_does_not_wait_for_torch():
     [
         (
             {"WORLD_SIZE": "4"},
-            "error: the environment has WORLD_SIZE=4, but no usable RANK, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT: start with torchrun, "
-            "which sets all of them, or unset WORLD_SIZE\n",
+            "error: the environment has WORLD_SIZE=4, but no usable RANK, LOCAL_RANK, "
+            "LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT: start with torchrun, which sets all of "
+            "them, or unset WORLD_SIZE\n",
         ),
         ({"RANK": ""}, "error: the environment has RANK=, but no usable RANK, WORLD_SIZE, "),
         (
@@ -1153,7 +1008,8 @@ def test_a_wrong_option_does_not_wait_for_torch():
                 "MASTER_ADDR": "h",
                 "MASTER_PORT": "1",
             },  # as some launchers do
-            "error: the environment has RANK=0, WORLD_SIZE=2, but no usable LOCAL_WORLD_SIZE: start with torchrun",
+            "error: the environment has RANK=0, WORLD_SIZE=2, but no usable LOCAL_WORLD_SIZE: "
+            "start with torchrun",
         ),
         (
             {"MASTER_ADDR": "h", "MASTER_PORT": "1", "LOCAL_WORLD_SIZE": "1"},
@@ -1161,62 +1017,48 @@ def test_a_wrong_option_does_not_wait_for_torch():
         ),  # they say nothing of several processes
     ],
 )
-def test_part_of_what_torchrun_sets(script, given, message):
+def test_part_of_what_torchrun_sets(monkeypatch, script, given, message):
     """As in a pod: each process would do the whole run by itself."""
-    out = subprocess.run(
-        [sys.executable, ROOT / script, "--task", "x", "--engine", "hf"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **given},
-    )
-    assert out.returncode == 1 and out.stderr.startswith(message) and out.stderr.count("\n") == 1
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    result = launch("--task x --engine hf", script=script)
+    assert result.returncode == 1 and result.stderr.count("\n") == 1
+    assert result.stderr.startswith(message)
+
+
+JUDGED = "--judge-url http://127.0.0.1:9/v1 --judge-model m"  # nobody answers there
 
 
 @pytest.mark.parametrize(
-    ("args", "message"),
+    ("words", "message"),
     [
-        (["--task", "x"], "--task x"),
-        (["--task", "healthbench"], "needs a judge"),
+        ("--task x", "--task x"),
+        ("--task healthbench", "needs a judge"),
         (
-            ["--task", "healthbench", "--judge-url", "x", "--judge-model", "m", "--subset", "easy"],
+            "--task healthbench --judge-url x --judge-model m --subset easy",
             "--subset easy: choose one of full, hard, consensus",
         ),
-        (["--task", "tools", "--eval-data", "x"], "--eval-data x: the task tools does not use it"),
-        (["--task", "bfcl", "--eval-data", "x"], "does not use it"),
-        (["--task", "gpqa", "--subset", "hard"], "does not use it"),
-        (["--task", "gpqa", "--eval-data", "x.csv"], "x.csv cannot be read"),
-        (["--task", "gpqa", "--repeats", 0], "--repeats 0"),
-        (["--task", "tools", "--temperature", -2], "--temperature -2"),
-        (["--task", "tools", "--max-tokens", -5], "--max-tokens -5"),
-        (["--task", "tools", "--max-tokens", 4000], "has room for 96"),
-        (["--task", "tools", "--limit", -1], "--limit -1"),
-        (["--task", "tools", "--model", "./nothing"], "no such file"),
-        (["--tasks", "tools"], "unrecognized arguments: --tasks"),
-        (
-            [
-                "--task",
-                "healthbench",
-                "--eval-data",
-                "h.jsonl",
-                "--judge-url",
-                "http://127.0.0.1:9/v1",
-                "--judge-model",
-                "m",
-            ],
-            "cannot be used: ",
-        ),
+        ("--task tools --eval-data x", "--eval-data x: the task tools does not use it"),
+        ("--task bfcl --eval-data x", "does not use it"),
+        ("--task gpqa --subset hard", "does not use it"),
+        ("--task gpqa --eval-data x.csv", "x.csv cannot be read"),
+        ("--task gpqa --repeats 0", "--repeats 0"),
+        ("--task tools --temperature -2", "--temperature -2"),
+        ("--task tools --max-tokens -5", "--max-tokens -5"),
+        ("--task tools --max-tokens 4000", "has room for 96"),
+        ("--task tools --limit -1", "--limit -1"),
+        ("--task tools --model ./nothing", "no such file"),
+        ("--tasks tools", "unrecognized arguments: --tasks"),
+        (f"--task healthbench --eval-data h.jsonl {JUDGED}", "cannot be used: "),
     ],
 )
-def test_bad_input(evaluate, monkeypatch, tmp_path, args, message):
-    (tmp_path / "h.jsonl").write_text("\n".join(map(json.dumps, HEALTH)))
-    monkeypatch.setattr(hf, "load", lambda *args: pytest.fail("the model was loaded"))
+def test_bad_input(evaluate, monkeypatch, tmp_path, words, message):
+    write_lines(tmp_path / "h.jsonl", HEALTH)
+    nothing_is_loaded(monkeypatch)
     with pytest.raises(InputError) as error:
-        evaluate(*args)
-    assert (
-        message in str(error.value)
-        and "\n" not in str(error.value)
-        and not (tmp_path / "runs/a").exists()
-    )
+        evaluate(words)
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "runs/a").exists()
 
 
 @pytest.mark.parametrize(
@@ -1233,12 +1075,12 @@ def test_bad_input(evaluate, monkeypatch, tmp_path, args, message):
     ],
 )
 def test_a_bad_healthbench_row_is_named(tmp_path, rubrics):
-    for row, message in [
+    for row, message in (
         ({**HEALTH[0], "rubrics": rubrics}, "row 2 has no rubrics"),
         ({**HEALTH[0], "example_tags": "theme:x"}, "row 2 has tags that are no list"),
         ({**HEALTH[0], "example_tags": [1]}, "row 2 has tags"),
         ("text", "row 2 is no object"),
-    ]:
-        (tmp_path / "h.jsonl").write_text("\n".join(map(json.dumps, [*HEALTH, row])))
+    ):
+        file = write_lines(tmp_path / "h.jsonl", [*HEALTH, row])
         with pytest.raises(InputError, match=message):
-            rows.read(str(tmp_path / "h.jsonl"), healthbench.from_row)
+            rows.read(str(file), healthbench.from_row)

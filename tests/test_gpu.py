@@ -9,14 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, needs_vllm
 
 from local import models
 from tools import gpu, step
-
-needs_vllm = pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"
-)
 
 
 def check(root: Path, out: Path, *options) -> tuple[int, dict, str]:
@@ -154,7 +150,8 @@ def test_what_is_checked_where(monkeypatch):
     args = SimpleNamespace(gap_limit=None, quick=False, ranks=0)
     there = {"gpus": 8, "memory_gib": 79.1, "free_gib": 78.6, "name": "NVIDIA H100 80GB HBM3"}
     plan = gpu.plan(args, **there)
-    assert not [name for name, what in plan.items() if isinstance(what, str)]
+    skipped = [name for name, what in plan.items() if isinstance(what, str)]
+    assert skipped == ["update liger", "update flash 3"]  # their packages are not installed
     assert plan["sharded update"] == ("update", 8, {"name": "random-1.5B", "checkpointing": "on"})
     assert plan["sharded run"] == (
         "run",
@@ -175,12 +172,12 @@ def test_the_peak_beside_the_simulation(monkeypatch, tmp_path):
     (tmp_path / "tools").mkdir()
     (tmp_path / "tools/simulate.py").write_text("""
 import json, sys
-expected = "--json --size 1.5B --gradient-checkpointing on --prompt 1000 16384"
+expected = "--json --size 1.5B --gradient-checkpointing on --prompt 1000 --lora 16 8192"
 assert {*expected.split()} <= {*sys.argv}
 print("a line\\n" + json.dumps({"peak_gib": 28.0}))
 """)
-    assert gpu.simulated("random-1.5B", "on", 30.0) == {"simulated_gib": 28.0}
-    assert "FAIL" in gpu.simulated("random-1.5B", "on", 33.0)
+    assert gpu.simulated("random-1.5B", "on", 16, 8192, 30.0) == {"simulated_gib": 28.0}
+    assert "FAIL" in gpu.simulated("random-1.5B", "on", 16, 8192, 33.0)
 
 
 TORCH_2_11 = """

@@ -5,11 +5,13 @@ import math
 import re
 import sys
 import types
+from types import SimpleNamespace
 
 import pytest
 import torch
-from test_train import TINY, command, launch
+from programs import TINY, command, launch
 
+from infra import terminal
 from infra.log import Log, RunLog, open_tracker
 from infra.prompts import Prompt
 from infra.resume import finish
@@ -106,9 +108,9 @@ def test_a_line_of_an_evaluation():
     assert log.records == [
         {"step": 3, "eval": {"a": (0.75, 0.25), "b": (unknown, unknown), "joint": (1.0, unknown)}}
     ]
-    assert log.line == "held out, 3 steps: a 0.75 b missing joint 1.00"
+    assert log.line == "held out 3  joint 1.00 | a 0.75 b missing"
     log.evaluation(0, [], {})
-    assert log.records[-1] == {"step": 0, "eval": {}} and log.line == "held out, 0 steps: "
+    assert log.records[-1] == {"step": 0, "eval": {}} and log.line == "held out 0  joint missing | "
 
 
 def test_a_line_of_a_step():
@@ -180,7 +182,7 @@ def test_the_final_table_keeps_what_is_missing(tmp_path, capsys):
     log = RunLog(tmp_path)
     for step in (0, 1):
         log.evaluation(step, [{"a": NAN, "b": 0.5}, {"a": NAN, "b": 1.0}], {})
-    finish(log, 2)
+    finish(log, 2, 0.7)
     *_, of_a, of_b, _, _ = capsys.readouterr().out.splitlines()
     assert of_a.split() == ["a", "missing", "missing"]
     assert of_b.split() == ["b", "0.750", "(0.250)", "0.750", "(0.250)"]
@@ -305,3 +307,38 @@ def task(options):
     out = command(*args, *words, cwd=tmp_path, script="eval.py")
     assert "L\\xe4nge  0." in out
     assert "L\\xe4nge" in command("runs/b", "runs/b", cwd=tmp_path, script="tools/compare.py")
+
+
+def test_how_long_a_run_will_go_on(monkeypatch):
+    """By its latest ten steps, and by its latest evaluation, of which more come."""
+    now = [0.0]
+    monkeypatch.setattr(terminal.time, "perf_counter", lambda: now[0])
+    pace = terminal.Pace(20, evaluated=[0, 10, 20])
+    now[0] = 40.0
+    pace.evaluation()
+    for _ in range(4):
+        now[0] += 5.0
+        pace.step()
+    assert pace.left(4) == "3 min left"  # 16 steps of 5 s, two evaluations of 40 s: 160 s
+    for _ in range(10):
+        now[0] += 700.0
+        pace.step()
+    assert pace.left(14) == "71 min left"
+    assert pace.left(3) == "3.3 h left"
+    assert pace.left(20) == "40 s left"
+
+
+def test_a_run_says_at_first_what_it_trains_on(capsys):
+    config = SimpleNamespace(agg="rvpo", beta="0.5:2")
+    channels = [Channel("short", help="at most 35 words"), Channel("logged", weight=0)]
+    terminal.introduce(config, channels)
+    assert capsys.readouterr().out == (
+        "rvpo z-scores each reward, and takes a soft minimum across rewards; beta 0.5 to 2, the "
+        "paper's schedule (docs/results.md says when to take another)\n"
+        "  short   at most 35 words\n"
+        "  logged   (weight 0: only logged)\n"
+    )
+    config = SimpleNamespace(agg="gdpo", beta="0.5:2")
+    terminal.introduce(config, [Channel(str(i)) for i in range(20)])
+    out = capsys.readouterr().out
+    assert "beta" not in out and out.endswith("  11\n  and 8 more\n")

@@ -14,7 +14,9 @@ from transformers import (
     GenerationConfig,
     MistralConfig,
     Phi3Config,
+    Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 
 import policy as policies
@@ -96,10 +98,22 @@ def test_one_row_is_exactly_separate_sequences(request, architecture, checkpoint
 
 
 @pytest.mark.parametrize(
-    "config", [Qwen3Config, MistralConfig, Phi3Config], ids=lambda config: config.model_type
+    ("config", "options"),
+    [
+        (Qwen3Config, {}),
+        (Phi3Config, {}),
+        (SmolLM3Config, {"no_rope_layers": [1, 0]}),
+        (MistralConfig, {"sliding_window": None}),
+        # Prompts of GROUPS are longer than these windows, and so are some responses.
+        (MistralConfig, {"sliding_window": 7}),
+        (Phi3Config, {"sliding_window": 3}),
+        (Qwen2Config, {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+        (SmolLM3Config, {"use_sliding_window": True, "sliding_window": 1}),
+    ],
+    ids=lambda value: getattr(value, "model_type", None) or str(value.get("sliding_window", "")),
 )
-def test_other_architectures(config, tmp_path):
-    """Log-probs of those that are not refused (pretrained.TRAINABLE)."""
+def test_other_architectures(config, options, tmp_path):
+    """Log-probs of those that are not refused (pretrained.TRAINABLE), some with sliding windows."""
     small = config(
         vocab_size=1003,
         hidden_size=64,
@@ -111,6 +125,7 @@ def test_other_architectures(config, tmp_path):
         bos_token_id=None,
         eos_token_id=2,
         pad_token_id=0,
+        **options,
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -300,7 +315,7 @@ def varlen(
     window_size,
     enable_gqa=False,
 ):
-    """What torch's varlen_attn computes: aligned at the end, as in FlashAttention, token by token."""
+    """As torch's varlen_attn, token by token: aligned at the end, as in FlashAttention."""
     assert query_ends.dtype == key_ends.dtype == torch.int32 and window_size == (-1, 0)
     assert enable_gqa == bool(policies.GQA)  # torch 2.11 has no such argument
     assert longest_query == query_ends.diff().max() and longest_key == key_ends.diff().max()

@@ -1,12 +1,12 @@
 """Both engines against transformers' own log-probs: a real vLLM where it is installed."""
 
-import importlib.util
 import itertools
 
 import numpy as np
 import pytest
 import torch
-from test_train import run
+from conftest import needs_vllm
+from programs import run
 
 import policy as policies
 import rollout
@@ -23,9 +23,6 @@ STOPS = list(range(2, 30))  # many, so that random weights hit one
 TEMPERATURE = 0.7
 # Over and under vLLM's blocks of 32 and 128 tokens.
 PROMPTS = [list(range(40, 40 + n)) for n in (300, 17, 200)]
-needs_vllm = pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"
-)
 
 
 def decoding(path) -> Decoding:

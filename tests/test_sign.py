@@ -1,5 +1,6 @@
 """The sign rule: its closed form, by hand and by sampling; what follows; the log's `credit`."""
 
+import functools
 import math
 import sys
 
@@ -17,79 +18,108 @@ from rewards import Channel
 from rollout import Group
 
 K = 6
-
-
-LARGEST_BETAS = [(method, betas[-1]) for method, betas in sign.METHODS.items()]
+turn = functools.partial(sign.turn, k=K)
+# Of every method the largest beta, and of rvpo another one.
+CASES = [(method, betas[-1]) for method, betas in sign.METHODS.items()]
+CASES.append(("rvpo", 2.0))
 
 
 @pytest.mark.parametrize("p", [0.3, 0.8])
 @pytest.mark.parametrize("pull", [0.0, 1.0])
-@pytest.mark.parametrize("method, beta", [*LARGEST_BETAS, ("rvpo", 2.0)])
+@pytest.mark.parametrize("method, beta", CASES)
 def test_the_closed_form_is_what_sampling_gives(method, beta, pull, p):
     """By rvpo.py's own functions, in 50 groups of 400. The difference has a standard error of about
     .01 standard deviations of the scores."""
-    constraint = (torch.arange(400) < 400 * p).double().expand(50, -1)
+    keeps = torch.arange(400) < 400 * p
+    constraint = keeps.double().expand(50, -1)
     scores = sign.scores(method, beta, constraint, pull, K)
-    difference = scores[constraint == 1].mean() - scores[constraint == 0].mean()
+    kept, broken = scores[:, keeps], scores[:, ~keeps]
+    sampled = kept.mean() - broken.mean()
     exact = sign.credit(method, beta, p, pull, K, 400)
-    assert exact == pytest.approx(difference.item(), abs=0.05 * scores.std().item())
+    tolerance = 0.05 * scores.std().item()
+    assert exact == pytest.approx(sampled.item(), abs=tolerance)
 
 
 @pytest.mark.parametrize("method, beta", [("rvpo", 2.0), ("gdpo", 0.0), ("explicit", 1.0)])
 def test_it_holds_in_small_groups(method, beta):
     """G = 8: a channel is z-scored over few, and how many keep the constraint is a binomial's."""
     for p in (0.2, 0.5, 0.9):
-        exact = sign.covariance(method, beta, p, 1.0, K, 8)
-        sampled = sign.sampled(method, beta, p, 1.0, K, 8)
-        assert exact == pytest.approx(sampled, abs=0.015) and abs(exact) > 0.02
+        case = method, beta, p, 1.0, K, 8
+        exact = sign.covariance(*case)
+        sampled = sign.sampled(*case)
+        assert exact == pytest.approx(sampled, abs=0.015)
+        assert abs(exact) > 0.02
 
 
 def test_exact_where_nothing_is_random():
     """A constraint alone with constant channels: rvpo's own scores of one group."""
-    rewards = torch.tensor([[1.0], [1.0], [1.0], [0.0]]).double()
-    z = rvpo.zscore(rewards, eps=0.0)
+    rewards = torch.tensor([[1.0], [1.0], [1.0], [0.0]])
+    kept, _, _, broken = rvpo.zscore(rewards.double(), eps=0.0)
     exact = sign.credit("gdpo", 0.0, 0.75, 0.0, 1, group=4)
-    assert z[0].item() - z[3].item() == pytest.approx(exact)
-    assert sign.mean_log(2.0, torch.ones(200).numpy(), 3) == pytest.approx(math.log(5.0), abs=1e-6)
-    mean_of_min = -1 / math.sqrt(2 * math.pi)  # E min(0, X)
-    assert sign.mean_min(0.0, sign.NODES, 1) == pytest.approx(mean_of_min, abs=1e-3)
+    assert kept.item() - broken.item() == pytest.approx(exact)
+
+
+def test_the_quadratures():
+    ones = torch.ones(200).numpy()
+    of_a_constant = sign.mean_log(2.0, ones, 3)
+    assert of_a_constant == pytest.approx(math.log(5.0), abs=1e-6)
+    expected = -1 / math.sqrt(2 * math.pi)  # E min(0, X)
+    lowest = sign.mean_min(0.0, sign.NODES, 1)
+    assert lowest == pytest.approx(expected, abs=1e-3)
 
 
 def test_where_credit_turns():
     """Under conflict z-scored soft minima reward a constraint only while well over half keep it."""
     for beta in (2.0, 10.0):
-        assert sign.turn("rvpo", beta, 0.0, K) == 0.0  # no conflict: always
-        assert 0.55 < sign.turn("rvpo", beta, 1.0, K) < 0.7
-    assert sign.turn("gdpo", 0.0, 1.0, K) > 0.9 and sign.turn("gdpo", 0.0, 2.0, K) == 1.0
-    assert sign.turn("geometric", 0.0, 1.0, K) == 0.0 and sign.turn("grpo", 0.0, 2.0, K) == 1.0
+        assert turn("rvpo", beta, 0.0) == 0.0  # no conflict: always
+        assert 0.55 < turn("rvpo", beta, 1.0) < 0.7
+    assert turn("gdpo", 0.0, 1.0) > 0.9
+    assert turn("gdpo", 0.0, 2.0) == 1.0
+    assert turn("geometric", 0.0, 1.0) == 0.0
+    assert turn("grpo", 0.0, 2.0) == 1.0
 
 
 @pytest.mark.parametrize("pull", [0.0, 1.0, 2.0])
 def test_the_closed_form_of_explicit(pull):
     """Its turn from the correlation at that rate is the turn that is found by search."""
-    p = sign.turn("explicit", 1.0, pull, K)
+    p = turn("explicit", 1.0, pull)
     kept, broken = sign.others(pull)
     gap = (kept - broken) @ sign.WEIGHTS
-    spread = kept**2 @ sign.WEIGHTS - (kept @ sign.WEIGHTS) ** 2
-    correlation = gap * math.sqrt(p * (1 - p)) / math.sqrt(spread + p * (1 - p) * gap**2)
-    assert sign.explicit_turn(1.0, K, correlation) == pytest.approx(p, abs=0.01)
+    mean = kept @ sign.WEIGHTS
+    square = kept**2 @ sign.WEIGHTS
+    spread = square - mean**2
+    variance = p * (1 - p)  # of the constraint
+    total = spread + variance * gap**2
+    correlation = gap * math.sqrt(variance / total)
+    found = sign.explicit_turn(1.0, K, correlation)
+    assert found == pytest.approx(p, abs=0.01)
     # Here the mean is indifferent: the variance alone decides.
-    assert sign.explicit_turn(1.0, K, -1 / (K - 1)) == 0.5
+    indifferent = -1 / (K - 1)
+    assert sign.explicit_turn(1.0, K, indifferent) == 0.5
 
 
 def group_of(names: str, rewards: list, advantages: list) -> Group:
-    rewards, advantages = torch.tensor(rewards).double(), torch.tensor(advantages).double()
-    return Group(None, [Channel(name) for name in names], [], rewards, advantages)
+    return Group(
+        prompt=None,
+        channels=[Channel(name) for name in names],
+        responses=[],
+        rewards=torch.tensor(rewards).double(),
+        advantages=torch.tensor(advantages).double(),
+    )
 
 
 def test_credit_of_a_batch():
     """Correlation within groups, by hand. A missing reward is left out, and another prompt's level
     does not matter."""
     rewards = [[1.0, 0.0, 1.0], [0.0, 1.0, 1.0], [math.nan, 0.5, 1.0]]
-    first = group_of("abc", rewards, [1.0, -1.0, 5.0])
+    advantages = [1.0, -1.0, 5.0]
+    first = group_of("abc", rewards, advantages)
     second = group_of("ab", [[9.0, 3.0], [9.0, 3.0]], [2.0, 2.0])
     found = credit([first, second])
-    assert found["a"] == pytest.approx(1.0) and math.isnan(found["c"])
-    centred = torch.tensor([1.0, -1.0, 5.0]).double() - 5 / 3
-    covariance = (-0.5 * centred[0] + 0.5 * centred[1]).item()
-    assert found["b"] == pytest.approx(covariance / (0.5**0.5 * centred.norm().item()))
+    assert found["a"] == pytest.approx(1.0)
+    assert math.isnan(found["c"])
+    mean = 5 / 3
+    x, y, z = (advantage - mean for advantage in advantages)
+    covariance = -0.5 * x + 0.5 * y
+    norm = math.hypot(x, y, z)
+    assert found["b"] == pytest.approx(covariance / (0.5**0.5 * norm))

@@ -164,7 +164,7 @@ def test_statistics_by_hand():
 
 
 def test_softmin_wants_one_scale():
-    """Once to_unit() takes each channel's bounds away, softmin does not depend on them; grpo does."""
+    """Once to_unit() takes the channels' bounds away, softmin ignores them; grpo does not."""
     raw = torch.rand(3, 8, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     scaled = raw * torch.tensor([1.0, 10.0])
     channels = [toy.reward("safe"), toy.reward("please")]

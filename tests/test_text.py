@@ -2,6 +2,7 @@
 repeated and reported."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -116,9 +117,12 @@ def test_the_demo(tiny, tmp_path):
 
     out = run_demo("--name", "d", "--steps", "2")
     assert out.returncode == 0, out.stderr
-    assert "rvpo step  2: short" in out.stdout
-    assert "gdpo held out after  2: short" in out.stdout
-    assert "A customer in the last step: Hi" in out.stdout
+    assert re.search(r"rvpo step +2/2  joint 0\.\d\d \| short .* \| \d+ s left", out.stdout)
+    assert re.search(r"gdpo held out +2/2  joint 0\.\d\d \| short", out.stdout)
+    assert "  short      at most 35 words\n" in out.stdout
+    *_, samples = out.stdout.partition("with standard errors.")
+    assert samples.count("user: Hi, I am ") == 2 and samples.count(" short 1]") > 0
+    assert (tmp_path / "runs" / "d.html").stat().st_size > 10_000
     row = next(line for line in out.stdout.splitlines() if line.strip().startswith("short")).split()
     assert len(row) == 11  # a name and five means with their errors
     assert (tmp_path / "runs" / "d.png").stat().st_size > 10_000

@@ -10,6 +10,7 @@ import policy as policies
 import update
 from infra import pretrained, ranks, run_directory
 from infra import state as states
+from infra.adapters import Base, Lora
 from infra.prompts import Prompt
 from rollout import Group, Response
 
@@ -75,15 +76,21 @@ def run(
     limit: int = 100_000,
     kl: float = 0.1,
     updates: int = 1,
+    lora: Lora | None = None,
 ) -> dict:
     """Runs one case. Returns every rank's metrics, the gradient of each update, the policy, and how
     many prompts each micro-batch of a rank has."""
-    policy = policies.load(path, CPU, mesh)
+    policy = policies.load(path, CPU, mesh, lora=lora)
     if checkpointing:
         policy.recompute("on", 0)
-    reference = policies.load(reference_path, CPU, mesh).requires_grad_(False) if kl else None
+    reference = None
+    if kl and lora:
+        reference = Base(policy)
+    elif kl:
+        reference = policies.load(reference_path, CPU, mesh).requires_grad_(False)
     # Steps must be small where there are several: rounding differences grow with each.
-    optimizer = Recorder(policy.parameters(), lr=0.1, weight_decay=0.1)
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    optimizer = Recorder(trained, lr=0.1, weight_decay=0.1)
     learner = update.Learner(policy, reference, optimizer, CPU)
     prompts_dealt, deal = [], update.deal  # prompts_dealt: of each update, of each micro-batch
 

@@ -70,6 +70,7 @@ from torch.distributed.tensor import DTensor
 import policy as policies
 import update as updates
 from infra import pretrained, run_directory
+from infra.adapters import Lora
 from infra.prompts import Prompt
 from infra.ranks import RANK, WORLD, join, on_rank_0, run_program
 from local import models
@@ -191,11 +192,16 @@ def run(name: str, engine: str, ranks: int, limit: float) -> dict:
     return found | too_far(found["gap"], limit)
 
 
-def load(name: str) -> tuple[policies.Policy, torch.device]:
-    """Random weights, which are made once."""
+def load(name: str, rank: int = 0) -> tuple[policies.Policy, torch.device]:
+    """Random weights, which are made once. rank: of LoRA's adapters, if above 0."""
     device = join()
     on_rank_0(lambda: models.resolve(name))
-    return policies.load(models.resolve(name), device, policies.make_mesh(device)), device
+    path = models.resolve(name)
+    mesh = policies.make_mesh(device)
+    if not rank:
+        return policies.load(path, device, mesh), device
+    lora = Lora(rank, 2.0 * rank, 0, name)
+    return policies.load(path, device, mesh, policies.compute_dtype(device), lora=lora), device
 
 
 def seconds(work) -> float:
@@ -288,11 +294,25 @@ def weights(name: str) -> dict:
     return {"seconds_full_weights": statistics.median(seconds(gather) for _ in range(3))}
 
 
-def update(name: str, checkpointing: str, compiled: bool = False) -> dict:
+def update(
+    name: str,
+    checkpointing: str,
+    kernels: str = "eager",
+    flash_attention_3: bool = False,
+    lora: int = 0,
+    within_gib: float = 0.0,
+    budget: int = 16384,
+) -> dict:
     """Updates of four micro-batches a rank, the first of them for warming up.
 
-    compiled: each layer by torch.compile, which train.py does not do."""
-    prompt, length, size, budget = (1000, 256, 16, 16384) if CUDA else (100, 24, 4, 512)
+    kernels, flash_attention_3, lora: train.py's options. within_gib: of the GPU, if above 0, as if
+    it had no more. budget: tokens of a micro-batch."""
+    prompt, length, size = (1000, 256, 16) if CUDA else (100, 24, 4)
+    if not CUDA:
+        budget = 512
+    elif within_gib:
+        _, total = torch.cuda.mem_get_info()
+        torch.cuda.set_per_process_memory_fraction(within_gib * GIB / total)
     tokens = prompt + size * (length - 1)  # that are computed of a group
     shape = {
         "prompt_tokens": prompt,
@@ -300,11 +320,9 @@ def update(name: str, checkpointing: str, compiled: bool = False) -> dict:
         "group": size,
         "prompts": 4 * WORLD * (budget // tokens),
     }
-    policy, device = load(name)
+    policy, device = load(name, lora)
     policy.recompute(checkpointing, budget)
-    if compiled:
-        for layer in policy.lm.base_model.layers:
-            layer.compile()
+    policy.use_kernels(kernels, flash_attention_3)
     learner = updates.Learner(policy, None, updates.make_optimizer(policy, 1e-6), device)
     groups = made_up_groups(**shape)
     times, norms = [], []
@@ -331,8 +349,8 @@ def update(name: str, checkpointing: str, compiled: bool = False) -> dict:
     }
     if CUDA:
         found["peak_gib"] = torch.cuda.max_memory_allocated() / GIB
-        if WORLD == 1:
-            found |= simulated(name, checkpointing, found["peak_gib"])
+        if WORLD == 1 and kernels == "eager":
+            found |= simulated(name, checkpointing, lora, budget, found["peak_gib"])
     if not all(0 < norm < math.inf for norm in norms):
         found["FAIL"] = "a gradient is 0 or not finite"
     return found
@@ -357,11 +375,12 @@ def made_up_groups(
     return groups
 
 
-def simulated(name: str, checkpointing: str, peak: float) -> dict:
+def simulated(name: str, checkpointing: str, lora: int, budget: int, peak: float) -> dict:
     """What tools/simulate.py says of the peak."""
     size = name.removeprefix("random-")
     options = f"--json --size {size} --gpus 1 --gradient-checkpointing {checkpointing}"
-    options += " --prompt 1000 --response 256 --group 16 --tokens-per-microbatch 16384"  # `update`
+    options += f" --lora {lora} --tokens-per-microbatch {budget}"
+    options += " --prompt 1000 --response 256 --group 16"  # as `update` has them
     command = [sys.executable, ROOT / "tools/simulate.py", *options.split()]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
     *_, last = output.splitlines()
@@ -442,17 +461,34 @@ def plan(
     engine = "vllm" if importlib.util.find_spec("vllm") and not args.quick else "hf"
     trained = {"name": small, "engine": engine, "limit": limit}
     updated = {"name": large, "checkpointing": "on"}
+    of_24_gib = {"name": "random-3B", "checkpointing": "on", "lora": 16}
+    of_24_gib |= {"within_gib": 14.0, "budget": 4096}  # vLLM has the other 40% of 24 GB
     return {
         "tests": "--quick" if args.quick else ("tests", 1, {}),
         "run": ("run", 1, trained | {"ranks": 1}),
         "sync": ("sync", 1, {"name": large, "limit": limit}),
         "update": ("update", 1, updated),
         "update without recomputing": ("update", 1, updated | {"checkpointing": "off"}),
-        "update compiled": ("update", 1, updated | {"compiled": True}) if gpus else "no GPU",
+        "update lora": ("update", 1, updated | {"lora": 16}),
+        "update compiled": ("update", 1, updated | {"kernels": "compile"}) if gpus else "no GPU",
+        "update liger": lever(updated | {"kernels": "liger"}, "liger_kernel", gpus),
+        "update flash 3": lever(
+            updated | {"flash_attention_3": True}, "flash_attn_interface", gpus
+        ),
+        "update lora 3B, 24 GB": ("update", 1, of_24_gib) if gpus else "no GPU",
         "weights": ("weights", 1, {"name": large}),
         "sharded run": ("run", 1, trained | {"ranks": ranks}) if ranks > 1 else lacking,
         "sharded update": ("update", ranks, updated) if ranks > 1 else lacking,
     }
+
+
+def lever(arguments: dict, module: str, gpus: int) -> tuple | str:
+    """An update with kernels of another package."""
+    if not gpus:
+        return "no GPU"
+    if importlib.util.find_spec(module) is None:
+        return f"{module} is not installed"
+    return "update", 1, arguments
 
 
 def found_by(log: Path, check: str, processes: int, arguments: dict) -> dict:

@@ -12,91 +12,66 @@ there are.
 """
 
 import argparse
-import json
 import math
 import sys
 from pathlib import Path
-from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # a script sees its own folder only
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from infra.ranks import InputError, run_program
+from tools.runs import Run, read
+
 TITLES = {"joint": "all channels satisfied (joint)", "grad_norm": "norm of the gradient"}
 OF_TRAINING = "joint", "grad_norm"  # panels beside the channels
 MARKS = {"best": "*", "final": "s"}  # matplotlib's markers
 
 
-class Run(NamedTuple):
-    steps: list[dict]  # training steps, none of eval.py
-    evals: list[dict]  # {"step": N, "eval": {metric: (mean, standard error)}}
-    metric: str  # by which the best is chosen
-
-    def points(self, metric: str) -> list[tuple[int, float, float]]:
-        """(step, mean, standard error) of each evaluation that has the metric.
-
-        The error of a single prompt is 0."""
-        points = []
-        for line in self.evals:
-            mean, error = line["eval"].get(metric, (None, None))
-            if mean is not None:
-                points.append((line["step"], mean, error or 0.0))
-        return points
-
-    def marked(self) -> dict[str, tuple[int, float, float]]:
-        """The points that are marked, if any. The best is the earliest of equal ones."""
-        points = self.points(self.metric)
-        if not points:
-            return {}
-        return {"best": max(points, key=lambda point: point[1]), "final": points[-1]}
-
-    def curve(self, panel: str) -> list[float | None]:
-        """Of each training step: a channel's mean, or another number of the log."""
-        values = []
-        for line in self.steps:
-            channel = line["channels"].get(panel)
-            values.append(channel["mean"] if channel else line.get(panel))
-        return values
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", type=Path, help="directories of runs")
+    parser.add_argument("--out", type=Path, help="the PNG (default: plot.png in the first run)")
+    args = parser.parse_args(argv)
+    if args.out and (args.out.suffix != ".png" or not args.out.parent.is_dir()):
+        raise InputError(f"--out {args.out}: name a .png file in a directory that exists")
+    data = {str(path): read_curves(path) for path in args.runs}
+    out = args.out or args.runs[0] / "plot.png"
+    plot(data, out)
+    print_table(data)
+    print(out)
 
 
-def read_policies(folders: list[Path]) -> Run:
-    """Of the step-N that eval.py --policies has written, each with a results.json."""
-    evals = []
-    for folder in folders:
-        file = folder / "results.json"
-        try:
-            step = int(folder.name.removeprefix("step-"))
-            metrics = json.loads(file.read_text())["metrics"]
-            means = {name: (values["mean"], values["stderr"]) for name, values in metrics.items()}
-            if not means:
-                raise ValueError("it has no metric")
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            sys.exit(f"error: {file} cannot be read: {error}")
-        evals.append({"step": step, "eval": means})
-    evals.sort(key=lambda line: line["step"])
-    return Run([], evals, next(iter(evals[0]["eval"])))
+def read_curves(path: Path) -> Run:
+    """A run that has something to draw. Raises InputError."""
+    run = read(path)
+    if run.trains() and not run.steps:
+        raise InputError(f"{path}/metrics.jsonl holds no training step yet")
+    if any(line["step"] is None for line in run.evals):
+        raise InputError(f"{path} is one evaluation: name runs of train.py or eval.py --policies")
+    return run
 
 
-def read(run: Path) -> Run:
-    """Of a run's metrics.jsonl, or of its step-N if it is one of eval.py --policies."""
-    folders = [*run.glob("step-*")]
-    if folders:
-        return read_policies(folders)
-    file = run / "metrics.jsonl"
-    if not file.is_file():
-        sys.exit(
-            f"error: {run}: no run is there; name the directory of a run of train.py, or of "
-            "eval.py --policies"
-        )
-    try:
-        lines = [json.loads(line) for line in file.read_text().splitlines()]
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {file} cannot be read: {error}")
-    steps = [line for line in lines if "channels" in line]
-    if not steps:
-        sys.exit(f"error: {file} holds no training step yet")
-    return Run(steps, [line for line in lines if "eval" in line], "joint")
+def marked(run: Run) -> dict[str, tuple[int, float, float]]:
+    """The points that are marked, if any. The best is the earliest of equal ones."""
+    points = run.points(run.metric)
+    if not points:
+        return {}
+    return {"best": max(points, key=lambda point: point[1]), "final": points[-1]}
+
+
+def curve(run: Run, panel: str) -> list[float | None]:
+    """Of each training step: a channel's mean, or another number of the log."""
+    values = []
+    for line in run.steps:
+        channel = line["channels"].get(panel)
+        values.append(channel["mean"] if channel else line.get(panel))
+    return values
 
 
 def print_table(data: dict[str, Run]) -> None:
@@ -105,11 +80,11 @@ def print_table(data: dict[str, Run]) -> None:
     print(f"{'':{width}}  {'':>16}  {'start':>14}  {'best':>14}  (at step)  {'final':>14}")
     for name, run in data.items():
         start = best = final = at = "-"
-        marked = run.marked()
-        if marked:
+        marks = marked(run)
+        if marks:
             first, *_ = run.points(run.metric)
-            start, best, final = map(cell, (first, marked["best"], marked["final"]))
-            at, _, _ = marked["best"]
+            start, best, final = map(cell, (first, marks["best"], marks["final"]))
+            at, _, _ = marks["best"]
         print(f"{name:{width}}  {run.metric:>16}  {start:>14}  {best:>14}  {at:>9}  {final:>14}")
 
 
@@ -161,35 +136,24 @@ def plot(data: dict[str, Run], out: Path) -> None:
     try:
         figure.savefig(out, dpi=120)
     except OSError as error:
-        sys.exit(f"error: {out} cannot be written ({error.strerror}): name another file with --out")
+        raise InputError(
+            f"{out} cannot be written ({error.strerror}): name another file with --out"
+        ) from error
 
 
 def draw(axis, panel: str, name: str, run: Run, color: str) -> None:
     """A run's line, its evaluations, and the marks of its policies."""
     steps = [line["step"] for line in run.steps]
-    axis.plot(steps, run.curve(panel), color=color, linewidth=1.2, label=name)
+    axis.plot(steps, curve(run, panel), color=color, linewidth=1.2, label=name)
     points = run.points(panel)
     if points:
         step, mean, error = zip(*points, strict=True)
         dots = "o" if run.steps else "o-"
         axis.errorbar(step, mean, error, color=color, fmt=dots, markersize=4, capsize=3)
     if panel == run.metric:
-        for mark, (step, mean, _) in run.marked().items():
+        for mark, (step, mean, _) in marked(run).items():
             axis.plot(step, mean, MARKS[mark], color=color, markersize=11, fillstyle="none")
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # as in train.py
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("runs", nargs="+", type=Path, help="directories of runs")
-    parser.add_argument("--out", type=Path, help="the PNG (default: plot.png in the first run)")
-    args = parser.parse_args()
-    if args.out and (args.out.suffix != ".png" or not args.out.parent.is_dir()):
-        sys.exit(f"error: --out {args.out}: name a .png file in a directory that exists")
-    data = {str(run): read(run) for run in args.runs}
-    out = args.out or args.runs[0] / "plot.png"
-    plot(data, out)
-    print_table(data)
-    print(out)
+    run_program(main, sys.argv[1:])

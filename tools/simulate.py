@@ -28,12 +28,15 @@ ENGINE = 3.5  # GiB of vLLM's share beside weights and KV cache
 ROOM = 32 * 1024  # tokens that the KV cache must take
 OPTIONS = (  # name, default, help
     ("size", "7B", "Qwen2.5 0.5B, 1.5B, 3B, 7B, 14B; tiny, tiny-untied"),
+    ("model", "", "a directory with a config.json, instead of --size"),
+    ("dtype", "bfloat16", "of what is computed; float32 is a CPU's"),
     ("gpus", 8, "of a node"),
     ("nodes", 1, "of GPUs"),
     ("memory", GPU_MEMORY, "GiB of a GPU"),
     ("gradient-checkpointing", "auto", "on, off, auto"),
     ("updates", 1, "optimizer steps a batch"),
     ("kl", 0.0, "above 0 there is a reference"),
+    ("lora", 0, "rank of adapters that are trained instead of all weights; 0: all"),
     ("prompt", 1024, "P, its tokens"),
     ("group", 12, "G, responses to it"),
     ("response", 257, "R, tokens of each"),
@@ -76,10 +79,12 @@ if __name__ == "__main__":  # before torch is imported: --help must not wait for
 import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import AutoConfig
 
 import policy as policies
 import update
 from infra import pretrained
+from infra.adapters import Base, Lora
 from infra.prompts import Prompt
 from infra.ranks import WORLD
 from local.models import qwen, skeleton
@@ -116,20 +121,22 @@ def simulate(args: argparse.Namespace) -> dict:
     """What happens on rank 0 in an update and a push.
 
     Returns {name: a number, or numbers by kind, phase or line of code}."""
-    config = qwen(args.size)
+    config = AutoConfig.from_pretrained(args.model) if args.model else qwen(args.size)
     lm = skeleton(config)
     entries = [update.update, update.add_gradients, update.old_logps_of]
     gpu, device = GPU(lm, entries), torch.device("gpu", 0)
-    pretend(lm)
+    pretend(lm, args.memory, getattr(torch, args.dtype))
     groups = made_up_groups(args)
     with tempfile.TemporaryDirectory() as folder, gpu:
         path, mesh = Path(folder), policies.make_mesh(device)
         config.save_pretrained(path)
         (path / "model.safetensors").touch()
-        policy, reference = policies.load(path, device, mesh), None
+        policy, reference = load(args, path, device, mesh), None
         gpu.name("weights", policy.parameters())
         policy.recompute(args.gradient_checkpointing, args.tokens_per_microbatch)
-        if args.kl:
+        if args.kl and args.lora:
+            reference = Base(policy)
+        elif args.kl:
             reference = policies.load(path, device, mesh, torch.bfloat16, trained=False)
             gpu.name("reference", reference.parameters())
         learner = update.Learner(policy, reference, update.make_optimizer(policy, 1e-6), device)
@@ -150,7 +157,8 @@ def simulate(args: argparse.Namespace) -> dict:
         "peak_parts_gib": peak,
         "push_gib": gpu.peak / GIB - sum(held.values()),
         **counts,
-        "tflop_needed": needed / 1e12,
+        # Frozen weights need no gradient, a third of the operations.
+        "tflop_needed": needed / 1e12 * (2 / 3 if args.lora else 1),
         "recomputes": int(policy.lm.is_gradient_checkpointing),
         "pushed": len(pushed),
         "not_pushed": [name for name, shape in own.items() if pushed.get(name) != shape],
@@ -159,11 +167,18 @@ def simulate(args: argparse.Namespace) -> dict:
     }
 
 
-def pretend(lm) -> None:
+def load(args: argparse.Namespace, path: Path, device: torch.device, mesh) -> policies.Policy:
+    if not args.lora:
+        return policies.load(path, device, mesh)
+    lora = Lora(args.lora, 2.0 * args.lora, 0, "")
+    return policies.load(path, device, mesh, getattr(torch, args.dtype), lora=lora)
+
+
+def pretend(lm, memory: float, dtype: torch.dtype) -> None:
     """What the policy asks of files, of CUDA and of other ranks."""
-    policies.compute_dtype = lambda _: torch.bfloat16
+    policies.compute_dtype = lambda _: dtype
     pretrained.safe_open = lambda *_: Weights(lm.named_parameters())
-    torch.cuda.get_device_properties = lambda: argparse.Namespace(total_memory=GPU_MEMORY * GIB)
+    torch.cuda.get_device_properties = lambda: argparse.Namespace(total_memory=memory * GIB)
     update.check_signals = lambda: None  # the host's alone, and of all ranks
     dist.init_process_group("cpu:fake,gpu:fake", rank=0, world_size=WORLD, store=FakeStore())
 
@@ -185,8 +200,8 @@ def update_twice(gpu: GPU, learner: update.Learner, groups: list[Group], args) -
     """The second update counts: the first fills DTensor's caches, with whole tensors."""
 
     def name_gradients(*_) -> None:
-        parameters = learner.policy.parameters()
-        gpu.name("gradients", [parameter.grad for parameter in parameters])
+        (trained,) = learner.optimizer.param_groups
+        gpu.name("gradients", [parameter.grad for parameter in trained["params"]])
 
     learner.optimizer.register_step_pre_hook(name_gradients)
     for _ in range(2):
