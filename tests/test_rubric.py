@@ -1,5 +1,5 @@
-"""The study on rubrics: its task by hand, its plan and its report, and its runs with the tiny model,
-by train.py and by the script for a GPU."""
+"""The study on rubrics: its task by hand, its plan and its report. Its runs with the tiny model, by
+train.py and by the script for a GPU."""
 
 import json
 import sys
