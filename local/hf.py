@@ -60,29 +60,31 @@ class HFEngine:
     ) -> Iterator[tuple[int, list[Response]]]:
         """As rollout.VLLMEngine.generate."""
         for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-            with torch.random.fork_rng():
-                torch.manual_seed(seed)
-                sampled, logp = self._sample(prompt, group)
-            pairs = zip(sampled.tolist(), logp.tolist(), strict=True)
-            yield i, [self._response(tokens, values) for tokens, values in pairs]
+            ids = torch.tensor([prompt] * group)
+            yield i, self._sample(ids, torch.ones_like(ids), seed)
 
-    def _sample(self, prompt: list[int], group: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens (G, T) of `group` responses, padded, and their log-probs (G, T)."""
-        ids = torch.tensor([prompt] * group, device=self.model.device)
+    def _sample(self, ids: torch.Tensor, mask: torch.Tensor, seed: int) -> list[Response]:
+        """A response to each row of token ids. mask: 0 where a row is padded, on its left."""
         # What a generation config leaves open, generate takes from the model's own: Qwen2.5's has
         # top_k = 20. So this one is made the model's own.
         models_own = self.model.generation_config
         self.model.generation_config = self.config
-        result = self.model.generate(
-            ids, attention_mask=torch.ones_like(ids), logits_processor=[finite]
-        )
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            result = self.model.generate(
+                ids.to(self.model.device),
+                attention_mask=mask.to(self.model.device),
+                logits_processor=[finite],
+            )
         self.model.generation_config = models_own
-        sampled = result.sequences[:, len(prompt) :]  # (G, T)
+        _, length = ids.shape
+        sampled = result.sequences[:, length:]  # (rows, T)
         logp = []
-        for t, scores in enumerate(result.scores):  # (G, V), already at the temperature
+        for t, scores in enumerate(result.scores):  # (rows, V), already at the temperature
             every_word = scores.float().log_softmax(-1)
             logp.append(every_word.gather(-1, sampled[:, t : t + 1]).squeeze(-1))
-        return sampled, torch.stack(logp, dim=-1)
+        pairs = zip(sampled.tolist(), torch.stack(logp, dim=-1).tolist(), strict=True)
+        return [self._response(tokens, values) for tokens, values in pairs]
 
     def _response(self, tokens: list[int], logp: list[float]) -> Response:
         """Without what follows the first token that ends a response."""

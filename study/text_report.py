@@ -14,10 +14,11 @@ if __name__ == "__main__":  # before numpy is imported: --help must not wait for
     ).parse_args()
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script sees its own folder only
 
+import curves
 import numpy as np
-from text import GRID, LONG, METHODS, STEPS, TUNED, TUNING, Run, merit, rate, read
+from curves import Cells, best, curve, differences, final, worst_channel
+from text import GRID, LONG, METHODS, STEPS, STUDY, TUNED, TUNING, Run, rate
 
-from tools import style
 from tools.stats import sign_flips, spread, table
 
 ROOT = Path(__file__).parent.parent
@@ -27,7 +28,6 @@ Made by study/text_report.py from study/text.jsonl. [docs/results.md](../docs/re
 they mean.
 
 """
-Cells = dict[str, list[dict]]  # method: the runs of its seeds
 
 
 def cells_of(
@@ -47,23 +47,6 @@ def cells_of(
         if setting == (task, steps, schedule):
             cells[run["method"]].append(run)
     return cells
-
-
-# What is read off one run
-
-
-def final(run: dict, channel: str = "joint") -> float:
-    mean, _ = run["eval"][-1][channel]
-    return mean
-
-
-def best(run: dict) -> float:
-    """The best of the evaluations. It is chosen on the prompts that measure it: it is too good."""
-    return max(curve(run, "joint"))
-
-
-def curve(run: dict, channel: str) -> list[float]:
-    return [evaluation[channel][0] for evaluation in run["eval"]]
 
 
 def lost(run: dict) -> str:
@@ -103,29 +86,21 @@ def report(done: dict[str, dict]) -> str:
         "of words among these"
     ] = credits(done)
     tables = "\n".join(f"{title}\n\n{text}" for title, text in parts.items())
-    hours = sum(run["minutes"] for run in done.values()) / 60
-    cpus = ", ".join(sorted({run["cpu"] for run in done.values()}))
-    return f"{tables}\n{len(done)} runs, {hours:.1f} hours of training on one core each; {cpus}.\n"
+    return f"{tables}\n{curves.cost(done)}"
 
 
 def tuning(done: dict[str, dict]) -> str:
-    rows = []
+    runs = {}
     for method in METHODS:
         if method not in TUNED:
-            runs = [done.get(Run("reply", method, lr, TUNING).name) for lr in GRID]
-            rows.append([method, *(f"{merit(run):.3f}" if run else "" for run in runs)])
-    return table("| | " + " | ".join(GRID) + " |", rows)
+            runs[method] = {lr: Run("reply", method, lr, TUNING) for lr in GRID}
+    return curves.tuning(done, runs, "joint")
 
 
 def compare(cells: Cells) -> str:
     """A row a method. p: of its final joint rate against rvpo's, over the seeds that both have."""
-    rvpo = {run["seed"]: final(run) for run in cells["rvpo"]}
-    differences = {}
-    for method, runs in cells.items():
-        pairs = [final(run) - rvpo[run["seed"]] for run in runs if run["seed"] in rvpo]
-        if method != "rvpo" and len(pairs) > 1:
-            differences[method] = pairs
-    tests = {m: f"{p:.3f}, {holm:.3f}" for m, (p, holm) in sign_flips(differences).items()}
+    tests = sign_flips(differences(cells, "rvpo", "joint"))
+    shown = {method: f"{p:.3f}, {holm:.3f}" for method, (p, holm) in tests.items()}
     rows = []
     for method, runs in cells.items():
         if runs:
@@ -140,7 +115,7 @@ def compare(cells: Cells) -> str:
                     spread([final(run, "short") for run in runs]),
                     ", ".join(lost(run) for run in runs),
                     worst_channel(runs),
-                    tests.get(method, ""),
+                    shown.get(method, ""),
                 ]
             )
     return table(
@@ -148,16 +123,6 @@ def compare(cells: Cells) -> str:
         "| under half at step | worst channel at the end | p, Holm |",
         rows,
     )
-
-
-def worst_channel(runs: list[dict]) -> str:
-    """The channel that is satisfied the least at the end, and how often, mean over seeds."""
-    means = {}
-    for channel in runs[0]["eval"][0]:
-        if channel not in ("step", "joint"):
-            means[channel] = np.mean([final(run, channel) for run in runs])
-    worst = min(means, key=means.get)
-    return f"{worst} {means[worst]:.2f}"
 
 
 SHARES = 1.0, 0.8, 0.65, 0.5, 0.25, 0.0  # of a step's rollouts, which keep the limit
@@ -196,37 +161,18 @@ PANELS = {  # title: task, steps, methods
     ),
     "With capped rewards\nboth keep it": ("reply-capped", LONG, ("rvpo", "gdpo")),
 }  # fmt: skip
-ROWS = "replies that keep the limit", "replies that satisfy all"
+ROWS = {"short": "replies that keep the limit", "joint": "replies that satisfy all"}
 
 
 def figure(done: dict[str, dict], out: Path) -> None:
-    """Held-out curves of the limit and of the joint rate; thin lines are seeds."""
-    drawn, axes = style.panels(len(ROWS), len(PANELS), 5.4, sharex="col", sharey=True)
-    ends = []
-    for column, (title, (task, steps, methods)) in zip(axes.T, PANELS.items(), strict=True):
+    panels = {}
+    for title, (task, steps, methods) in PANELS.items():
         cells = cells_of(done, task, steps)
-        limit, joint = column
-        ends.append((limit, draw(limit, cells, "short", methods)))
-        ends.append((joint, draw(joint, cells, "joint", methods)))
-        style.describe(limit, title)
-        style.describe(joint, x="step")
-    for axis, name in zip(axes[:, 0], ROWS, strict=True):
-        axis.set(ylabel=name, ylim=(-0.03, 1.03))
-    style.save(drawn, out, ends)
-
-
-def draw(axis, cells: Cells, channel: str, methods: tuple[str, ...]) -> style.Ends:
-    ends = {}
-    for method in methods:
-        if cells[method]:
-            steps = [evaluation["step"] for evaluation in cells[method][0]["eval"]]
-            curves = [curve(run, channel) for run in cells[method]]
-            style.draw_seeds(axis, steps, curves, method)
-            ends[method] = np.mean(curves, 0)[-1]
-    return steps[-1], ends
+        panels[title] = {method: cells[method] for method in methods}
+    curves.figure(panels, ROWS, out, 5.4)
 
 
 if __name__ == "__main__":
-    runs = read()
+    runs = STUDY.read()
     (ROOT / "study/text.md").write_text(INTRODUCTION + report(runs))
     figure(runs, ROOT / "docs/text.png")

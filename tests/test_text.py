@@ -12,6 +12,7 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "study"))
 
 import demo
+import matched
 import text
 import text_report
 
@@ -88,8 +89,8 @@ def test_the_report_by_hand():
 
 
 def test_a_run_is_kept_and_repeated_to_the_digit(tiny, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(text, "RESULTS", tmp_path / "text.jsonl")
-    monkeypatch.setattr(text, "RUNS", tmp_path / "runs")
+    study = text.STUDY._replace(file=tmp_path / "text.jsonl")
+    monkeypatch.setattr(matched, "RUNS", tmp_path / "runs")
     options = text.Run.options
 
     def with_tiny(run):
@@ -97,16 +98,16 @@ def test_a_run_is_kept_and_repeated_to_the_digit(tiny, monkeypatch, tmp_path, ca
 
     monkeypatch.setattr(text.Run, "options", with_tiny)
     run = text.Run("reply", "rvpo", "1e-3", 7, steps=6)
-    kept = text.execute(run, run.name)
+    kept = matched.execute(study, run)
     cut_off = kept["paid"]["cut off"]
     assert len(cut_off) == 6 and {*cut_off} != {None}  # random text has no end: all are cut off
     assert [x["step"] for x in kept["eval"]] == [0, 3, 6]
     assert len(kept["train"]["short"]) == len(kept["credit"]["short"]) == 6
     (tmp_path / "text.jsonl").write_text(json.dumps(kept) + "\n")
-    text.again(run.name)
-    assert capsys.readouterr().out.count("the same\n") == 6
+    matched.again(study, run.name)
+    assert capsys.readouterr().out.count("the same\n") == 7
     with pytest.raises(SystemExit, match="no such run"):
-        text.again("other")
+        matched.again(study, "other")
 
 
 def test_the_demo(tiny, tmp_path):
