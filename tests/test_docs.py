@@ -41,6 +41,8 @@ RUN = [
     "python train.py --task examples/polite.py --steps 1 --prompts 2 --name polite",
     "python eval.py --task examples/polite.py --model runs/polite --max-tokens 64",
     "python tools/plot.py runs/polite runs/polite --out both.png",
+    "python tools/report.py runs/polite runs/polite --out report.html",
+    "python tools/show.py runs/polite --step 1",
 ]
 NOT_HERE = {  # why
     "make demo": "minutes",
@@ -49,6 +51,8 @@ NOT_HERE = {  # why
     "python study/text.py": "days",
     "python study/text_report.py": "tests/test_text.py",
     "python study/more.py": "hours",
+    "python study/rubric.py": "hours",
+    "python study/on_gpu.py": "GPUs",
     "python study/sign.py": "tests/test_sign.py",
     "make gpu": "tests/test_gpu.py",
     "make .venv/ready": "it is what runs this",
@@ -69,7 +73,8 @@ NOT_HERE = {  # why
     "python eval.py --task bfcl": "tests/test_eval.py",
     "python eval.py --task mine.py": "tests/test_eval.py",
     "python tools/plot.py runs/A-bfcl": "tests/test_eval.py",
-    "python tools/plot.py runs/A runs/B": "RUN has it with a run that exists",
+    "python tools/report.py runs/A runs/B": "RUN has it with a run that exists",
+    "python tools/show.py runs/A": "RUN has it with a run that exists",
 }
 
 
@@ -97,12 +102,14 @@ MORE_SCRIPTS = (  # whose options only sentences name
     "study/demo.py",
     "study/more.py",
     "tools/plot.py",
+    "tools/show.py",
     "tests/kill_and_resume.py",
 )
 OTHERS = {  # options of vllm, torchrun and pip
     "--served-model-name",
     "--max-model-len",
     "--gpu-memory-utilization",
+    "--enable-lora",
     "--enforce-eager",
     "--tensor-parallel-size",
     "--port",
@@ -195,4 +202,4 @@ def test_the_task_of_readme_is_one(tmp_path):
     task.try_out(train[0])
     rewards = task.start(train[0], ["Please, please, a spoon.", "word " * 21])()
     assert rewards.tolist() == [[1.0, 1.0], [0.0, 0.0]]
-    assert len(train) == 4 and len(held_out) == 1
+    assert len(train) == 3 and len(held_out) == 1
