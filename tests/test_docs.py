@@ -60,7 +60,7 @@ NOT_HERE = {  # why
     "python tools/gpu.py": "tests/test_gpu.py",
     "python tools/simulate.py": "tests/test_simulate.py",
     "python experiments/cost.py": "tests/test_cost.py",
-    "python experiments/fits.py": "a quarter of an hour",
+    "python experiments/fits.py": "half an hour",
     "python experiments/run.py": "tests/test_experiments.py",
     "python -m vllm": "minutes",
     "pip install": "network",
