@@ -21,7 +21,7 @@ gpu:  ## is all well on a GPU machine? ten minutes, in the Python that has requi
 	$(or $(wildcard .venv/bin/python),$(PYTHON)) tools/gpu.py
 
 # Made again whenever a list changes. uv installs the lists in a fraction of pip's time, and finds the CPU build of torch.
-# Where it cannot reach that build, pip takes what the index has: usually the CUDA build, which is 4 GB larger.
+# Where it cannot reach that build, pip takes what the index has: usually the CUDA build, which is 3 GB larger.
 .venv/ready: requirements-cpu.txt requirements-cpu-vllm.txt
 	$(PYTHON) local/machine.py $(VLLM)
 	$(PYTHON) -m venv --clear .venv

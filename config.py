@@ -74,7 +74,8 @@ class Shared(JudgeOptions):
     """of all that is drawn at random"""
 
     def check(self) -> None:
-        """Chooses the engine for `auto`. Raises InputError for what no option shows by itself."""
+        """Chooses the engine for `auto`. Raises InputError for options that do not go together, or
+        that lack a package."""
         try:
             datetime.date.fromisoformat(self.date or "2000-01-01")
         except ValueError:
@@ -136,12 +137,12 @@ class TrainConfig(Shared):
     lr: float = Field(1e-6, ge=0, le=100)
     """AdamW's learning rate; with --lora the default is 10 times as large"""
     clip: str = "0.2:0.2"
-    """LOW:HIGH: the ratio of new and old probabilities stays in 1 - LOW to 1 + HIGH"""
+    """LOW:HIGH: a ratio of new and old probabilities beyond 1 - LOW or 1 + HIGH gains nothing"""
     mask_truncated: bool = False
     """responses that were cut off at --max-tokens are not trained on"""
     correction: Literal["token", "sequence"] = "token"
-    """of the gap between engine and trainer, by weights: token, a token's is at most 2; sequence, a
-    response whose weight is above 3 is left out"""
+    """importance weights for the gap of engine and trainer. token: one a token, at most 2;
+    sequence: one a response, and a response with one above 3 is left out"""
     lr_schedule: Literal["constant", "linear"] = "constant"
     """linear: falls to 0 until the run's end"""
     warmup: int = Field(5, ge=0)
@@ -276,7 +277,8 @@ def parse(kind: type[Shared], description: str, argv: list[str] | None = None) -
         presets = {}
     config = validate(kind, {**presets, **given})
     config._given = set(given)
-    # With --resume runs/NAME the run's own options count. They were checked when it began.
+    # --resume runs/NAME: the run's own options count, which were checked when it began. Without
+    # --resume, or with auto, which may begin a new run, they are checked here.
     if given.get("resume", "auto") == "auto":
         config.check()
         check_use(config.task, given)

@@ -46,7 +46,7 @@ GQA = {"enable_gqa": True} if torch.__version__ >= (2, 12) else {}
 class Sequences(NamedTuple):
     """Who sees whom in a row of S tokens: a prompt itself, a response its prompt and itself.
 
-    A row of a prompt (tokens 0 1 2) and two responses (3 4 and 5) has three sequences. Their
+    A row of a prompt (places 0 1 2), one response (3 4) and another (5) has three sequences. Their
     queries are 0 1 2 | 3 4 | 5, and their keys are 0 1 2 | 0 1 2 3 4 | 0 1 2 5. None
     of this is a Python list: for each new list torch.compile would compile a layer again.
     """
@@ -193,7 +193,7 @@ def _prompt_once(
     query (1, H, S, D), key and value (1, fewer H, S, D) -> (1, S, H, D). A prompt's keys and values
     are copied for each response. An ordinary kernel for sequences of different lengths does the
     rest: no mask, and no work that is thrown away. sliding_window: how many keys a token of this
-    layer sees, its own among them. That is exact, since a response's keys continue its prompt's.
+    layer sees, its own among them. A response's keys follow its prompt's, so windows are exact.
     """
     args = query[0], key[0], value[0], scaling, sequences, sliding_window
     if query.is_cuda:
@@ -247,7 +247,8 @@ def _attend_on_cpu(
         n = q.shape[1]
         seen = k.shape[1]
         mask = None
-        if n < seen or window:  # the first query of a response sees the whole prompt and itself
+        # Query i stands at place seen - n + i. It sees the keys up to there, `window` at most.
+        if n < seen or window:
             mask = torch.ones(n, seen, dtype=torch.bool).tril(seen - n)
         if window:
             mask = mask.triu(seen - n - window + 1)
@@ -393,7 +394,7 @@ def skeleton(path: Path, dtype: torch.dtype, lora: Lora | None = None):
     """The model of a checkpoint's config.json, without memory for its weights."""
     config = AutoConfig.from_pretrained(path)
     if has_own_head(path):
-        config.tie_word_embeddings = False  # as transformers does it; saved checkpoints say so
+        config.tie_word_embeddings = False  # transformers does so, too; checkpoints will say it
     with init_empty_weights(include_buffers=False):
         lm = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation="prompt_once"
@@ -409,10 +410,10 @@ def skeleton(path: Path, dtype: torch.dtype, lora: Lora | None = None):
 
 def shard(policy: Policy, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     """Deals the parameters out, a decoder layer at a time, and the rest together."""
-    trained = next(policy.parameters()).requires_grad
+    trained = next(policy.parameters()).requires_grad  # embeddings and head; not with LoRA
     precision = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32)
-    # True: a unit's gathered weights are freed after its forward. None, FSDP2's default: those of
-    # the last unit, embeddings and head, stay, because the backward pass needs them first.
+    # True: gathered weights are freed after a forward. None, FSDP2's default: but for those of the
+    # last unit, embeddings and head, which a backward pass needs first. Frozen ones need none.
     reshard = None if trained else True
     for unit in [*policy.lm.base_model.layers, policy]:
         fully_shard(unit, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard)

@@ -223,7 +223,7 @@ def users_code(what: str):
     """For calls of what a user wrote: an exception becomes one InputError that says where it was
     raised."""
     try:
-        # Goes back to this directory afterwards: paths such as runs/NAME count from it.
+        # The user's code may change the directory. This goes back, for paths such as runs/NAME.
         with contextlib.chdir("."):
             yield
     except InputError:
@@ -246,6 +246,7 @@ def check_values(name: str, values: object, n: int) -> None:
         )
     for i, value in enumerate(values):
         is_number = isinstance(value, (int, float, np.integer, np.floating, np.bool_))
+        # A huge int would overflow float(). NaN passes: no comparison with it is true.
         if not is_number or abs(value if isinstance(value, int) else float(value)) > LARGEST:
             raise InputError(
                 f"reward '{name}' returned {value!r:.40} for response {i}: "

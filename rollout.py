@@ -35,7 +35,7 @@ class Response(NamedTuple):
     logp: list[float]  # of each token when it was sampled, at the sampling temperature
     mask: list[int]  # 1 = sampled. 0 is for tokens that an engine of yours puts in: not trained on
     finish: str  # "stop", or "length" if the response was cut off
-    text: str  # what rewards see: a thought that the prompt began, then all but the stop token
+    text: str  # what rewards see: Prompt.opened, then the tokens without the stop token
 
 
 @dataclass

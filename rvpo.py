@@ -53,9 +53,9 @@ def soft_min(z: Tensor, beta: float, weights: Tensor | None = None) -> Tensor:
     smallest = z.masked_fill(w == 0, math.inf).amin(-1, keepdim=True)  # (..., G, 1)
     smallest = smallest.masked_fill(smallest == math.inf, 0.0)
     above = torch.where(w > 0, z - smallest, 0.0)  # (..., G, K) >= 0
-    # The minimum is taken out, so that no exponent is positive: a large beta cannot overflow.
-    # The weights sum to 1, so log sum w exp(x) = log(1 + sum w (exp(x) - 1)). In this form, log1p
-    # and expm1, a small beta loses no digits to rounding.
+    # The score is smallest + extra, with extra = -1/beta log sum_j w_j exp(-beta * above_j). No
+    # exponent is positive, so a large beta cannot overflow. The w_j sum to 1, so the log is that of
+    # 1 + sum_j w_j (exp(-beta * above_j) - 1): log1p and expm1 keep the digits of a small beta.
     if beta == 0:
         extra = (w * above).sum(-1)
     elif beta == math.inf:
@@ -68,9 +68,9 @@ def soft_min(z: Tensor, beta: float, weights: Tensor | None = None) -> Tensor:
 def whiten(scores: Tensor, signal: Tensor, eps: float = EPS) -> Tensor:
     """Step 3: (P, G) scores -> (P, G) advantages, z-scored over the rollouts with signal.
 
-    Rollouts without signal get exactly 0. Were they counted in, they would be rewarded for nothing:
-    their score is 0, and soft minima of z-scores are negative on average. Call this on the whole
-    batch: in train.py every rank has all groups, so every rank computes the same.
+    Rollouts without signal get exactly 0. Their score is 0, above the batch's mean, which is
+    negative for a soft minimum: counted in, they would get a positive advantage for nothing. Call
+    this on the whole batch: in train.py every rank has all groups, so all compute the same.
     """
     x = scores[signal].double()
     out = torch.zeros_like(scores)
@@ -148,6 +148,7 @@ def grpo_advantage(rewards: Tensor, beta: float = 0.0, weights: Tensor | None = 
     r = _check(rewards)
     w = _channel_weights(r, weights)
     channels = (w > 0).any(-2).sum(-1)[..., None]  # (..., 1), without padding and weight 0
+    # The weights of a rollout sum to 1, so this is the plain sum if none is missing.
     total = (w * r).nansum(-1) * channels  # (..., G)
     return _float_like(_zscore_scores(total, w), rewards)
 
@@ -201,18 +202,18 @@ def policy_loss(
     old_logp: under the policy that the batch began with. For the first update of a batch that is
         logp.detach().
     sampler_logp: as the sampling engine reported them.
-    mask: 1 for sampled tokens.
+    mask: 1 for sampled tokens; 0 for those that an engine put in, or that are left out.
     n_tokens: sampled tokens of the *whole* update, of all micro-batches and ranks. Losses and
         gradients then simply add up, and each token counts the same, as in ToolRL and DAPO.
 
-    response: int64, which response each token belongs to, below the number of tokens; see
-        `importance`. The tensors then have the shape (N,).
+    response: int64, the number of each token's response, from 0 to N - 1; see `importance`. The
+        tensors then have the shape (N,).
 
     Returns the loss and sums over tokens for the log.
 
     The ratio is clipped here; the gradient's norm in update.py, which calls this.
     """
-    # Forced tokens may have any sampler_logp, NaN too. They are masked before exp, because
+    # Tokens with mask 0 may have any sampler_logp, NaN too. They are masked before exp, because
     # NaN * 0 is NaN.
     ratio = torch.where(mask > 0, logp - old_logp, 0.0).clamp(-20, 20).exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -231,12 +232,15 @@ def policy_loss(
 def importance(gap: Tensor, cap: float, response: Tensor | None = None) -> Tensor:
     """Importance weights of tokens, because engine and trainer compute one policy differently.
 
-    gap: log-probs of the trainer minus those of the engine. A token's weight is min(exp(gap), cap);
-    cap = 0: 1. With `response` it is the exponential of the response's summed gap, and 0 above cap:
-    such a response is left out (TRL's default, sequence_mask with cap 3).
+    gap: log-probs of the trainer minus those of the engine. A token's weight is min(exp(gap), cap).
+    If cap is 0, every weight is 1. With `response` all tokens of a response have one weight, the
+    exponential of their summed gap. A weight above cap becomes 0, which leaves the response out
+    (TRL's default: sequence_mask with cap 3).
     """
+    if cap == 0:
+        return torch.ones_like(gap)
     if response is None:
-        return gap.exp().clamp(max=cap) if cap > 0 else torch.ones_like(gap)
+        return gap.exp().clamp(max=cap)
     summed = torch.zeros_like(gap).index_add(0, response, gap)
     weight = summed[response].exp()
     return weight.masked_fill(weight > cap, 0.0)
@@ -275,7 +279,7 @@ def _float_like(scores: Tensor, rewards: Tensor) -> Tensor:
 
 
 def _varies(rewards: Tensor) -> Tensor:
-    """(..., G, K) -> (..., K) bool: by more than the rounding of float32."""
+    """(..., G, K) -> (..., K) bool: by more than the rounding of float32. All missing: False."""
     low = rewards.nan_to_num(math.inf).amin(-2)
     high = rewards.nan_to_num(-math.inf).amax(-2)
     return high - low > 1e-6 * torch.maximum(low.abs(), high.abs())

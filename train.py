@@ -53,6 +53,7 @@ def fit(
 ) -> None:
     """Trains from checkpoints.state on, until config.steps are done.
 
+    checkpoints: NoCheckpoints saves nothing, its subclass Checkpoints what a run resumes from.
     evaluate_at: evaluates the policy after so many steps. Raises InputError if a reward fails, if
     losses are not finite, or if a file cannot be written. Raises signals.Stop if the run is to end.
     """
@@ -88,7 +89,8 @@ def step(
     sampled = sampler.sample(batch, config.group, steps_done)
     watch.lap("sample")
 
-    # 2. Score them. From here on every rank has all P groups.
+    # 2. Score them. From here on every rank has all P groups. `report` adds up what judges did,
+    # over all ranks; `check` ends a run whose judge failed, once all is written down.
     groups = sampler.score(batch, sampled)
     judged = sampler.task.report([group.rewards.numpy() for group in groups])
     watch.lap("score")
@@ -297,21 +299,21 @@ def load(
     """
     decoding = Decoding(known.tokenizer, known.stops, config.temperature, config.max_tokens)
     mesh = policies.make_mesh(device)
-    half = policies.compute_dtype(device)
+    dtype = policies.compute_dtype(device)  # bfloat16 on a GPU
     pretrained.announce(config.model)
     with pretrained.readable(config.model):
         if config.lora:
             lora = Lora(
                 config.lora, config.lora_alpha or 2 * config.lora, config.seed, config.model
             )
-            policy = policies.load(known.path, device, mesh, half, lora=lora)
+            policy = policies.load(known.path, device, mesh, dtype, lora=lora)
         else:
             policy = policies.load(known.path, device, mesh)
         reference = None
         if config.kl and config.lora:
             reference = Base(policy)
         elif config.kl:
-            reference = policies.load(known.path, device, mesh, half, trained=False)
+            reference = policies.load(known.path, device, mesh, dtype, trained=False)
         optimizer = make_optimizer(policy, config.lr)
         # Made later, they would take blocks of memory that vLLM needs.
         make_moments(optimizer)
@@ -323,7 +325,7 @@ def load(
         else:
             from local import hf
 
-            engine = hf.HFEngine(hf.load(known.path, device, half), decoding)
+            engine = hf.HFEngine(hf.load(known.path, device, dtype), decoding)
     loss = Loss(parse_clip(config.clip), config.mask_truncated, config.correction)
     return Learner(policy, reference, optimizer, device, loss), engine
 

@@ -28,7 +28,7 @@ SUMS = "loss", "tokens", "clip_fraction", "is_weight", "sampler_gap", "entropy",
 
 
 class Loss(NamedTuple):  # what may be changed of the loss, see docs/choices.md
-    clip: tuple[float, float] = (0.2, 0.2)  # the ratio stays in 1 - low to 1 + high
+    clip: tuple[float, float] = (0.2, 0.2)  # no gain from a ratio beyond 1 - low, 1 + high
     mask_truncated: bool = False  # responses that were cut off are not trained on
     correction: str = "token"  # of the gap between engine and trainer: token or sequence
 
@@ -88,7 +88,7 @@ def update(
     for u, micro_batches in enumerate(work):
         loss = torch.zeros((), device=learner.device)
         for i, (batch, old_logp) in enumerate(zip(micro_batches, old_logps[u], strict=True)):
-            if u == 0:  # later the policy has changed already: then all updates are finished
+            if u == 0:  # once the policy has changed, a signal waits until the step is finished
                 check_signals()
             if isinstance(learner.policy, FSDPModule):
                 # Nodes exchange gradients once, with those of the last micro-batch.
@@ -288,7 +288,7 @@ def deal(groups: list[Group], ranks: int, budget: int) -> list[list[list[Group]]
         parts += split(group, min(budget - len(group.prompt.ids), largest))
     parts.sort(key=computed, reverse=True)
 
-    # A part above the budget is alone in its micro-batch, and fills one.
+    # A part above the budget counts as one full micro-batch: it is alone there.
     tokens = sum(min(computed(part), budget) for part in parts)
     rounds = max(1, math.ceil(tokens / ranks / budget))
     micro_batches = fill(parts, rounds * ranks, budget)

@@ -1,4 +1,4 @@
-"""Which model fits which GPUs, and how long the paper's tool run takes: docs/gpu.md's table.
+"""Which model fits which GPUs, and how long the paper's tool run takes: experiments/fits.md.
 
     python experiments/fits.py                        # half an hour on a CPU
     python experiments/fits.py --gpu H100 --gpus 8    # some of its lines

@@ -41,8 +41,8 @@ def summarize(samples: list[dict], averages: Averages, clip: bool, seed: int) ->
 def metrics(samples: list[dict], averages: Averages) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """{metric: (values (N,), weights (N,))} of all N items.
 
-    A metric is the weighted mean of its values; NaN says that the item lacks the score. With
-    averages, these and the mean of each category stand in place of the score "correct".
+    A metric is the weighted mean of its values; NaN says that the item lacks the score. If there
+    are averages, the score "correct" is replaced by them and by a metric for each category.
     """
     names = dict.fromkeys(name for sample in samples for name in sample["scores"])
     values = {name: _column(samples, name) for name in names}

@@ -63,7 +63,8 @@ def _message(given: dict, where: str, which: str) -> dict:
 
 
 def _is_empty(value: object) -> bool:
-    """Whether there is no value. In a table each message has the keys of all others, too."""
+    """Whether there is no value. In a parquet table a message has the keys of all messages, with
+    None where it has no value."""
     return value is None or (isinstance(value, (str, list, tuple, dict)) and not value)
 
 

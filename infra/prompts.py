@@ -20,7 +20,7 @@ class Prompt(NamedTuple):
 
     ids: list[int]  # tokens
     example: Example  # of which they were made
-    opened: str = ""  # a thought that the prompt begins; rewards see it in front of the response
+    opened: str = ""  # the beginning of a thought, if the prompt ends in one, such as "<think>\n"
 
 
 def encode(

@@ -81,7 +81,8 @@ def join():
         store, _, _ = next(rendezvous("env://"))
         if WORLD == LOCAL_WORLD:
             # After a restart torchrun hands out the old store, with its keys, so each restart gets
-            # keys of its own. Not on several nodes: a node that joins again counts from 0.
+            # keys of its own. Not on several nodes, where a node that joins again counts from 0:
+            # docs/resume.md names a variable for that.
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     else:
         store = dist.HashStore()  # a group of one, so that one GPU takes the path of many
@@ -126,8 +127,8 @@ def run_program(main: Callable, *args) -> NoReturn:
 
 
 def gather(local: list) -> list:
-    """All ranks' items. Item i of a list belongs to rank i % WORLD; each rank gives its own ones,
-    and gets the whole list in its order. With one item a rank: the items in the order of ranks."""
+    """The whole list, on all ranks. Rank r gives its items r, r + WORLD, r + 2 WORLD, ... So one
+    item a rank comes back in the order of ranks."""
     if WORLD == 1:
         return local
     import torch.distributed as dist

@@ -54,7 +54,7 @@ def catch_signals() -> None:
     os.set_blocking(wakeup, False)
     signal.set_wakeup_fd(wakeup)  # a signal's number is written there the moment it arrives
     threading.Thread(target=watch_signals, args=(arrived,), daemon=True, name="signals").start()
-    # A process that a reward forks begins with our handler. Signals wait until it has dropped it.
+    # A child process begins with our handler. Signals are blocked until it has replaced that.
     os.register_at_fork(
         before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, CAUGHT),
         after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, CAUGHT),

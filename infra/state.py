@@ -136,7 +136,9 @@ class Checkpoints(NoCheckpoints):
         if self.every != "auto":
             every = int(self.every)
             return every > 0 and self.state.step % every == 0
-        wait = 100 * self.took or FIRST_SAVE  # so that saving takes 1% of the time
+        wait = FIRST_SAVE
+        if self.took:
+            wait = 100 * self.took  # so that saving takes 1% of the time
         due, *_ = gather([time.perf_counter() - self.saved_at >= wait])  # by rank 0's clock
         return due
 

@@ -47,8 +47,8 @@ def channel_stats(groups: list[Group], beta: float) -> dict[str, dict[str, float
     mean, std, min, max: over all rollouts. missing: share of rewards that are NaN. constant: share
     of groups in which the channel does not vary at all. weight: the channel's share in the gradient
     of the soft minimum at this beta, whatever --agg is. binding: how often that share is the
-    largest; ties share it. The last two are means over the rollouts with signal, summed over
-    channels with one name.
+    largest; ties share it. Both are added up over channels with one name, then averaged over the
+    rollouts with signal.
     """
     rewards = defaultdict(list)  # of each name, columns (G,)
     binding = defaultdict(list)  # of each name, columns (rollouts with signal,)

@@ -107,7 +107,7 @@ class Pace:
     def left(self, step: int) -> str:
         """After so many steps."""
         latest = self.seconds[-10:]
-        evaluations = sum(later >= step for later in self.evaluated)
+        evaluations = sum(later >= step for later in self.evaluated)  # one may follow this step
         seconds = (self.steps - step) * sum(latest) / len(latest)
         seconds += evaluations * self.evaluation_seconds
         if seconds < 90:

@@ -4,9 +4,9 @@ import math
 
 from rollout import Group
 
-UNHIT = 3  # after as many steps, warn of a reward that was always the same and not full
-CONSTANT = 10  # after as many steps, warn of one that was always full, and of a one-sided judge
-ONE_SIDED = 0.02  # a judge is, if its answers are all the same except for this share
+UNHIT = 3  # after this many steps, warn of a reward that was always the same and not full
+CONSTANT = 10  # after this many steps, warn of one that was always full, and of a one-sided judge
+ONE_SIDED = 0.02  # a judge is one-sided if at most this share of its answers differ from the rest
 
 
 class Watch:

@@ -97,7 +97,7 @@ def test_what_fits_takes_as_long_as_its_cost(tool_run):
     (h100,) = [machine for machine in fits.MACHINES if machine.gpu == "H100"]
     eight = h100._replace(gpus=8)
     simulated = {"recomputes": 0, "collectives_gib": {"allgather_base": 80.0}}
-    update, sending, sampling, whole = fits.seconds("1.5B", eight, 8192, 0.4, simulated)
+    update, sending, sampling, whole = fits.seconds("1.5B", eight, 0, 8192, 0.4, simulated)
     assert update == pytest.approx(tool_run.update)
     assert sampling == pytest.approx(tool_run.sampling)
     # 4 updates of 16 prompts a GPU, 5 in a micro-batch: 16 micro-batches, and old log-probs for 12.

@@ -169,7 +169,7 @@ def a_step(config: TrainConfig, train: list[Prompt]) -> str:
     return (
         f"{config.prompts} prompts x {config.group} responses, at most "
         f"{responses * config.max_tokens:,} tokens sampled; {config.steps} steps are "
-        f"{epochs:.2g} times the prompts"
+        f"{epochs:.2g} epochs"
     )
 
 
