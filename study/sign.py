@@ -271,7 +271,7 @@ def draw_runs(axis) -> style.Ends:
         ends[method] = y[-1]
     style.describe(
         axis,
-        "Real runs: so do theirs;\nthe raw sum does not",
+        "Real runs: z-scores do so, too;\nthe raw sum does not",
         "share of a step's replies that keep it",
         "credit of the word limit",
     )
@@ -283,7 +283,7 @@ def batches(method: str) -> tuple[np.ndarray, np.ndarray]:
 
     Without those on reply-capped, where little pulls against it."""
     pairs = []
-    for run in text.read().values():
+    for run in text.STUDY.read().values():
         if run["method"] == method and run["task"] != "reply-capped":
             steps = zip(run["train"]["short"], run["credit"]["short"], strict=True)
             pairs += [pair for pair in steps if None not in pair]  # kept by all, or by none

@@ -123,3 +123,9 @@ def test_credit_of_a_batch():
     covariance = -0.5 * x + 0.5 * y
     norm = math.hypot(x, y, z)
     assert found["b"] == pytest.approx(covariance / (0.5**0.5 * norm))
+
+
+def test_batches_are_steps_of_the_text_study_in_which_the_limit_varies():
+    shares, credits = sign.batches("gdpo")
+    assert shares.shape == credits.shape and len(shares) > 150
+    assert ((shares > 0) & (shares < 1)).all() and (abs(credits) <= 1).all()
