@@ -27,7 +27,7 @@ from tools.simulate import GIB, OUTSIDE, USABLE
 
 ROOT = Path(__file__).parent.parent
 MODEL = "the model"  # its name among the shapes that roofline knows
-CPU_OUTSIDE = 1.0  # GiB of Python and its libraries
+CPU_OUTSIDE = 2.5  # GiB of Python, vLLM and its cache, by a run of SmolLM2
 CPU_SHARE = 0.5  # of the rate of a large product that training reaches; assumed
 
 
