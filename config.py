@@ -8,7 +8,9 @@ import argparse
 import datetime
 import importlib.util
 import math
+import os
 import re
+import shutil
 from typing import ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
@@ -132,7 +134,7 @@ class TrainConfig(Shared):
     """optimizer steps a batch, each on prompts of its own; 1 is on-policy"""
     lora: int = Field(0, ge=0, le=4096)
     """rank of adapters that are trained instead of all weights (LoRA); 0: all weights"""
-    lora_alpha: float | None = Field(None, gt=0, le=1e6)
+    lora_alpha: float | None = Field(None, ge=0.01, le=1e6)
     """an adapter's product is scaled by this / rank; default: 2 x rank"""
     lr: float = Field(1e-6, ge=0, le=100)
     """AdamW's learning rate; with --lora the default is 10 times as large"""
@@ -169,7 +171,7 @@ class TrainConfig(Shared):
     """runs/NAME: go on, with its options; auto: if --name has a checkpoint"""
     track: Literal["wandb", "trackio"] | None = None
     """log there, too: pip install it first"""
-    plan: str | None = Field(None, pattern=r"^(here|\d+x[\w ]+)$")
+    plan: str | None = Field(None, pattern=r"^(here|[1-9][0-9]{0,2}x[\w ]+)$")
     """only say what the run would take: here, or on such as 8xH100; nothing is loaded"""
 
     def check(self) -> None:
@@ -179,6 +181,11 @@ class TrainConfig(Shared):
                 f"--updates {self.updates}: at most --prompts ({self.prompts}), for each needs some"
             )
         parse_clip(self.clip)
+        if self.kernels == "compile" and not any(map(shutil.which, COMPILERS)):
+            raise InputError(
+                "--kernels compile needs a C++ compiler (Debian, Ubuntu: apt-get install g++ "
+                "python3-dev); or leave it out"
+            )
         if self.kernels == "liger":
             need("--kernels liger", "liger_kernel", "a GPU and `pip install liger-kernel`")
         if self.flash_attention_3:
@@ -224,6 +231,7 @@ class EvalConfig(Shared):
     """share of a GPU's memory that vLLM may take"""
 
 
+COMPILERS = os.environ.get("CXX", "g++"), "clang++", "c++"
 # Defaults that replace those above for --model smollm2: 135M parameters on two cores.
 SMOLLM2 = {"prompts": 4, "steps": 14, "max_tokens": 64, "lr": 2e-5, "warmup": 2, "eval_prompts": 64}
 
@@ -277,6 +285,8 @@ def parse(kind: type[Shared], description: str, argv: list[str] | None = None) -
         presets = {}
     config = validate(kind, {**presets, **given})
     config._given = set(given)
+    if given.get("plan") and given.get("resume"):
+        raise InputError("--plan: a resumed run has been planned; leave --resume out")
     # --resume runs/NAME: the run's own options count, which were checked when it began. Without
     # --resume, or with auto, which may begin a new run, they are checked here.
     if given.get("resume", "auto") == "auto":

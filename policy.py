@@ -223,7 +223,10 @@ def _attend_on_cuda(
         sequences.max_queries,
         sequences.max_keys,
         scale=scaling,
-        window_size=(window - 1 if window else -1, 0),  # keys to the left, none to the right
+        window_size=(
+            -1 if window is None else window - 1,
+            0,
+        ),  # keys to the left, none to the right
         **GQA,
     )
     return out[None]
@@ -248,9 +251,9 @@ def _attend_on_cpu(
         seen = k.shape[1]
         mask = None
         # Query i stands at place seen - n + i. It sees the keys up to there, `window` at most.
-        if n < seen or window:
+        if n < seen or window is not None:
             mask = torch.ones(n, seen, dtype=torch.bool).tril(seen - n)
-        if window:
+        if window is not None:
             mask = mask.triu(seen - n - window + 1)
         out = scaled_dot_product_attention(
             q[None], k[None], v[None], mask, is_causal=mask is None, scale=scaling, enable_gqa=True

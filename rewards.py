@@ -275,8 +275,10 @@ def check_channels(channels: object) -> None:
             raise InputError(f"channel {name}: fn must be a function, and not {channel.fn!r}")
         if inspect.iscoroutinefunction(channel.fn):
             raise InputError(f"channel {name}: fn must not be async: let it call asyncio.run")
-        if not isinstance(channel.help, str):
-            raise InputError(f"channel {name}: help must be a text, and not {channel.help!r}")
+        if not isinstance(channel.help, str) or not (channel.help + "x").isprintable():
+            raise InputError(
+                f"channel {name}: help must be one line of text, and not {channel.help!r:.60}"
+            )
         if not isinstance(channel.weight, Real):
             raise InputError(f"channel {name}: weight must be a number, and not {channel.weight!r}")
         if not _is_finite(channel.full):

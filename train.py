@@ -22,6 +22,7 @@ import functools
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -234,9 +235,12 @@ def main(config: TrainConfig) -> None:
         data_sha256 = resume.check_data(run, train + held_out)
         channels = distinct(task, train + held_out)
         introduce(config, channels)
-        task.try_out(train[0])  # a faulty reward is found now, and not after the model is loaded
+        if not config.plan:  # which asks no judge, and needs no weights
+            task.try_out(train[0])  # a faulty reward is found before the model is loaded
 
-        known = pretrained.describe(config.model, config.max_tokens, trained=True)
+        known = pretrained.describe(
+            config.model, config.max_tokens, trained=True, with_weights=not config.plan
+        )
         tokenize = functools.partial(
             encode,
             known.tokenizer,
@@ -290,6 +294,12 @@ def about_run(config: TrainConfig, channels: list[Channel], device: torch.device
     }
 
 
+def base_name(model: str, path: Path) -> str:
+    """What an adapter's file names as its model: a hub id, or the directory that was loaded."""
+    is_hub_id = model != "smollm2" and not Path(model).expanduser().is_dir()
+    return model if is_hub_id else str(path.resolve())
+
+
 def load(
     config: TrainConfig, device: torch.device, known: pretrained.Pretrained, longest: int
 ) -> tuple[Learner, Engine]:
@@ -303,9 +313,8 @@ def load(
     pretrained.announce(config.model)
     with pretrained.readable(config.model):
         if config.lora:
-            lora = Lora(
-                config.lora, config.lora_alpha or 2 * config.lora, config.seed, config.model
-            )
+            alpha = config.lora_alpha or 2 * config.lora
+            lora = Lora(config.lora, alpha, config.seed, base_name(config.model, known.path))
             policy = policies.load(known.path, device, mesh, dtype, lora=lora)
         else:
             policy = policies.load(known.path, device, mesh)

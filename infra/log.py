@@ -7,6 +7,7 @@ log elsewhere, write another one. The numbers come from statistics.py, the warni
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -151,8 +152,13 @@ class RunLog(Log):
             self.tracker.samples(records)
 
     def say(self, line: str) -> None:
-        if RANK == 0:
+        if RANK > 0:
+            return
+        try:
             self.bar.write(line)
+            sys.stdout.flush()
+        except BrokenPipeError:  # nobody reads on: the run is in its files
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the end
 
     def progress(self, step: int) -> tuple[str, str]:
         steps = self.pace.steps

@@ -41,12 +41,15 @@ class Pretrained(NamedTuple):
     embeddings: int  # all token ids are below
 
 
-def describe(name: str, max_tokens: int, trained: bool = False) -> Pretrained:
+def describe(
+    name: str, max_tokens: int, trained: bool = False, with_weights: bool = True
+) -> Pretrained:
     """What is known of --model. trained: also refuse what policy.py's attention and output head
-    would get wrong without a word (softcapping, ALiBi, ...). Raises InputError."""
+    would get wrong without a word (softcapping, ALiBi, ...). with_weights: False if they need not
+    be there. Raises InputError."""
     with readable(name):
-        path = resolve(name)
-        if trained:
+        path = resolve(name, with_weights)
+        if trained and with_weights:
             refuse_quantized(path)
         tokenizer = load_tokenizer(path)
         stops = stop_tokens(path, tokenizer)
@@ -95,7 +98,7 @@ def announce(name: str) -> None:
 # Its directory
 
 
-def resolve(name: str) -> Path:
+def resolve(name: str, with_weights: bool = True) -> Path:
     """--model -> a directory that transformers and vLLM load. name: smollm2 (see
     local/smollm2.py), a directory (a run's, too) or a hub id. Raises InputError."""
     if name == "smollm2":
@@ -104,14 +107,14 @@ def resolve(name: str) -> Path:
         return smollm2()
     path = Path(name).expanduser()
     if not path.is_dir():
-        path = _download(name)
+        path = _download(name, with_weights)
     if (path / "checkpoint").is_dir():  # a run of train.py
         path /= "checkpoint"
-    check_directory(name, path)
+    check_directory(name, path, with_weights)
     return path
 
 
-def _download(name: str) -> Path:
+def _download(name: str, with_weights: bool) -> Path:
     import httpx
     from huggingface_hub import snapshot_download
 
@@ -121,9 +124,12 @@ def _download(name: str) -> Path:
             "(those look like Qwen/Qwen2.5-7B)"
         )
     try:
+        wanted = ["*.json", "*.txt", "*.jinja", "*.model"]
+        if with_weights:
+            wanted.append("*.safetensors")
         path = snapshot_download(
             name,
-            allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"],
+            allow_patterns=wanted,
             ignore_patterns=["*consolidated*.safetensors"],  # Mistral's second copy of all weights
         )
         return Path(path)
@@ -134,7 +140,7 @@ def _download(name: str) -> Path:
         ) from error
 
 
-def check_directory(name: str, path: Path) -> None:
+def check_directory(name: str, path: Path, with_weights: bool = True) -> None:
     """Raises InputError for a --model that lacks files, or has some that would be left out."""
     for file in path.iterdir():
         if file.is_file() and is_pointer(file):
@@ -149,6 +155,9 @@ def check_directory(name: str, path: Path) -> None:
             f"checkpoint/ yet: go on with `python train.py --resume {path}`, or name "
             f"a policy that it has kept, {path}/policies/step-N"
         )
+    merged = path.parent
+    if path.name == "adapter" and (merged / "config.json").is_file():
+        raise InputError(f"--model {name}: name {merged}, the model with this adapter merged")
     if (path / "adapter_config.json").is_file():
         remove = ", or remove adapter_config.json and adapter_model.safetensors"
         raise InputError(
@@ -156,6 +165,8 @@ def check_directory(name: str, path: Path) -> None:
             "not applied here: merge it into its model (peft's merge_and_unload) and "
             f"name the result{remove if config.is_file() else ''}"
         )
+    if config.is_file() and not with_weights:
+        return
     if not config.is_file() or not weight_files(path):
         raise InputError(
             f"--model {name}: {path} needs a config.json and weights "
@@ -256,6 +267,12 @@ def refuse_untrainable(name: str, config) -> None:
         raise InputError(
             f"--model {name}: training with {rope} position embeddings is not supported"
         )
+    window = getattr(config, "sliding_window", None)
+    layers = {*(getattr(config, "layer_types", None) or ())}
+    unknown = layers - {"full_attention", "sliding_attention"}
+    if unknown or (window is not None and window < 1):
+        what = f"layers of type {min(unknown)}" if unknown else f"a sliding window of {window}"
+        raise InputError(f"--model {name}: training with {what} is not supported")
     if config.model_type not in TRAINABLE:
         raise InputError(
             f"--model {name}: training {config.model_type} models is not supported; "

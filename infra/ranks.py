@@ -9,6 +9,7 @@ torch is imported inside functions: config.py imports this file, and a wrong opt
 for torch.
 """
 
+import contextlib
 import datetime
 import logging
 import os
@@ -103,6 +104,8 @@ def run_program(main: Callable, *args) -> NoReturn:
     Python does not shut down in its own way: there gloo's threads may abort the process
     (pytorch#190489), and with vLLM's CPU build Python 3.13 crashes (segmentation fault).
     """
+    if sys.stdout is None:  # closed by the shell
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the end
     # A terminal that lacks a letter must not end a run.
     sys.stdout.reconfigure(errors="backslashreplace")
     code = 0
@@ -118,10 +121,13 @@ def run_program(main: Callable, *args) -> NoReturn:
     except KeyboardInterrupt:  # before there is anything to save, or while evaluating
         print("stopped by Ctrl-C", file=sys.stderr)
         code = 130
+    except BrokenPipeError:  # nobody reads what it prints
+        code = 1
     except BaseException:  # noqa: BLE001 - the process ends here
         traceback.print_exc()
         code = 1
-    sys.stdout.flush()
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 

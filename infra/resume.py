@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from config import option
+from config import TrainConfig, option
 from infra import state
 from infra.log import RunLog
 from infra.ranks import RANK, WORLD, InputError, gather
@@ -137,11 +137,12 @@ def read_config(run: Path, given: dict) -> dict:
     changed = {
         name: value
         for name, value in given.items()
-        if name not in ("name", "resume") and value != saved.get(name)
+        # An old run lacks options that came later: it had their defaults.
+        if name not in ("name", "resume") and value != saved.get(name, default(name))
     }
     differences, refused = [], []
     for name, value in changed.items():
-        line = f"{option(name)} {value}, the run has {saved.get(name)}"
+        line = f"{option(name)} {value}, the run has {saved.get(name, default(name))}"
         differences.append(line)
         if name not in MAY_CHANGE:
             refused.append(line)
@@ -155,6 +156,10 @@ def read_config(run: Path, given: dict) -> dict:
     if RANK == 0:
         print("".join(f"changed: {line}\n" for line in differences), end="")
     return {**saved, **changed, "resume": str(run)}
+
+
+def default(name: str) -> object:
+    return TrainConfig.model_fields[name].default
 
 
 def check_data(run: Path, examples: list) -> str:

@@ -30,10 +30,10 @@ def introduce(config, channels: Iterable[Channel]) -> None:
             method += ", the paper's schedule (docs/results.md says when to take another)"
     print(method)
     channels = list(channels)
-    width = max(len(channel.name) for channel in channels)
+    width = min(30, max(len(channel.name) for channel in channels))
     for channel in channels[:SHOWN]:
         logged = "" if channel.weight else " (weight 0: only logged)"
-        print(f"  {channel.name:{width}}  {channel.help}{logged}".rstrip())
+        print(f"  {channel.name:{width}}  {channel.help:.100}{logged}".rstrip())
     if len(channels) > SHOWN:
         print(f"  and {len(channels) - SHOWN} more")
 

@@ -18,6 +18,7 @@ class Watch:
         self.verdicts = 0
         self.extremes: dict[str, list[float]] = {}  # each channel's min and max of every step
         self.warned_of: set[str] = set()  # channels
+        self.without_gradient = 0  # steps whose gradient was 0
 
     def evaluation(self, scores: list[dict], full: dict[str, float]) -> list[str]:
         """Of the evaluation before the run. scores: by channel, of each prompt. full: the value
@@ -38,11 +39,18 @@ class Watch:
         self.steps += 1
         for name, stats in record["channels"].items():
             self.extremes.setdefault(name, []).extend([stats["min"], stats["max"]])
+        self.without_gradient += record["grad_norm"] == 0
         judge = record.get("judge", {})
         self.yes += judge.get("yes", 0)
         self.verdicts += judge.get("verdicts", 0)
 
         warnings = []
+        if self.steps == UNHIT == self.without_gradient:
+            warnings.append(
+                f"warning: the gradient was 0 in each of the first {UNHIT} steps, so nothing was "
+                "learned: no reward varies within a group, or all responses were left out; read "
+                "samples.jsonl (cut-off responses: raise --max-tokens)"
+            )
         if self.steps in (UNHIT, CONSTANT):
             full = {channel.name: channel.full for group in groups for channel in group.channels}
             in_all_steps = [name for name in full if len(self.extremes[name]) == 2 * self.steps]

@@ -46,7 +46,7 @@ from config import TrainConfig, parse
 from infra import pretrained
 from infra.log import RunLog
 from infra.prompts import encode
-from infra.ranks import join, run_program
+from infra.ranks import InputError, join, run_program
 from infra.run_directory import versions
 from infra.state import NoCheckpoints
 from local.hf import HFEngine
@@ -59,8 +59,13 @@ STUDIES = {"rubric": rubric.STUDY, "text": text.STUDY}
 
 
 def main(options: argparse.Namespace) -> None:
+    if options.processes < 1 or not options.minutes > 0:
+        raise InputError("--processes must be at least 1, and --minutes above 0")
     end = time.time() + 60 * options.minutes
-    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {options.out} cannot be made: {error}") from error
     studies = []
     for name in options.studies:
         study = STUDIES[name]

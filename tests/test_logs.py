@@ -1,5 +1,6 @@
 """What is logged of a step."""
 
+import io
 import json
 import math
 import re
@@ -342,3 +343,24 @@ def test_a_run_says_at_first_what_it_trains_on(capsys):
     terminal.introduce(config, [Channel(str(i)) for i in range(20)])
     out = capsys.readouterr().out
     assert "beta" not in out and out.endswith("  11\n  and 8 more\n")
+
+
+def test_steps_without_a_gradient_are_pointed_out(tmp_path, capsys):
+    """Such as those of --mask-truncated, where all responses are cut off."""
+    log, group = RunLog(tmp_path), make([[1.0, 0.5], [0.5, 1.0]], "a", "b")
+    for step in range(1, 5):
+        log.step(step, [group], figures(grad_norm=0.0))
+    out = capsys.readouterr().out
+    assert out.count("warning: the gradient was 0 in each of the first 3 steps") == 1
+
+
+def test_a_run_goes_on_when_nobody_reads_what_it_prints(tmp_path, monkeypatch):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    log, group = RunLog(tmp_path), make([[1.0, 0.5], [0.5, 1.0]], "a", "b")
+    monkeypatch.setattr(sys, "stdout", Closed())
+    for step in (1, 2):
+        log.step(step, [group], figures())
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2

@@ -1,6 +1,7 @@
 """Finding a model, and models that cannot be used."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
 import policy as policies
 from infra import pretrained
@@ -212,3 +213,36 @@ def test_the_hub_out_of_reach_is_one_sentence():
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=offline)
     message = "no such directory, and the hub did not deliver it"
     assert f"InputError: --model nobody/nothing: {message}" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"sliding_window": 0, "use_sliding_window": True}, "a sliding window of 0"),
+        ({"layer_types": ["chunked_attention"] * 4}, "layers of type chunked_attention"),
+    ],
+)
+def test_attention_that_is_not_known(tiny, changes, what):
+    config = Qwen2Config.from_pretrained(tiny)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    with pytest.raises(InputError, match=f"--model m: training with {what} is not supported"):
+        pretrained.refuse_untrainable("m", config)
+
+
+def test_the_adapter_of_a_run_is_not_its_model(tiny, tmp_path):
+    merged = tmp_path / "checkpoint"
+    shutil.copytree(tiny, merged)
+    (merged / "adapter").mkdir()
+    (merged / "adapter/adapter_config.json").write_text("{}")
+    message = f"--model {merged}/adapter: name {merged}, the model with this adapter merged"
+    with pytest.raises(InputError, match=re.escape(message)):
+        pretrained.describe(f"{merged}/adapter", 8)
+
+
+def test_a_plan_needs_no_weights(tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "m")
+    (tmp_path / "m/model.safetensors").unlink()
+    assert pretrained.describe(str(tmp_path / "m"), 8, trained=True, with_weights=False)
+    with pytest.raises(InputError, match=r"needs a config\.json and weights"):
+        pretrained.describe(str(tmp_path / "m"), 8, trained=True)

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from programs import TINY, command
+from transformers import Qwen3Config
 
-from config import TrainConfig
+from config import TrainConfig, parse
 from experiments import fits
 from infra.ranks import InputError
 from local.shapes import QWEN
@@ -78,9 +79,59 @@ def test_disk_and_what_does_not_fit(monkeypatch):
     known = SimpleNamespace(dtype=torch.bfloat16)
     config = TrainConfig(keep_policies=True, eval_every=50, steps=100)
     # Policies after 0, 50 and 100 steps, and checkpoint/: four times 15.2 GB.
-    assert plan.disk(config, known) == "60.9 GB of checkpoints, 91.4 GB of state until the end"
-    config = TrainConfig(lora=16)
-    assert plan.disk(config, known) == "15.2 GB of checkpoints, 0.5 GB of state until the end"
+    counts = plan.Counts(7_615_616_512, 7_615_616_512)
+    said = plan.disk(config, known, counts)
+    assert said == "60.9 GB of checkpoints, 91.4 GB of state until the end"
+    said = plan.disk(TrainConfig(lora=16), known, counts._replace(trained=40_370_176))
+    assert said == "15.2 GB of checkpoints, 0.5 GB of state until the end"
+    config = TrainConfig()
     simulated = {"peak_parts_gib": {"weights": 30.0}, "peak_gib": 30.0, "held_gib": 28.0}
     machine = fits.MACHINES[0]
     assert "it DOES NOT FIT" in plan.memory(config, machine, simulated)
+
+
+def test_the_simulation_fills_a_micro_batch_and_says_why_it_fails(monkeypatch, tmp_path):
+    """Few prompts would need less memory than the run; more than the run has, more."""
+    asked = []
+
+    def run(command, **_):
+        asked.append(dict(zip(command[3::2], command[4::2], strict=False)))
+        return SimpleNamespace(returncode=1, stdout="", stderr="a line\nno memory")
+
+    monkeypatch.setattr(plan.subprocess, "run", run)
+    train = [SimpleNamespace(ids=[0] * 25)]
+    for prompts, expected in ((128, "30"), (16, "16")):
+        config = TrainConfig(max_tokens=64, prompts=prompts, plan="1xRTX4090")
+        with pytest.raises(InputError, match="--plan 1xRTX4090: the simulation failed: no memory"):
+            plan.simulate(config, tmp_path, fits.MACHINES[0], train)
+        assert asked.pop()["--prompts"] == expected  # 2 x (8192 // (25 + 8 * 63))
+
+
+def test_parameters_of_a_model_whose_heads_are_wider(tmp_path):
+    """Qwen3-0.6B: 16 heads of 128 beside 1,024 hidden; 596 million parameters, as its authors say."""
+    Qwen3Config(
+        hidden_size=1024,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        intermediate_size=3072,
+        vocab_size=151936,
+        tie_word_embeddings=True,
+    ).save_pretrained(tmp_path)
+    assert plan.count_parameters(TrainConfig(), tmp_path) == (596_049_920, 596_049_920)
+    total, trained = plan.count_parameters(TrainConfig(lora=8), tmp_path)
+    assert total == 596_049_920 and 4e6 < trained < 6e6
+    _, hidden, heads, kv_heads, *_ = plan.shape(tmp_path)
+    assert hidden // heads * kv_heads == 8 * 128  # what keys and values take
+
+
+@pytest.mark.parametrize("text", ["0xH100", "1000xH100", "x", "٣xH100", "8"])
+def test_a_plan_that_is_none(text):
+    with pytest.raises(InputError, match="--plan .*: should be here, or a number and a GPU"):
+        parse(TrainConfig, "", ["--plan", text])
+
+
+def test_a_resumed_run_is_not_planned():
+    with pytest.raises(InputError, match="leave --resume out"):
+        parse(TrainConfig, "", ["--plan", "here", "--resume", "runs/a"])

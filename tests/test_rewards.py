@@ -349,6 +349,8 @@ def test_mistakes_in_the_prompts_are_named(tmp_path, prompts, message):
         ),
         ("length", "a task's channels must be a list of rewards.Channel, and not a function"),
         ("[Channel('a', length, weight='2')]", "channel a: weight must be a number, and not '2'"),
+        ("[Channel('a', length, help=None)]", "channel a: help must be one line of text"),
+        ("[Channel('a', length, help='x\\x1b[2J')]", "channel a: help must be one line of text"),
         ("[Channel('a', length, full='1')]", "channel a: full must be a number, and not '1'"),
         ("[Channel('a', length, full=None)]", "channel a: full must be a number, and not None"),
         (

@@ -11,18 +11,23 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import AutoConfig
 
 from config import TrainConfig
 from experiments import fits, roofline
+from infra import adapters
 from infra.pretrained import Pretrained
 from infra.prompts import Prompt
 from infra.ranks import RANK, WORLD, InputError
+from infra.terminal import shown
 from local.machine import cores
+from local.models import skeleton
 from local.shapes import QWEN
 from rewards import Task
+from tools.show import printable
 from tools.simulate import GIB, OUTSIDE, USABLE
 
 ROOT = Path(__file__).parent.parent
@@ -41,21 +46,22 @@ def show(
     """Prints the plan, from rank 0. Raises InputError for a machine that is not known."""
     if RANK > 0:
         return
-    QWEN[MODEL] = shape(known.path)
     machine = find_machine(config.plan)
+    QWEN[MODEL] = shape(known.path)
+    counts = count_parameters(config, known.path)
     simulated = simulate(config, known.path, machine, train)
     first = train[0]
-    chat = " ".join(known.tokenizer.decode(first.ids).split())
+    chat = printable(" ".join(known.tokenizer.decode(first.ids).split()))
     lines = {
         "machine": f"{machine.gpus} x {machine.gpu}, {machine.memory:.0f} GiB each",
-        "model": model(config),
+        "model": model(config, counts),
         "prompts": prompts(train, held_out),
         "the first": chat if len(chat) <= 300 else f"{chat[:150]} ... {chat[-150:]}",
         "rewards": rewards_of_reference(task, first),
         "a step": a_step(config, train),
         "memory": memory(config, machine, simulated),
         "time": run_time(config, machine, simulated, train),
-        "disk": disk(config, known),
+        "disk": disk(config, known, counts),
     }
     for name, text in lines.items():
         print(f"{name:>10}  {text}")
@@ -123,13 +129,31 @@ def is_cpu(machine: fits.Machine) -> bool:
 # The lines
 
 
+class Counts(NamedTuple):
+    total: int
+    trained: int
+
+
+def count_parameters(config: TrainConfig, path: Path) -> Counts:
+    """Of the model without memory for its weights; with --lora its adapters are what is trained."""
+    lm = skeleton(AutoConfig.from_pretrained(path))
+    total = sum(parameter.numel() for parameter in lm.parameters())
+    if not config.lora:
+        return Counts(total, total)
+    with torch.device("meta"):
+        adapters.inject(lm, adapters.Lora(config.lora, 1.0, 0, ""))
+    trained = sum(parameter.numel() for _, parameter in adapters.own_parameters(lm))
+    return Counts(total, trained)
+
+
 def shape(path: Path) -> tuple:
-    """As local/shapes.py has it."""
+    """As local/shapes.py has it, of heads that together are as wide as the model."""
     config = AutoConfig.from_pretrained(path)
+    width = getattr(config, "head_dim", None)
     return (
         config.num_hidden_layers,
         config.hidden_size,
-        config.num_attention_heads,
+        config.hidden_size // width if width else config.num_attention_heads,
         config.num_key_value_heads,
         config.intermediate_size,
         config.vocab_size,
@@ -137,10 +161,11 @@ def shape(path: Path) -> tuple:
     )
 
 
-def model(config: TrainConfig) -> str:
-    total = roofline.parameters(MODEL).total
-    how = f"adapters of rank {config.lora} are trained" if config.lora else "all are trained"
-    return f"{config.model}, {total / 1e6:,.0f}M parameters, {how}; lr {config.lr:g}"
+def model(config: TrainConfig, counts: Counts) -> str:
+    how = "all are trained"
+    if config.lora:
+        how = f"{counts.trained / 1e6:,.1f}M of adapters are trained"
+    return f"{config.model}, {counts.total / 1e6:,.0f}M parameters, {how}; lr {config.lr:g}"
 
 
 def prompts(train: list[Prompt], held_out: list[Prompt]) -> str:
@@ -159,7 +184,7 @@ def rewards_of_reference(task: Task, prompt: Prompt) -> str:
     if not prompt.example.reference:
         return ", ".join(channel.name for channel in channels) + " (the prompt has no reference)"
     values, *_ = task.start(prompt.example, [prompt.example.reference])()
-    parts = [f"{c.name} {value:.2f}" for c, value in zip(channels, values, strict=True)]
+    parts = [f"{c.name} {shown(value)}" for c, value in zip(channels, values, strict=True)]
     return f"{', '.join(parts)} for its reference {prompt.example.reference[:60]!r}"
 
 
@@ -176,43 +201,54 @@ def a_step(config: TrainConfig, train: list[Prompt]) -> str:
 def simulate(
     config: TrainConfig, path: Path, machine: fits.Machine, train: list[Prompt]
 ) -> dict[str, float]:
-    """tools/simulate.py in a process of its own, for it changes torch."""
+    """tools/simulate.py in a process of its own, for it changes torch. Raises InputError.
+
+    Its prompts fill two micro-batches of each GPU and update, if the run has so many.
+    """
+    prompt = round(statistics.mean(len(prompt.ids) for prompt in train))
+    tokens = prompt + config.group * (config.max_tokens - 1)  # of a group
+    a_micro_batch = max(1, config.tokens_per_microbatch // tokens)
+    filling = 2 * a_micro_batch * machine.gpus * config.updates
     options = {
         "model": path,
         "gpus": machine.gpus,
         "memory": machine.memory,
-        "prompt": round(statistics.mean(len(prompt.ids) for prompt in train)),
+        "prompt": prompt,
         "group": config.group,
         "response": config.max_tokens,
         "tokens-per-microbatch": config.tokens_per_microbatch,
         "gradient-checkpointing": config.gradient_checkpointing,
         "lora": config.lora,
         "kl": config.kl,
-        "prompts": min(config.prompts, 2 * machine.gpus),
+        "updates": config.updates,
+        "prompts": min(config.prompts, filling),
     }
     command = [sys.executable, str(ROOT / "tools/simulate.py"), "--json"]
     for name, value in options.items():
         command += [f"--{name}", str(value)]
     if is_cpu(machine):
         command += ["--dtype", "float32"]
-    return json.loads(subprocess.check_output(command, stderr=subprocess.PIPE))
+    result = subprocess.run(command, check=False, capture_output=True, text=True)
+    if result.returncode:
+        *_, last = result.stderr.strip().splitlines() or ["no reason given"]
+        raise InputError(f"--plan {config.plan}: the simulation failed: {last}")
+    return json.loads(result.stdout)
 
 
 def memory(config: TrainConfig, machine: fits.Machine, simulated: dict) -> str:
     outside = CPU_OUTSIDE if is_cpu(machine) else OUTSIDE
-    parts = ", ".join(
-        f"{part} {gib:.1f}" for part, gib in simulated["peak_parts_gib"].items() if gib >= 0.05
-    )
+    sizes = dict(simulated["peak_parts_gib"])
     if is_cpu(machine):  # the engine does not sleep
-        engine = 2 * simulated["vllm_weights_gib"]
-        updating = outside + engine + simulated["peak_gib"]
-        parts += f", the engine's weights {engine:.1f}"
+        sizes["the engine's weights"] = 2 * simulated["vllm_weights_gib"]
+        updating = outside + sum(sizes.values())
         sampling = 0.0
     else:
         updating = outside + simulated["peak_gib"]
         sampling = outside + simulated["held_gib"] + config.gpu_memory * machine.memory
     fit = max(updating, sampling) <= USABLE * machine.memory
-    text = f"{updating:.1f} GiB in an update ({parts}, beside {outside:.0f})"
+    parts = [f"{part} {gib:.1f}" for part, gib in sizes.items() if gib >= 0.05]
+    parts.append(f"all else {outside:g}")
+    text = f"{updating:.1f} GiB in an update ({', '.join(parts)})"
     if sampling:
         text += f", {sampling:.1f} while sampling"
     advice = "it fits" if fit else "it DOES NOT FIT: lower --tokens-per-microbatch, or take --lora"
@@ -227,7 +263,8 @@ def run_time(
     for response in (config.max_tokens / 2, config.max_tokens):
         seconds = step_seconds(config, machine, simulated, train, response)
         hours = config.steps * seconds / 3600
-        texts.append(f"{response:.0f} tokens: {seconds:.0f} s a step, {hours:.1f} h in all")
+        whole = f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.0f} min"
+        texts.append(f"{response:.0f} tokens: {seconds:.2g} s a step, {whole} in all")
     return f"with responses of {'; of '.join(texts)}; evaluations and judges not counted"
 
 
@@ -256,18 +293,11 @@ def step_seconds(
     return updating + sampling
 
 
-def disk(config: TrainConfig, known: Pretrained) -> str:
+def disk(config: TrainConfig, known: Pretrained, counts: Counts) -> str:
     """Bytes of what is kept: the policies, and the newest state while the run goes on."""
-    total = roofline.parameters(MODEL).total
-    policy = total * known.dtype.itemsize / 1e9
+    policy = counts.total * known.dtype.itemsize / 1e9
     kept = 1
     if config.keep_policies:
         kept += 2 + (config.steps - 1) // config.eval_every if config.eval_every else 2
-    trained = total
-    if config.lora:
-        layers, hidden, heads, kv_heads, wide, _, _ = QWEN[MODEL]
-        keys = hidden // heads * kv_heads
-        sides = 2 * (hidden + hidden) + 2 * (hidden + keys) + 3 * (hidden + wide)
-        trained = layers * config.lora * sides
-    state = 12 * trained / 1e9
+    state = 12 * counts.trained / 1e9  # with both moments, in float32
     return f"{kept * policy:.1f} GB of checkpoints, {state:.1f} GB of state until the end"

@@ -182,9 +182,16 @@ def read_policies(path: Path, folders: list[Path]) -> Run:
 def read_channels(written: object, file: Path) -> dict[str, Channel]:
     """{name: Channel} of {name: {"full", "weight", "help"}}."""
     try:
-        return {name: Channel(**fields) for name, fields in written.items()}
+        return {name: read_channel(fields) for name, fields in written.items()}
     except MALFORMED as error:
         raise unreadable(file, error) from error
+
+
+def read_channel(fields: dict) -> Channel:
+    """The fields that are known here: a newer version may have written more."""
+    known = {name: fields[name] for name in Channel._fields if name in fields}
+    channel = Channel(**known)
+    return Channel(float(channel.full), float(channel.weight), str(channel.help))
 
 
 # Batches
