@@ -108,7 +108,7 @@ def test_the_simulation_fills_a_micro_batch_and_says_why_it_fails(monkeypatch, t
 
 
 def test_parameters_of_a_model_whose_heads_are_wider(tmp_path):
-    """Qwen3-0.6B: 16 heads of 128 beside 1,024 hidden; 596 million parameters, as its authors say."""
+    """Qwen3-0.6B: 16 heads of 128 beside 1,024 hidden, 596 million parameters by its card."""
     Qwen3Config(
         hidden_size=1024,
         num_hidden_layers=28,
