@@ -207,12 +207,12 @@ def at_loss(monkeypatch, number: int, what: Callable) -> None:
     real = rvpo.policy_loss
     calls = 0
 
-    def loss(*args):
+    def loss(*args, **options):
         nonlocal calls
         calls += 1
         if calls == number:
             what()
-        return real(*args)
+        return real(*args, **options)
 
     monkeypatch.setattr(rvpo, "policy_loss", loss)
 
@@ -711,11 +711,11 @@ from infra import ranks, state
 real = rvpo.policy_loss
 calls = 0
 
-def loss(*args):
+def loss(*args, **options):
     global calls
     step, update = divmod(calls, 2)
     calls += 1
-    value, stats = real(*args)
+    value, stats = real(*args, **options)
     bad = update == 1 and step + 1 in (2, 4, 5, 6) and ranks.RANK == ranks.WORLD - 1
     return value * (float("nan") if bad else 1), stats
 

@@ -123,7 +123,8 @@ def test_the_demo(tiny, tmp_path):
     *_, samples = out.stdout.partition("with standard errors.")
     assert samples.count("user: Hi, I am ") == 2 and samples.count(" short 1]") > 0
     assert (tmp_path / "runs" / "d.html").stat().st_size > 10_000
-    row = next(line for line in out.stdout.splitlines() if line.strip().startswith("short")).split()
+    _, _, lines = out.stdout.partition("  held out ")
+    row = next(line for line in lines.splitlines() if line.strip().startswith("short")).split()
     assert len(row) == 11  # a name and five means with their errors
     assert (tmp_path / "runs" / "d.png").stat().st_size > 10_000
     curves = demo.read_curves(tmp_path / "runs" / "d.jsonl")
