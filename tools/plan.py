@@ -32,7 +32,7 @@ from tools.simulate import GIB, OUTSIDE, USABLE
 
 ROOT = Path(__file__).parent.parent
 MODEL = "the model"  # its name among the shapes that roofline knows
-CPU_OUTSIDE = 2.5  # GiB of Python, vLLM and its cache, by a run of SmolLM2
+CPU_OUTSIDE = 1.0  # GiB of Python and its libraries
 CPU_SHARE = 0.5  # of the rate of a large product that training reaches; assumed
 
 
@@ -193,8 +193,8 @@ def a_step(config: TrainConfig, train: list[Prompt]) -> str:
     epochs = config.steps * config.prompts / len(train)
     return (
         f"{config.prompts} prompts x {config.group} responses, at most "
-        f"{responses * config.max_tokens:,} tokens sampled; {config.steps} steps are "
-        f"{epochs:.2g} epochs"
+        f"{responses * config.max_tokens:,} tokens sampled; {config.steps} steps "
+        f"(epochs: {epochs:.2g})"
     )
 
 
