@@ -33,7 +33,8 @@ def introduce(config, channels: Iterable[Channel]) -> None:
     width = min(30, max(len(channel.name) for channel in channels))
     for channel in channels[:SHOWN]:
         logged = "" if channel.weight else " (weight 0: only logged)"
-        print(f"  {channel.name:{width}}  {channel.help:.100}{logged}".rstrip())
+        text = "".join(filter(str.isprintable, channel.help))  # a criterion's may hold anything
+        print(f"  {channel.name:{width}}  {text:.100}{logged}".rstrip())
     if len(channels) > SHOWN:
         print(f"  and {len(channels) - SHOWN} more")
 

@@ -184,7 +184,7 @@ class Rubrics(Judged):
 
     def channels(self, example: Example) -> list[Channel]:
         return [
-            Channel(c.label, weight=self.weight(c), help="a judge's verdicts")
+            Channel(c.label, weight=self.weight(c), help=" ".join(c.text.split()))
             for c in example.criteria
         ]
 
