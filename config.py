@@ -143,8 +143,8 @@ class TrainConfig(Shared):
     mask_truncated: bool = False
     """responses that were cut off at --max-tokens are not trained on"""
     correction: Literal["token", "sequence"] = "token"
-    """importance weights for the gap of engine and trainer. token: one a token, at most 2;
-    sequence: one a response, and a response with one above 3 is left out"""
+    """importance weights for the gap of engine and trainer. token: one per token, capped at 2;
+    sequence: one per response, and responses whose weight exceeds 3 are left out"""
     lr_schedule: Literal["constant", "linear"] = "constant"
     """linear: falls to 0 until the run's end"""
     warmup: int = Field(5, ge=0)
@@ -289,7 +289,7 @@ def parse(kind: type[Shared], description: str, argv: list[str] | None = None) -
         raise InputError("--plan: a resumed run has been planned; leave --resume out")
     # --resume runs/NAME: the run's own options count, which were checked when it began. Without
     # --resume, or with auto, which may begin a new run, they are checked here.
-    if given.get("resume", "auto") == "auto":
+    if given.get("resume") in (None, "auto"):
         config.check()
         check_use(config.task, given)
     return config
@@ -302,13 +302,29 @@ GROUPS = {
     "method": ("agg", "beta", "kl"),
     "sampling": ("prompts", "group", "temperature", "max_tokens", "engine", "gpu_memory"),
     "optimization": (
-        *("steps", "updates", "lr", "lr_schedule", "warmup", "clip", "mask_truncated"),
-        *("correction", "tokens_per_microbatch", "gradient_checkpointing"),
-        *("kernels", "flash_attention_3"),
+        "steps",
+        "updates",
+        "lr",
+        "lr_schedule",
+        "warmup",
+        "clip",
+        "mask_truncated",
+        "correction",
+        "tokens_per_microbatch",
+        "gradient_checkpointing",
+        "kernels",
+        "flash_attention_3",
     ),
     "run": (
-        *("name", "seed", "eval_every", "eval_prompts", "keep_policies"),
-        *("save_every", "resume", "track", "plan"),
+        "name",
+        "seed",
+        "eval_every",
+        "eval_prompts",
+        "keep_policies",
+        "save_every",
+        "resume",
+        "track",
+        "plan",
     ),
     "judge": tuple(JudgeOptions.model_fields),
 }

@@ -1,9 +1,9 @@
 """Evaluate a model on a task, or every policy that a run has kept.
 
-    python eval.py --task bfcl --model runs/NAME              # a run, a directory, a hub id
+    python eval.py --task bfcl --model runs/RUN               # a run, a directory, a hub id
     torchrun --nproc_per_node=8 eval.py --task healthbench --model Qwen/Qwen2.5-7B \\
         --judge-url https://api.openai.com/v1 --judge-model gpt-4.1-2025-04-14
-    python eval.py --task bfcl --model runs/NAME --policies   # of train.py --keep-policies
+    python eval.py --task bfcl --model runs/RUN --policies    # of train.py --keep-policies
     python tools/compare.py runs/A runs/B                     # are two evaluations different?
 
 Writes runs/NAME/results.json (every metric's mean and bootstrap standard error, the settings) and

@@ -5,7 +5,7 @@ logits exists, and weights are sharded over ranks.
 
 A forward takes one row of tokens, in which every prompt is followed by its responses. A response
 sees its prompt and itself, at the positions that continue the prompt's. Log-probs and gradients are
-those of one sequence a response, up to rounding, for a fraction of the tokens. In
+as if each response were a sequence of its own, up to rounding, for a fraction of the tokens. In
 tests/test_policy.py test_one_row_is_exactly_separate_sequences shows it.
 """
 
@@ -415,8 +415,9 @@ def shard(policy: Policy, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     """Deals the parameters out, a decoder layer at a time, and the rest together."""
     trained = next(policy.parameters()).requires_grad  # embeddings and head; not with LoRA
     precision = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32)
-    # True: gathered weights are freed after a forward. None, FSDP2's default: but for those of the
-    # last unit, embeddings and head, which a backward pass needs first. Frozen ones need none.
+    # None, FSDP2's default: gathered weights are freed after a forward, except embeddings and head,
+    # which a backward pass needs first. True: those, too. A reference has no backward pass; with
+    # LoRA they are gathered again for it.
     reshard = None if trained else True
     for unit in [*policy.lm.base_model.layers, policy]:
         fully_shard(unit, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard)

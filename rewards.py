@@ -24,6 +24,8 @@ import numpy as np
 from infra import chats
 from infra.ranks import InputError
 
+# Where what a user wrote is called.
+OURS = __file__, str(Path(__file__).parent / "tasks/__init__.py")
 LARGEST = 1e100  # of rewards: beyond it squares overflow, and the channel would lose its signal
 
 
@@ -118,7 +120,7 @@ class Task:
         self, example: Example, response: str, rewards: np.ndarray
     ) -> tuple[dict[str, float], dict]:
         """Of one evaluated response with rewards (K,): its scores by name, and what else to write
-        into samples.jsonl. Channels with one name are averaged."""
+        into samples.jsonl. Channels that share a name are averaged."""
         channels = self.channels(example)
         present = {channel.name: [] for channel in channels}
         for channel, value in zip(channels, rewards.tolist(), strict=True):
@@ -231,7 +233,7 @@ def users_code(what: str):
     except (Exception, SystemExit) as error:
         *_, raised_at = traceback.extract_tb(error.__traceback__)
         place = f" ({Path(raised_at.filename).name}, line {raised_at.lineno})"
-        if raised_at.filename == __file__:  # what the user wrote cannot be called
+        if raised_at.filename in OURS:  # by the call itself, such as a wrong number of arguments
             place = ""
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise InputError(f"{what} raised {reason}{place}") from error

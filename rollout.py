@@ -149,7 +149,7 @@ class Sampler:
     def score(
         self, prompts: list[Prompt], sampled: list[tuple[list[Response], Callable]]
     ) -> list[Group]:
-        """Waits for the rewards. Returns a group a prompt, of the whole batch, on every rank.
+        """Waits for the rewards. Returns one group per prompt, for the whole batch, on every rank.
 
         sampled: what `sample` returned on this rank. Raises InputError on all ranks if the engine
         or a reward failed on one of them, and signals.Stop.

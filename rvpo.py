@@ -206,6 +206,7 @@ def policy_loss(
     n_tokens: sampled tokens of the *whole* update, of all micro-batches and ranks. Losses and
         gradients then simply add up, and each token counts the same, as in ToolRL and DAPO.
 
+    is_cap: the largest importance weight, see `importance`.
     response: int64, the number of each token's response, from 0 to N - 1; see `importance`. The
         tensors then have the shape (N,).
 
@@ -234,8 +235,8 @@ def importance(gap: Tensor, cap: float, response: Tensor | None = None) -> Tenso
 
     gap: log-probs of the trainer minus those of the engine. A token's weight is min(exp(gap), cap).
     If cap is 0, every weight is 1. With `response` all tokens of a response have one weight, the
-    exponential of their summed gap. A weight above cap becomes 0, which leaves the response out
-    (TRL's default: sequence_mask with cap 3).
+    exponential of their summed gap. If that is above cap it becomes 0, which leaves the response
+    out (TRL's default: sequence_mask with cap 3).
     """
     if cap == 0:
         return torch.ones_like(gap)

@@ -54,7 +54,7 @@ def fit(
 ) -> None:
     """Trains from checkpoints.state on, until config.steps are done.
 
-    checkpoints: NoCheckpoints saves nothing, its subclass Checkpoints what a run resumes from.
+    checkpoints: a Checkpoints saves what a run resumes from; its base class saves nothing.
     evaluate_at: evaluates the policy after so many steps. Raises InputError if a reward fails, if
     losses are not finite, or if a file cannot be written. Raises signals.Stop if the run is to end.
     """
@@ -175,7 +175,7 @@ def set_advantages(groups: list[Group], agg: str, beta: float) -> None:
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Of a step: warm-up, and if asked for a linear fall to 0 at the end of the run."""
+    """Of a step: warm-up and, if asked for, a linear fall to 0 at the end of the run."""
     warmed_up = (step + 1) / (config.warmup + 1)
     left = 1.0
     if config.lr_schedule == "linear":

@@ -202,7 +202,7 @@ def optimizer_step(learner: Learner, loss: Tensor) -> float | None:
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
     norm = norm.item()
-    # All ranks have the same norm, so all or none of them reach the sum.
+    # All ranks have the same norm, so either all or none of them call all_sum.
     finite = math.isfinite(norm) and math.isfinite(all_sum(loss).item())
     if finite:
         learner.optimizer.step()

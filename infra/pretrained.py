@@ -267,17 +267,17 @@ def refuse_untrainable(name: str, config) -> None:
         raise InputError(
             f"--model {name}: training with {rope} position embeddings is not supported"
         )
+    if config.model_type not in TRAINABLE:
+        raise InputError(
+            f"--model {name}: training {config.model_type} models is not supported; "
+            f"{', '.join(TRAINABLE)} are"
+        )
     window = getattr(config, "sliding_window", None)
     layers = {*(getattr(config, "layer_types", None) or ())}
     unknown = layers - {"full_attention", "sliding_attention"}
     if unknown or (window is not None and window < 1):
         what = f"layers of type {min(unknown)}" if unknown else f"a sliding window of {window}"
         raise InputError(f"--model {name}: training with {what} is not supported")
-    if config.model_type not in TRAINABLE:
-        raise InputError(
-            f"--model {name}: training {config.model_type} models is not supported; "
-            f"{', '.join(TRAINABLE)} are"
-        )
 
 
 def refuse_quantized(path: Path) -> None:

@@ -1,5 +1,5 @@
-"""Chats as tokens, through the model's chat template. What a template would leave out of a chat
-without a word, or would ask the clock for, is dealt with here."""
+"""Chats as tokens, through the model's chat template. What a template would silently leave out of a
+chat, or would ask the clock for, is dealt with here."""
 
 import contextlib
 import datetime

@@ -82,8 +82,8 @@ def join():
         store, _, _ = next(rendezvous("env://"))
         if WORLD == LOCAL_WORLD:
             # After a restart torchrun hands out the old store, with its keys, so each restart gets
-            # keys of its own. Not on several nodes, where a node that joins again counts from 0:
-            # docs/resume.md names a variable for that.
+            # keys of its own. Not on several nodes: one that joins again counts its restarts from
+            # 0 and the others do not (docs/resume.md names a variable for that).
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     else:
         store = dist.HashStore()  # a group of one, so that one GPU takes the path of many
@@ -133,8 +133,8 @@ def run_program(main: Callable, *args) -> NoReturn:
 
 
 def gather(local: list) -> list:
-    """The whole list, on all ranks. Rank r gives its items r, r + WORLD, r + 2 WORLD, ... So one
-    item a rank comes back in the order of ranks."""
+    """The whole list, on all ranks. Rank r gives its items r, r + WORLD, r + 2 WORLD, ... If each
+    rank gives one item, they come back in the order of ranks."""
     if WORLD == 1:
         return local
     import torch.distributed as dist

@@ -64,7 +64,7 @@ def make_run(name: str, again: str | None = None):
             raise InputError(f"{run} exists: choose another --name, or delete it") from error
         except OSError as error:
             raise InputError(f"{run} cannot be made: {error}") from error
-        if entries and not any(run.glob(again)):  # without `again` it has raised above
+        if entries and not any(run.glob(again)):  # without `again` a folder was refused
             raise InputError(f"{run} holds something else than a run: choose another --name")
 
     on_rank_0(make)

@@ -68,7 +68,7 @@ def watch_signals(arrived: int) -> None:
     first = None
     while True:
         (number,) = os.read(arrived, 1)
-        if number not in CAUGHT:  # all that have a handler in Python are written there
+        if number not in CAUGHT:  # Python writes every signal that has a handler into the pipe
             continue
         if first is None:
             first = time.monotonic()

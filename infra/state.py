@@ -28,7 +28,7 @@ from infra.ranks import RANK, WORLD, InputError, gather, on_rank_0
 from infra.run_directory import latest, publish, retire, sync, write_json
 from infra.signals import Stop
 
-# With one rank it is not used, on purpose.
+# With one rank torch.distributed is not used, on purpose. The checkpoint package warns of that.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 BAD_STEPS = 5  # stop after as many steps in a row whose loss or gradient is not finite

@@ -45,10 +45,10 @@ def channel_stats(groups: list[Group], beta: float) -> dict[str, dict[str, float
     """Statistics of each channel, by its name. Channels with one name are taken together.
 
     mean, std, min, max: over all rollouts. missing: share of rewards that are NaN. constant: share
-    of groups in which the channel does not vary at all. weight: the channel's share in the gradient
-    of the soft minimum at this beta, whatever --agg is. binding: how often that share is the
-    largest; ties share it. Both are added up over channels with one name, then averaged over the
-    rollouts with signal.
+    of groups in which the channel does not vary at all. weight: not Channel.weight, but the share
+    in the gradient of the soft minimum at this beta, whatever --agg is. binding: how often that
+    share is the largest; ties share it. Both are added up over channels with one name, then
+    averaged over the rollouts with signal.
     """
     rewards = defaultdict(list)  # of each name, columns (G,)
     binding = defaultdict(list)  # of each name, columns (rollouts with signal,)
