@@ -235,12 +235,11 @@ def main(config: TrainConfig) -> None:
         data_sha256 = resume.check_data(run, train + held_out)
         channels = distinct(task, train + held_out)
         introduce(config, channels)
-        if not config.plan:  # which asks no judge, and needs no weights
+        trains = not config.plan  # a plan asks no judge, and needs no weights
+        if trains:
             task.try_out(train[0])  # a faulty reward is found before the model is loaded
 
-        known = pretrained.describe(
-            config.model, config.max_tokens, trained=True, with_weights=not config.plan
-        )
+        known = pretrained.describe(config.model, config.max_tokens, True, with_weights=trains)
         tokenize = functools.partial(
             encode,
             known.tokenizer,

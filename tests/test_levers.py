@@ -105,8 +105,11 @@ def test_compiled_layers_give_the_same_log_probs(monkeypatch, tiny, tiny_policy)
     looping = torch.compiler.disable(policies._attend_on_cpu)  # it loops over sequences
     monkeypatch.setattr(policies, "_attend_on_cpu", looping)
     compiler = torch.nn.Module.compile
-    # The backend needs no C++ compiler. What is compiled, and how, is what use_kernels asks for.
-    without_code = lambda layer, **options: compiler(layer, backend="aot_eager", **options)  # noqa: E731
+
+    def without_code(layer, **options):
+        """This backend needs no C++ compiler. The options are those of use_kernels."""
+        compiler(layer, backend="aot_eager", **options)
+
     monkeypatch.setattr(torch.nn.Module, "compile", without_code)
     policy = policies.load(tiny, CPU)
     policy.use_kernels("compile")
