@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.nn.attention import activate_flash_attention_impl
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
@@ -47,8 +46,9 @@ class Sequences(NamedTuple):
     """Who sees whom in a row of S tokens: a prompt itself, a response its prompt and itself.
 
     A row of a prompt (places 0 1 2), one response (3 4) and another (5) has three sequences. Their
-    queries are 0 1 2 | 3 4 | 5, and their keys are 0 1 2 | 0 1 2 3 4 | 0 1 2 5. None
-    of this is a Python list: for each new list torch.compile would compile a layer again.
+    queries are 0 1 2 | 3 4 | 5, and their keys are 0 1 2 | 0 1 2 3 4 | 0 1 2 5.
+
+    None of this is a Python list: for each new list torch.compile would compile a layer again.
     """
 
     keys_at: Tensor  # places in the row: the keys of the first sequence, of the second, ...
@@ -144,6 +144,8 @@ class Policy(nn.Module):
         flash_attention_3: `varlen_attn` becomes that of the package flash_attn_interface.
         """
         if flash_attention_3:
+            from torch.nn.attention import activate_flash_attention_impl  # older torch lacks it
+
             activate_flash_attention_impl("FA3")
         if kernels == "compile":
             for layer in self.lm.base_model.layers:
@@ -214,6 +216,7 @@ def _attend_on_cuda(
     query = query.transpose(0, 1)  # (S, H, D)
     key = key.transpose(0, 1).index_select(0, sequences.keys_at)
     value = value.transpose(0, 1).index_select(0, sequences.keys_at)
+    left = -1 if window is None else window - 1  # keys before the query's own; -1: all
     out = varlen_attn(
         query,
         key,
@@ -223,10 +226,7 @@ def _attend_on_cuda(
         sequences.max_queries,
         sequences.max_keys,
         scale=scaling,
-        window_size=(
-            -1 if window is None else window - 1,
-            0,
-        ),  # keys to the left, none to the right
+        window_size=(left, 0),  # causal: none after it
         **GQA,
     )
     return out[None]

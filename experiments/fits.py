@@ -39,6 +39,7 @@ from experiments.roofline import (
     PREFILL_MFU,
     SHARE,
     needed,
+    operations,
     parameters,
     sample_seconds,
 )
@@ -129,10 +130,8 @@ def seconds(
     """Of a step of the tool run: update, transfers between GPUs, sampling, all with the rest."""
     prompts, updates = TRAIN["prompts"], TRAIN["updates"]
     layers, head = needed(size, PROMPT, RESPONSE_TOKENS, GROUP, prompts)
-    old_logp = (1 - 1 / updates) / 3  # a forward for all updates after the first
-    trained = 2 / 3 if rank else 1  # frozen weights need no gradient
-    operations = (layers + head) * (trained + old_logp) + layers * simulated["recomputes"] / 3
-    updating = operations / (MFU * machine.flops * machine.gpus)
+    total = operations(layers, head, updates, simulated["recomputes"], lora=rank)
+    updating = total / (MFU * machine.flops * machine.gpus)
 
     at_once = budget // round(PROMPT + GROUP * (RESPONSE_TOKENS - 1))  # prompts of a micro-batch
     micro_batches = updates * math.ceil(prompts / updates / machine.gpus / at_once)

@@ -92,13 +92,23 @@ def update_seconds(
 ) -> float:
     """Of a step with these options of train.py."""
     layers, head = needed(size, prompt, response, train["group"], train["prompts"])
-    # A forward is a third. Old log-probs of all updates but the first need one more, the reference
-    # of --kl another.
-    more = (1 - 1 / train["updates"] + bool(train["kl"])) / 3
     micro_batch = train["tokens_per_microbatch"]
     again = train["gradient_checkpointing"] != "off" and recomputes(size, micro_batch)
-    operations = layers * (1 + more + again / 3) + head * (1 + more)
-    return operations / (machine.mfu * machine.flops * machine.gpus)
+    total = operations(layers, head, train["updates"], again, train["kl"])
+    return total / (machine.mfu * machine.flops * machine.gpus)
+
+
+def operations(
+    layers: float, head: float, updates: int, again: bool, kl: float = 0.0, lora: int = 0
+) -> float:
+    """Of a step's updates, from those that `needed` returns. again: activations are recomputed.
+
+    A forward is a third. Old log-probs of all updates but the first need one more, the reference of
+    --kl another. Frozen weights, LoRA's, need no gradient, which is a third, too.
+    """
+    whole = 2 / 3 if lora else 1.0
+    more = (1 - 1 / updates + bool(kl)) / 3
+    return layers * (whole + more + again / 3) + head * (whole + more)
 
 
 def sample_seconds(

@@ -12,11 +12,18 @@ import updates
 import policy as policies
 import rvpo
 import update
-from config import TrainConfig, parse, parse_clip
+from config import GROUPS, EvalConfig, TrainConfig, parse, parse_clip
 from infra.ranks import InputError
 from update import Loss
 
 CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("kind", [TrainConfig, EvalConfig])
+def test_every_option_is_in_one_group_of_the_help(kind):
+    """One that is in none could not be given."""
+    grouped = [name for names in GROUPS.values() for name in names if name in kind.model_fields]
+    assert sorted(grouped) == sorted(kind.model_fields)
 
 
 def loss_of(tiny_policy, loss: Loss, groups) -> dict:
@@ -134,7 +141,7 @@ def test_ligers_kernels_are_put_into_the_layers_alone(monkeypatch, tiny):
 
 def test_flash_attention_3_is_activated_if_asked_for(monkeypatch, tiny_policy):
     asked = []
-    monkeypatch.setattr(policies, "activate_flash_attention_impl", asked.append)
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", asked.append)
     tiny_policy.use_kernels("eager")
     assert asked == []
     tiny_policy.use_kernels("eager", flash_attention_3=True)

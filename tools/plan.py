@@ -277,10 +277,9 @@ def step_seconds(
 ) -> float:
     prompt = statistics.mean(len(prompt.ids) for prompt in train)
     layers, head = roofline.needed(MODEL, prompt, response, config.group, config.prompts)
-    trained = 2 / 3 if config.lora else 1  # frozen weights need no gradient
-    forwards = (1 - 1 / config.updates + bool(config.kl)) / 3  # old log-probs, reference
-    operations = (layers + head) * (trained + forwards) + layers * simulated["recomputes"] / 3
-    updating = operations / (roofline.MFU * machine.flops * machine.gpus)
+    again = simulated["recomputes"]
+    total = roofline.operations(layers, head, config.updates, again, config.kl, config.lora)
+    updating = total / (roofline.MFU * machine.flops * machine.gpus)
     lengths = prompt, response, config.max_tokens
     share = config.gpu_memory * machine.memory * GIB / roofline.GPU_BYTES
     if is_cpu(machine):
