@@ -46,6 +46,7 @@ class Study(NamedTuple):
     plan: Callable[[dict[str, dict]], Iterator]
     # From the lines of a run's samples.jsonl to what else is kept of it.
     more: Callable[[list[dict]], dict]
+    program: str = "train.py"  # that trains a run
 
     def read(self) -> dict[str, dict]:
         """The runs that are done, by name."""
@@ -177,8 +178,8 @@ def execute(study: Study, run, name: str | None = None) -> dict:
     name = name or run.name
     folder, log = RUNS / name, RUNS / f"{name}.log"
     RUNS.mkdir(exist_ok=True)
-    command = [sys.executable, str(ROOT / "train.py"), *run.options()]
-    command += ["--name", name, "--save-every", "5", "--resume", "auto"]
+    command = [sys.executable, str(ROOT / study.program), *run.options()]
+    command += ["--name", name, "--save-every", "15", "--resume", "auto"]
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
     with log.open("w") as out:
         process = subprocess.run(

@@ -6,7 +6,7 @@
 
 Five methods, five seeds, and two seeds of each harder variant. Runs of a seed differ in the
 aggregation and its learning rate alone. The rates are chosen on a seed of their own (`rate`).
-study/matched.py trains the runs, study/rubric_report.py makes tables of them.
+study/matched.py trains the runs in bfloat16, study/rubric_report.py makes tables of them.
 """
 
 import sys
@@ -23,6 +23,7 @@ METHODS = "gdpo", "rvpo 0.5:2", "rvpo", "hardmin", "grpo"
 TUNED = {"rvpo 0.5:2": "rvpo"}  # takes the other's rate
 SEEDS = {"plain": range(5), "exclusive": range(2), "noisy": range(2)}  # of each variant
 STEPS, EVERY = 30, 6
+TRIED = 18  # steps of a run that tries a rate
 
 
 class Run(NamedTuple):
@@ -30,16 +31,17 @@ class Run(NamedTuple):
     method: str
     lr: str
     seed: int
+    steps: int = STEPS
 
     @property
     def name(self) -> str:
         method = self.method.replace(" ", "-").replace(":", "-")
-        return f"rubric-{self.variant}_{method}_{self.lr}_{self.seed}"
+        return f"rubric-{self.variant}_{method}_{self.lr}_{self.steps}_{self.seed}"
 
     def options(self) -> list[str]:
         options = {"task": "study/rubric_task.py", "data": self.variant}
         options |= options_of(self.method)
-        options |= {"lr": self.lr, "seed": self.seed, "steps": STEPS, "eval-every": EVERY}
+        options |= {"lr": self.lr, "seed": self.seed, "steps": self.steps, "eval-every": EVERY}
         return arguments(options)
 
 
@@ -48,7 +50,7 @@ def tuning() -> dict[str, dict[str, Run]]:
     runs = {}
     for method in METHODS:
         if method not in TUNED:
-            runs[method] = {lr: Run("plain", method, lr, TUNING) for lr in GRID}
+            runs[method] = {lr: Run("plain", method, lr, TUNING, TRIED) for lr in GRID}
     return runs
 
 
@@ -74,7 +76,7 @@ def more(samples: list[dict]) -> dict:
     return {}
 
 
-STUDY = Study(Path(__file__).with_suffix(".jsonl"), Run, plan, more)
+STUDY = Study(Path(__file__).with_suffix(".jsonl"), Run, plan, more, "study/bfloat16.py")
 
 if __name__ == "__main__":
     matched.main(STUDY, __doc__)

@@ -45,7 +45,7 @@ def cells_of(
         if run["seed"] == TUNING or run["lr"] != wanted_rate:
             continue
         if setting == (task, steps, schedule):
-            cells[run["method"]].append(run)
+            cells.setdefault(run["method"], []).append(run)
     return cells
 
 

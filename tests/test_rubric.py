@@ -240,9 +240,19 @@ def test_a_run_is_kept_and_repeated_to_the_digit(study, capsys):
         matched.again(study, "other")
 
 
+def test_its_runs_are_in_bfloat16_and_no_others(study):
+    gaps = []
+    for program in (study.program, "train.py"):
+        matched.execute(study._replace(program=program), RUN, program.replace("/", "-"))
+        lines = matched.read_lines(matched.RUNS / program.replace("/", "-") / "metrics.jsonl")
+        gaps.append(min(line["sampler_gap"] for line in lines if "sampler_gap" in line))
+    rounded, exact = gaps
+    assert exact < 1e-5 < 1e-4 < rounded < 0.1
+
+
 def test_a_shared_model_gives_the_numbers_of_train_py(study):
     measured = "eval", "train", "credit", "options"
-    line = matched.execute(study, RUN)
+    line = matched.execute(study._replace(program="train.py"), RUN)
     session = on_gpu.Session(RUN.options())
     batch_engine = session.engine
     session.engine = HFEngine(batch_engine.model, batch_engine.decoding)

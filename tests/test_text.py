@@ -55,6 +55,11 @@ def test_the_plan_tries_rates_first_and_is_matched():
     methods = "gdpo", "rvpo", "rvpo 10", "hardmin", "softmin", "grpo"
     at_one_rate = {(run.method, run.seed) for run in text.at_one_rate()}
     assert {(method, seed) for method in methods for seed in range(3)} <= at_one_rate
+    assert ("gdpo masked", 0) in at_one_rate
+    of_gdpo = text.Run("reply", "gdpo", "4e-5", 0, text.LONG).options()
+    of_masked = text.Run("reply", "gdpo masked", "4e-5", 0, text.LONG).options()
+    assert of_masked == [*of_gdpo, "--mask-truncated", "true"]
+    assert parse(TrainConfig, "", of_masked).mask_truncated
     of_rvpo = " ".join(text.Run("reply", "rvpo", "1e-5", 3).options())
     of_gdpo = " ".join(text.Run("reply", "gdpo", "1e-5", 3).options())
     _, rest = of_rvpo.split("--task reply --agg rvpo --beta 2 ")
