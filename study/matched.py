@@ -1,8 +1,8 @@
 """Matched runs of train.py: what the studies on a language model share.
 
 A study plans its runs, and each becomes a line of its file. What is in the file is not run again.
-Each core trains one run at a time, the first of the plan that nobody has begun. A line says on
-which CPU the run was: another kind rounds differently.
+Each core trains one run at a time, the first of the plan that nobody has begun. A line says by
+which program and on which CPU the run was: others round differently.
 """
 
 import argparse
@@ -46,7 +46,7 @@ class Study(NamedTuple):
     plan: Callable[[dict[str, dict]], Iterator]
     # From the lines of a run's samples.jsonl to what else is kept of it.
     more: Callable[[list[dict]], dict]
-    program: str = "train.py"  # that trains a run
+    program: str = "study/bfloat16.py"  # that trains a run
 
     def read(self) -> dict[str, dict]:
         """The runs that are done, by name."""
@@ -161,9 +161,10 @@ def again(study: Study, name: str) -> None:
         sys.exit(f"error: --repeat {name}: no such run in {study.file.name}; it has {known}")
     first = done[name]
     run = study.kind(**{key: first[key] for key in study.kind._fields})
+    study = study._replace(program=first.get("program", "train.py"))  # the first lines lack it
     second = execute(study, run, f"{name}-again-{time.strftime('%H%M%S')}")
     for key in first:
-        if key not in ("name", "options", "minutes", *study.kind._fields):
+        if key not in ("name", "program", "options", "minutes", *study.kind._fields):
             same = first[key] == second[key]
             print(f"{key}: " + ("the same" if same else f"{first[key]}, now {second[key]}"))
 
@@ -211,6 +212,7 @@ def kept(study: Study, run, folder: Path) -> dict:
     return {
         "name": run.name,
         **run._asdict(),
+        "program": study.program,
         "options": " ".join(run.options()),
         "cpu": processor(),
         "versions": json.loads((folder / "config.json").read_text())["versions"],

@@ -128,7 +128,8 @@ class Session:
                 )
             except TimeIsUp:
                 return None
-            return {**matched.kept(study, run, Path(folder)), "cpu": self.machine}
+            line = matched.kept(study, run, Path(folder))
+            return line | {"program": "study/on_gpu.py", "cpu": self.machine}
 
     @torch.no_grad()
     def begin_anew(self, lr: float) -> None:

@@ -6,7 +6,7 @@
 
 Five methods, five seeds, and two seeds of each harder variant. Runs of a seed differ in the
 aggregation and its learning rate alone. The rates are chosen on a seed of their own (`rate`).
-study/matched.py trains the runs in bfloat16, study/rubric_report.py makes tables of them.
+study/matched.py trains the runs, study/rubric_report.py makes tables of them.
 """
 
 import sys
@@ -76,7 +76,7 @@ def more(samples: list[dict]) -> dict:
     return {}
 
 
-STUDY = Study(Path(__file__).with_suffix(".jsonl"), Run, plan, more, "study/bfloat16.py")
+STUDY = Study(Path(__file__).with_suffix(".jsonl"), Run, plan, more)
 
 if __name__ == "__main__":
     matched.main(STUDY, __doc__)

@@ -9,6 +9,7 @@ steps are the same. The rates are chosen on a seed of their own (`rate`). study/
 the runs, study/text_report.py makes tables of them.
 """
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,11 +19,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # a script sees its own f
 
 import matched
 import numpy as np
+import torch
 from matched import GRID, METHODS, TUNING, Study, arguments, best_rate, options_of
+
+import rvpo
 
 STEPS, LONG, EVERY = 15, 45, 3
 MOST = "rvpo", "gdpo", "grpo", "softmin", "hardmin"  # five seeds, the others three
 TUNED = {"rvpo 0.5:2": "rvpo", "rvpo 10": "rvpo"}  # take the other's rate
+WOULD_PAY = "gdpo", "rvpo", "rvpo 10", "hardmin", "grpo", "softmin"  # are compared in every batch
 MASKED = " masked"  # a method's name with it: --mask-truncated
 
 
@@ -132,7 +137,8 @@ def plan(done: dict[str, dict]) -> Iterator[Run]:
 
 def more(samples: list[dict]) -> dict:
     means = {name: matched.rounded(values) for name, values in paid(samples).items()}
-    return {"longer": matched.rounded(longer(samples)), "paid": means}
+    others = {name: matched.rounded(values) for name, values in would_pay(samples).items()}
+    return {"longer": matched.rounded(longer(samples)), "paid": means, "would pay": others}
 
 
 def longer(samples: list[dict]) -> list[float | None]:
@@ -169,6 +175,25 @@ def paid(samples: list[dict]) -> dict[str, list[float | None]]:
     for step in steps.values():
         for name, advantages in step.items():
             means[name].append(float(np.mean(advantages)) if advantages else None)
+    return means
+
+
+def would_pay(samples: list[dict]) -> dict[str, list[float | None]]:
+    """For each method and step: the mean advantage that it would have given, in this batch, to the
+    replies that keep the limit. None where there are none."""
+    steps: dict[int, dict[str, list[list[float]]]] = {}  # step: prompt: rewards of its replies
+    for sample in samples:
+        groups = steps.setdefault(sample["step"], {})
+        group = groups.setdefault(json.dumps(sample["prompt"]), [])
+        group.append([*sample["rewards"].values()])  # short is the first
+    means = {method: [] for method in WOULD_PAY}
+    for groups in steps.values():
+        rewards = torch.tensor([*groups.values()], dtype=torch.float64)  # (P, G, K)
+        kept = rewards[..., 0] == 1
+        for method in WOULD_PAY:
+            aggregation, *_ = method.split()
+            advantages = rvpo.advantages(rewards, aggregation, float(METHODS[method] or 0))
+            means[method].append(advantages[kept].mean().item() if kept.any() else None)
     return means
 
 

@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # a script sees its own f
 
 import curves
 import numpy as np
-from curves import Cells, best, curve, differences, final, worst_channel
-from text import GRID, LONG, METHODS, STEPS, STUDY, TUNED, TUNING, Run, rate
+from curves import Cells, best, channels, curve, differences, final, worst_channel
+from text import GRID, LONG, METHODS, STEPS, STUDY, TUNED, TUNING, WOULD_PAY, Run, rate
 
 from tools.stats import sign_flips, spread, table
 
@@ -80,6 +80,18 @@ def report(done: dict[str, dict]) -> str:
     ):
         if any(cells.values()):
             parts[title] = compare(cells)
+    at_one_rate = cells_of(done, "reply", LONG, lr="4e-5")
+    if any(at_one_rate.values()):
+        parts[
+            "Who regains the limit, 45 steps at 4e-5: what was sampled from the first step on in "
+            "which all other channels are full (.95), until half of the replies keep the limit "
+            "again"
+        ] = returns(at_one_rate)
+        parts[
+            "What each method would have paid for the replies that keep the limit, in steps of "
+            "these runs in which at most 4 of 32 keep it and the other channels are full: the mean "
+            "advantage (and the share of those steps in which it is positive)"
+        ] = first_pay(at_one_rate)
     parts[
         "What an update did with the limit, but in reply-capped: mean credit (steps), by the share "
         "of the step's rollouts that kept it; and the correlation of the advantage with the number "
@@ -123,6 +135,73 @@ def compare(cells: Cells) -> str:
         "| under half at step | worst channel at the end | p, Holm |",
         rows,
     )
+
+
+FULL, FEW = 0.95, 0.125  # mean of the channels beside the limit; share that keeps the limit
+ROLLOUTS = 32  # of a step
+
+
+def fullness(run: dict) -> list[float]:
+    """For each step: the mean of the channels beside the limit, over its rollouts."""
+    names = channels(run, "short")
+    return np.mean([run["train"][name] for name in names], 0).tolist()
+
+
+def returns(cells: Cells) -> str:
+    """A row a run."""
+    rows = []
+    for method, runs in cells.items():
+        for run in sorted(runs, key=lambda run: run["seed"]):
+            shares = run["train"]["short"]
+            full = [step for step, mean in enumerate(fullness(run)) if mean >= FULL]
+            row = [method, str(run["seed"]), lost(run)]
+            if row[-1] == "never" or not full:
+                rows.append([*row, *[""] * 5, f"{final(run):.2f}"])
+                continue
+            first = max(full[0], int(lost(run)) - 1)
+            again = [step for step in range(first, len(shares)) if shares[step] >= 0.5]
+            end = again[0] if again else len(shares)
+            kept = sum(round(share * ROLLOUTS) for share in shares[first:end])
+            rows.append(
+                [
+                    *row,
+                    str(first + 1),
+                    f"{kept} of {ROLLOUTS * (end - first)}",
+                    mean_of(run, "truncated", first, end),
+                    mean_of(run, "entropy", first, end),
+                    str(end + 1) if again else "never",
+                    f"{final(run):.2f}",
+                ]
+            )
+    return table(
+        "| | seed | under half at step | others full at step | keep the limit | cut off | entropy "
+        "| half again at step | joint, final |",
+        rows,
+    )
+
+
+def mean_of(run: dict, key: str, first: int, end: int) -> str:
+    """Of what a run logged, over steps. Old runs lack some, and a step without signal has none."""
+    values = [value for value in run["train"].get(key, [])[first:end] if value is not None]
+    return f"{np.mean(values):.2f}" if values else ""
+
+
+def first_pay(cells: Cells) -> str:
+    """A row a method. Old runs were not compared."""
+    paid = {method: [] for method in WOULD_PAY}
+    for run in itertools.chain(*cells.values()):
+        if "would pay" not in run:
+            continue
+        for step, mean in enumerate(fullness(run)):
+            if mean >= FULL and 0 < run["train"]["short"][step] <= FEW:
+                for method in WOULD_PAY:
+                    paid[method].append(run["would pay"][method][step])
+    rows = []
+    for method, advantages in paid.items():
+        if advantages:
+            positive = np.mean(np.array(advantages) > 0)
+            rows.append([method, str(len(advantages)), f"{spread(advantages)} ({positive:.2f})"])
+    return table("| | steps | advantage |", rows)
 
 
 SHARES = 1.0, 0.8, 0.65, 0.5, 0.25, 0.0  # of a step's rollouts, which keep the limit

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -93,6 +94,26 @@ def test_the_report_by_hand():
     assert "4 runs, 0.4 hours" in report
 
 
+def test_who_regains_the_limit_by_hand():
+    run = text.Run("reply", "grpo", "4e-5", 1, text.LONG)
+    line = outcome(run, [0.1, 1.0], short=1.0)
+    line["train"] = {
+        "short": [0.9, 0.4, 0.0, 0.0625, 0.75],
+        "name": [0.5, 0.9, 0.96, 1.0, 1.0],  # full from step 3 on
+        "truncated": [0.0, 0.5, 1.0, 0.5, 0.0],
+        "entropy": [3.0, 2.0, None, 1.5, 1.0],
+    }
+    line["would pay"] = {method: [0.1, 0.2, None, 0.3, 0.4] for method in text.WOULD_PAY}
+    line["would pay"]["rvpo"][3] = -0.3
+    never = line | {"train": {"short": [0.9], "name": [1.0]}}
+    cells = {"grpo": [line], "rvpo": [never]}
+    table = text_report.returns(cells)
+    assert "| grpo | 1 | 2 | 3 | 2 of 64 | 0.75 | 1.50 | 5 | 1.00 |" in table
+    assert "| rvpo | 1 | never |  |  |  |  |  | 1.00 |" in table
+    pays = text_report.first_pay(cells)
+    assert "| rvpo | 1 | -0.300 (0.00) |" in pays and "| grpo | 1 | 0.300 (1.00) |" in pays
+
+
 def test_a_run_is_kept_and_repeated_to_the_digit(tiny, monkeypatch, tmp_path, capsys):
     study = text.STUDY._replace(file=tmp_path / "text.jsonl")
     monkeypatch.setattr(matched, "RUNS", tmp_path / "runs")
@@ -104,13 +125,14 @@ def test_a_run_is_kept_and_repeated_to_the_digit(tiny, monkeypatch, tmp_path, ca
     monkeypatch.setattr(text.Run, "options", with_tiny)
     run = text.Run("reply", "rvpo", "1e-3", 7, steps=6)
     kept = matched.execute(study, run)
+    np.testing.assert_allclose(kept["would pay"]["rvpo"], kept["paid"]["short"], atol=1e-4)
     cut_off = kept["paid"]["cut off"]
     assert len(cut_off) == 6 and {*cut_off} != {None}  # random text has no end: all are cut off
     assert [x["step"] for x in kept["eval"]] == [0, 3, 6]
     assert len(kept["train"]["short"]) == len(kept["credit"]["short"]) == 6
     (tmp_path / "text.jsonl").write_text(json.dumps(kept) + "\n")
     matched.again(study, run.name)
-    assert capsys.readouterr().out.count("the same\n") == 7
+    assert capsys.readouterr().out.count("the same\n") == 8
     with pytest.raises(SystemExit, match="no such run"):
         matched.again(study, "other")
 
