@@ -7,7 +7,7 @@ evaluation.
 from pathlib import Path
 
 import numpy as np
-from matched import GRID, merit
+from matched import merit
 
 from tools import style
 from tools.stats import table
@@ -67,11 +67,11 @@ def tuning(done: dict[str, dict], runs: dict[str, dict], channel: str) -> str:
     rows = []
     for method, by_rate in runs.items():
         row = [method]
-        for lr in GRID:
-            run = done.get(by_rate[lr].name)
+        for run in by_rate.values():
+            run = done.get(run.name)
             row.append(f"{merit(run, channel):.3f}" if run else "")
         rows.append(row)
-    return table("| | " + " | ".join(GRID) + " |", rows)
+    return table("| | " + " | ".join(by_rate) + " |", rows)
 
 
 def cost(done: dict[str, dict]) -> str:

@@ -153,7 +153,7 @@ def outcome(run: rubric.Run, scores: list[float]) -> dict:
 
 def test_the_plan_tries_rates_first_and_then_goes_seed_by_seed():
     first = [*rubric.plan({})]
-    assert {run.seed for run in first} == {matched.TUNING} and len({*first}) == len(first) == 12
+    assert {run.seed for run in first} == {matched.TUNING} and len({*first}) == len(first) == 16
     done = {run.name: outcome(run, [0.9, 0.5 if run.lr == "2e-5" else 0.1]) for run in first}
     runs = [run for run in rubric.plan(done) if run.seed != matched.TUNING]
     assert len({*runs}) == len(runs) == 5 * (5 + 2 + 2)
@@ -183,7 +183,7 @@ def test_the_report_by_hand():
     report = rubric_report.report(
         lines_of(*one_seed, ("gdpo", 1, [0.4, 0.6, 0.3]), ("rvpo", 1, [0.4, 0.5, 0.6]))
     )
-    assert "| gdpo | 0.200 | 0.100 | 0.100 |" in report
+    assert "| gdpo | 0.200 | 0.100 | 0.100 | 0.100 |" in report
     assert (
         "| gdpo | 1e-5 | 2 | 0.400 ± 0.000 | 0.700 ± 0.141 | 0.400 ± 0.141 | 0.500 ± 0.000 | "
         "0.200 ± 0.141 | 0.500 ± 0.141 | no number 0.20 |" in report
@@ -191,7 +191,7 @@ def test_the_report_by_hand():
     assert "| rvpo | 2 | 0.200 ± 0.141 | 0.500, 0.500 | -0.200 ± 0.141 | 0.500, 0.500 |" in report
     assert "With 2 seeds p is at least 0.500: too few for a difference to be significant." in report
     assert "| rvpo | 0.40 0.50 0.00 | 0.50 0.40 0.10 | 0.60 0.30 0.20 |" in report
-    assert "16 runs, 1.6 hours" in report
+    assert "20 runs, 2.0 hours" in report
 
 
 def test_the_figure(tmp_path):
@@ -286,11 +286,11 @@ def test_the_work_is_shared_and_stops(study, monkeypatch):
 
     def train(study, run):
         ended.append(run.name)
-        return outcome(run, [0.4, 0.5, 0.6]) if len(ended) < 20 else None
+        return outcome(run, [0.4, 0.5, 0.6]) if len(ended) < 24 else None
 
     monkeypatch.setattr(matched, "TAKEN", set())
     matched.work([study], train, 2, end=time.time() + 600)
-    assert len({*ended}) == len(ended) == 12 + 45  # broken off ones are not begun again
-    assert len(study.read()) == 19
+    assert len({*ended}) == len(ended) == 16 + 45  # broken off ones are not begun again
+    assert len(study.read()) == 23
     matched.work([study], train, 2, end=0.0)
-    assert len(ended) == 12 + 45
+    assert len(ended) == 16 + 45
