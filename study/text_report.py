@@ -231,22 +231,22 @@ def credits(done: dict[str, dict]) -> str:
 
 # The figure. Titles say what the committed runs show.
 
-PANELS = {  # title: task, steps, methods
+PANELS = {  # title: task, steps, learning rate, methods
     "In 15 steps gdpo and grpo\ngive the limit up": (
-        "reply", STEPS, ("rvpo", "rvpo 10", "gdpo", "grpo", "hardmin", "softmin")
+        "reply", STEPS, None, ("rvpo", "rvpo 10", "gdpo", "grpo", "hardmin", "softmin")
     ),
-    "In 45 all others do, too;\ngrpo gets it back": (
-        "reply", LONG, ("rvpo", "rvpo 10", "gdpo", "grpo", "hardmin")
+    "In 45 steps at 4e-5 some\nget it back": (
+        "reply", LONG, "4e-5", ("rvpo", "rvpo 10", "gdpo", "grpo", "hardmin", "softmin")
     ),
-    "With capped rewards\nboth keep it": ("reply-capped", LONG, ("rvpo", "gdpo")),
+    "With capped rewards\nboth keep it": ("reply-capped", LONG, None, ("rvpo", "gdpo")),
 }  # fmt: skip
 ROWS = {"short": "replies that keep the limit", "joint": "replies that satisfy all"}
 
 
 def figure(done: dict[str, dict], out: Path) -> None:
     panels = {}
-    for title, (task, steps, methods) in PANELS.items():
-        cells = cells_of(done, task, steps)
+    for title, (task, steps, lr, methods) in PANELS.items():
+        cells = cells_of(done, task, steps, lr=lr)
         panels[title] = {method: cells[method] for method in methods}
     curves.figure(panels, ROWS, out, 5.4)
 
