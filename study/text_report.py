@@ -7,6 +7,7 @@ import argparse
 import itertools
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 if __name__ == "__main__":  # before numpy is imported: --help must not wait for it
     argparse.ArgumentParser(
@@ -19,7 +20,7 @@ import numpy as np
 from curves import Cells, best, channels, curve, differences, final, worst_channel
 from text import GRID, LONG, METHODS, STEPS, STUDY, TUNED, TUNING, WOULD_PAY, Run, rate
 
-from tools.stats import sign_flips, spread, table
+from tools.stats import fisher, holm, sign_flips, spread, table
 
 ROOT = Path(__file__).parent.parent
 INTRODUCTION = """# Tables of the study on text
@@ -83,9 +84,13 @@ def report(done: dict[str, dict]) -> str:
     at_one_rate = cells_of(done, "reply", LONG, lr="4e-5")
     if any(at_one_rate.values()):
         parts[
-            "Who regains the limit, 45 steps at 4e-5: what was sampled from the first step on in "
-            "which all other channels are full (.95), until half of the replies keep the limit "
-            "again"
+            f"Who regains the limit, {LONG} steps at 4e-5: a run loses it when less than half of a "
+            "step's replies keep it, and regains it when half do. p: Fisher's exact test against "
+            "gdpo, of the numbers of runs that regained it or kept it"
+        ] = regained(at_one_rate)
+        parts[
+            "The same, run by run: what was sampled from the first step on in which all other "
+            "channels are full (.95) and the limit is lost, until it is regained"
         ] = returns(at_one_rate)
         parts[
             "What each method would have paid for the replies that keep the limit, in steps of "
@@ -147,26 +152,67 @@ def fullness(run: dict) -> list[float]:
     return np.mean([run["train"][name] for name in names], 0).tolist()
 
 
+class Return(NamedTuple):
+    """How a run that lost the limit went on. Steps count from 0."""
+
+    first: int  # step in which the limit is lost and the other channels are full
+    end: int  # the step that regains it, or the number of steps
+    kept: int  # replies that keep the limit in between
+    sampled: int  # replies in between
+    regained: bool
+
+
+def course(run: dict) -> Return | None:
+    """None if the run never lost the limit, or if the other channels were never full after that."""
+    shares = run["train"]["short"]
+    below = [step for step, share in enumerate(shares) if share < 0.5]
+    full = [step for step, mean in enumerate(fullness(run)) if mean >= FULL]
+    if not below or not full:
+        return None
+    first = max(full[0], below[0])
+    again = [step for step in range(first, len(shares)) if shares[step] >= 0.5]
+    end = again[0] if again else len(shares)
+    kept = sum(round(share * ROLLOUTS) for share in shares[first:end])
+    return Return(first, end, kept, ROLLOUTS * (end - first), bool(again))
+
+
+def regained(cells: Cells) -> str:
+    """A row a method."""
+    counts = {}  # method: runs that have the limit, runs
+    for method, runs in cells.items():
+        courses = [course(run) for run in runs]
+        have_it = [lost(run) == "never" for run in runs]
+        for i, of_run in enumerate(courses):
+            have_it[i] = have_it[i] or (of_run is not None and of_run.regained)
+        counts[method] = sum(have_it), len(runs)
+    others = [method for method, (_, n) in counts.items() if n > 1 and method != "gdpo"]
+    p = [fisher(*counts[method], *counts["gdpo"]) for method in others]
+    tests = dict(zip(others, zip(p, holm(p), strict=True), strict=True))
+    rows = []
+    for method, (k, n) in counts.items():
+        if n:
+            test = "{:.3f}, {:.3f}".format(*tests[method]) if method in tests else ""
+            of_seeds = spread([final(run) for run in cells[method]])
+            rows.append([method, f"{k} of {n}", of_seeds, test])
+    return table("| | regained | joint, final | p, Holm |", rows)
+
+
 def returns(cells: Cells) -> str:
     """A row a run."""
     rows = []
     for method, runs in cells.items():
         for run in sorted(runs, key=lambda run: run["seed"]):
-            shares = run["train"]["short"]
-            full = [step for step, mean in enumerate(fullness(run)) if mean >= FULL]
             row = [method, str(run["seed"]), lost(run)]
-            if row[-1] == "never" or not full:
+            of_run = course(run)
+            if of_run is None:
                 rows.append([*row, *[""] * 5, f"{final(run):.2f}"])
                 continue
-            first = max(full[0], int(lost(run)) - 1)
-            again = [step for step in range(first, len(shares)) if shares[step] >= 0.5]
-            end = again[0] if again else len(shares)
-            kept = sum(round(share * ROLLOUTS) for share in shares[first:end])
+            first, end, kept, sampled, again = of_run
             rows.append(
                 [
                     *row,
                     str(first + 1),
-                    f"{kept} of {ROLLOUTS * (end - first)}",
+                    f"{kept} of {sampled}",
                     mean_of(run, "truncated", first, end),
                     mean_of(run, "entropy", first, end),
                     str(end + 1) if again else "never",

@@ -18,6 +18,7 @@ import text
 import text_report
 
 from config import TrainConfig, parse
+from tools import stats
 
 TINY = "--engine hf --prompts 2 --group 2 --max-tokens 8 --eval-prompts 4".split()
 
@@ -110,6 +111,13 @@ def test_who_regains_the_limit_by_hand():
     table = text_report.returns(cells)
     assert "| grpo | 1 | 2 | 3 | 2 of 64 | 0.75 | 1.50 | 5 | 1.00 |" in table
     assert "| rvpo | 1 | never |  |  |  |  |  | 1.00 |" in table
+    assert text_report.course(never) is None
+    lost_for_good = line | {"train": {name: of_run[:3] for name, of_run in line["train"].items()}}
+    counts = text_report.regained({"gdpo": [lost_for_good] * 3, "grpo": [line] * 3, "rvpo": []})
+    assert "| gdpo | 0 of 3 | 1.000 ± 0.000 |  |" in counts
+    assert "| grpo | 3 of 3 | 1.000 ± 0.000 | 0.100, 0.100 |" in counts
+    assert stats.fisher(5, 5, 0, 3) == pytest.approx(1 / 56)
+    assert stats.fisher(3, 4, 1, 4) == pytest.approx(34 / 70)  # Fisher's tea
     pays = text_report.first_pay(cells)
     assert "| rvpo | 1 | -0.300 (0.00) |" in pays and "| grpo | 1 | 0.300 (1.00) |" in pays
 

@@ -1,6 +1,7 @@
 """What studies and experiments say of several seeds, and how they write it down."""
 
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -11,6 +12,17 @@ def sign_flip(differences: Sequence[float]) -> float:
     d = np.array(differences)
     signs = np.array([*itertools.product((-1, 1), repeat=len(d))])  # (2^n, n)
     return float((np.abs(signs @ d) >= abs(d.sum()) - 1e-12).mean())
+
+
+def fisher(a: int, n: int, b: int, m: int) -> float:
+    """Two-sided p-value of Fisher's exact test: a of n against b of m."""
+
+    def ways(of_n: int) -> int:
+        return math.comb(n, of_n) * math.comb(m, a + b - of_n)
+
+    possible = range(max(0, a + b - m), min(n, a + b) + 1)
+    as_rare = sum(ways(of_n) for of_n in possible if ways(of_n) <= ways(a))
+    return as_rare / math.comb(n + m, a + b)
 
 
 def holm(p: list[float]) -> list[float]:
