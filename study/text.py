@@ -137,8 +137,8 @@ def plan(done: dict[str, dict]) -> Iterator[Run]:
 
 def more(samples: list[dict]) -> dict:
     means = {name: matched.rounded(values) for name, values in paid(samples).items()}
-    others = {name: matched.rounded(values) for name, values in would_pay(samples).items()}
-    return {"longer": matched.rounded(longer(samples)), "paid": means, "would pay": others}
+    correlations = matched.rounded(longer(samples))
+    return {"longer": correlations, "paid": means, "would pay": would_pay(samples)}
 
 
 def longer(samples: list[dict]) -> list[float | None]:
@@ -178,23 +178,31 @@ def paid(samples: list[dict]) -> dict[str, list[float | None]]:
     return means
 
 
-def would_pay(samples: list[dict]) -> dict[str, list[float | None]]:
+def would_pay(samples: list[dict]) -> dict[str, dict[str, list[float | None]]]:
     """For each method and step: the mean advantage that it would have given, in this batch, to the
-    replies that keep the limit. None where there are none."""
+    replies that keep the limit and satisfy all, and to those that keep it and lack something else.
+    None where there are none."""
     steps: dict[int, dict[str, list[list[float]]]] = {}  # step: prompt: rewards of its replies
     for sample in samples:
         groups = steps.setdefault(sample["step"], {})
         group = groups.setdefault(json.dumps(sample["prompt"]), [])
         group.append([*sample["rewards"].values()])  # short is the first
-    means = {method: [] for method in WOULD_PAY}
+    means = {method: {"all": [], "lacking": []} for method in WOULD_PAY}
     for groups in steps.values():
         rewards = torch.tensor([*groups.values()], dtype=torch.float64)  # (P, G, K)
         kept = rewards[..., 0] == 1
+        satisfied = (rewards == 1).all(-1)
         for method in WOULD_PAY:
             aggregation, *_ = method.split()
             advantages = rvpo.advantages(rewards, aggregation, float(METHODS[method] or 0))
-            means[method].append(advantages[kept].mean().item() if kept.any() else None)
+            of_method = means[method]
+            of_method["all"].append(mean(advantages[satisfied]))
+            of_method["lacking"].append(mean(advantages[kept & ~satisfied]))
     return means
+
+
+def mean(values: torch.Tensor) -> float | None:
+    return round(values.mean().item(), 4) if len(values) else None
 
 
 STUDY = Study(Path(__file__).with_suffix(".jsonl"), Run, plan, more)

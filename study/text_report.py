@@ -93,9 +93,9 @@ def report(done: dict[str, dict]) -> str:
             "channels are full (.95) and the limit is lost, until it is regained"
         ] = returns(at_one_rate)
         parts[
-            "What each method would have paid for the replies that keep the limit, in steps of "
-            "these runs in which at most 4 of 32 keep it and the other channels are full: the mean "
-            "advantage (and the share of those steps in which it is positive)"
+            "What each method would have paid for the first replies that keep the limit again: the "
+            "mean advantage in steps of these runs in which at most 4 of 32 keep it and the other "
+            "channels are full, of replies that satisfy all and of those that lack something else"
         ] = first_pay(at_one_rate)
     parts[
         "What an update did with the limit, but in reply-capped: mean credit (steps), by the share "
@@ -234,20 +234,23 @@ def mean_of(run: dict, key: str, first: int, end: int) -> str:
 
 def first_pay(cells: Cells) -> str:
     """A row a method. Old runs were not compared."""
-    paid = {method: [] for method in WOULD_PAY}
+    paid = {method: {"all": [], "lacking": []} for method in WOULD_PAY}
     for run in itertools.chain(*cells.values()):
         if "would pay" not in run:
             continue
         for step, mean in enumerate(fullness(run)):
             if mean >= FULL and 0 < run["train"]["short"][step] <= FEW:
-                for method in WOULD_PAY:
-                    paid[method].append(run["would pay"][method][step])
+                for method, kinds in paid.items():
+                    for kind, advantages in kinds.items():
+                        advantages.append(run["would pay"][method][kind][step])
     rows = []
-    for method, advantages in paid.items():
-        if advantages:
-            positive = np.mean(np.array(advantages) > 0)
-            rows.append([method, str(len(advantages)), f"{spread(advantages)} ({positive:.2f})"])
-    return table("| | steps | advantage |", rows)
+    for method, kinds in paid.items():
+        row = [method]
+        for advantages in kinds.values():
+            there = [value for value in advantages if value is not None]
+            row.append(f"{spread(there)} ({len(there)})" if there else "")
+        rows.append(row)
+    return table("| | satisfies all (steps) | lacks something (steps) |", rows)
 
 
 SHARES = 1.0, 0.8, 0.65, 0.5, 0.25, 0.0  # of a step's rollouts, which keep the limit
