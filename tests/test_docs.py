@@ -52,6 +52,7 @@ NOT_HERE = {  # why
     "python study/text_report.py": "tests/test_text.py",
     "python study/more.py": "hours",
     "python study/rubric.py": "hours",
+    "python study/rubric_report.py": "tests/test_rubric.py",
     "python study/on_gpu.py": "GPUs",
     "python study/sign.py": "tests/test_sign.py",
     "make gpu": "tests/test_gpu.py",
