@@ -2,9 +2,8 @@
 
     python study/bfloat16.py --task reply --steps 3     # options as of train.py
 
-A step is about 1.6 times as fast on a CPU that has instructions for it (AVX-512 BF16 or AMX), and
-may be slower on another. vLLM samples in float32; the correction for its log-probs makes up for the
-difference, as on a GPU.
+A step is faster on a CPU that has instructions for it (AVX-512 BF16 or AMX). vLLM samples in
+float32; the correction for its log-probs makes up for the difference, as on a GPU.
 """
 
 import sys

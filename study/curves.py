@@ -79,7 +79,11 @@ def cost(done: dict[str, dict]) -> str:
     hours = sum(run["minutes"] for run in done.values()) / 60
     machines = {run["cpu"] for run in done.values()}
     machines = ", ".join(sorted(machines))
-    return f"{len(done)} runs, {hours:.1f} hours of training on one core each; {machines}.\n"
+    in_half = sum(run.get("program") == "study/bfloat16.py" for run in done.values())
+    return (
+        f"{len(done)} runs, {hours:.1f} hours of training on one core each; {machines}. "
+        f"In bfloat16 (study/bfloat16.py): {in_half}.\n"
+    )
 
 
 def figure(panels: dict[str, Cells], rows: dict[str, str], out: Path, height: float) -> None:

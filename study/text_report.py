@@ -176,15 +176,17 @@ def course(run: dict) -> Return | None:
     return Return(first, end, kept, ROLLOUTS * (end - first), bool(again))
 
 
+def has_limit(run: dict) -> bool:
+    """Whether it never lost the limit, or regained it."""
+    of_run = course(run)
+    return lost(run) == "never" or (of_run is not None and of_run.regained)
+
+
 def regained(cells: Cells) -> str:
     """A row a method."""
     counts = {}  # method: runs that have the limit, runs
     for method, runs in cells.items():
-        courses = [course(run) for run in runs]
-        have_it = [lost(run) == "never" for run in runs]
-        for i, of_run in enumerate(courses):
-            have_it[i] = have_it[i] or (of_run is not None and of_run.regained)
-        counts[method] = sum(have_it), len(runs)
+        counts[method] = sum(has_limit(run) for run in runs), len(runs)
     others = [method for method, (_, n) in counts.items() if n > 1 and method != "gdpo"]
     p = [fisher(*counts[method], *counts["gdpo"]) for method in others]
     tests = dict(zip(others, zip(p, holm(p), strict=True), strict=True))
@@ -194,7 +196,7 @@ def regained(cells: Cells) -> str:
             test = "{:.3f}, {:.3f}".format(*tests[method]) if method in tests else ""
             of_seeds = spread([final(run) for run in cells[method]])
             rows.append([method, f"{k} of {n}", of_seeds, test])
-    return table("| | regained | joint, final | p, Holm |", rows)
+    return table("| | regained or kept | joint, final | p, Holm |", rows)
 
 
 def returns(cells: Cells) -> str:

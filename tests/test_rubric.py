@@ -240,7 +240,7 @@ def test_a_run_is_kept_and_repeated_to_the_digit(study, capsys):
         matched.again(study, "other")
 
 
-def test_its_runs_are_in_bfloat16_and_no_others(study):
+def test_its_runs_are_in_bfloat16(study):
     gaps = []
     for program in (study.program, "train.py"):
         matched.execute(study._replace(program=program), RUN, program.replace("/", "-"))
