@@ -25,10 +25,31 @@ from matched import GRID, METHODS, TUNING, Study, arguments, best_rate, options_
 import rvpo
 
 STEPS, LONG, EVERY = 15, 45, 3
-MOST = "rvpo", "gdpo", "grpo", "softmin", "hardmin"  # five seeds, the others three
 TUNED = {"rvpo 0.5:2": "rvpo", "rvpo 10": "rvpo"}  # take the other's rate
-WOULD_PAY = "gdpo", "rvpo", "rvpo 10", "hardmin", "grpo", "softmin"  # are compared in every batch
+COMPARED = "gdpo", "rvpo", "rvpo 10", "hardmin", "grpo", "softmin"
 MASKED = " masked"  # a method's name with it: --mask-truncated
+
+
+class Group(NamedTuple):
+    """Runs that differ in the method and the seed, each method at its own rate."""
+
+    methods: tuple[str, ...]
+    seeds: int  # 0, 1, ...: so many
+    task: str = "reply"
+    steps: int = STEPS
+    schedule: str = "constant"
+
+
+GROUPS = (
+    Group(COMPARED, 10),
+    Group(("rvpo 0.5:2", "explicit"), 3),
+    Group(("rvpo", "gdpo"), 3, "reply-capped"),
+    Group(("rvpo", "gdpo"), 3, "reply-capped", LONG),
+    Group(("hardmin",), 3, "reply-25"),
+    Group(("rvpo", "gdpo"), 2, "reply-25"),
+    Group(("rvpo", "rvpo 10", "gdpo", "hardmin"), 1, steps=LONG),
+    Group(("rvpo", "gdpo"), 1, schedule="linear"),
+)
 
 
 class Run(NamedTuple):
@@ -63,73 +84,27 @@ def rate(method: str, done: dict[str, dict]) -> str | None:
     return best_rate(runs, done, "joint")
 
 
-def at_one_rate() -> Iterator[Run]:
-    """Does a method regain the limit? 45 steps at the rate of grpo, which regained it."""
-    first = [("gdpo" + MASKED, 0), ("grpo", 2)]
-    others = [
-        (method, seed)
-        for seed in (0, 1, 2)
-        for method in ("gdpo", "rvpo", "grpo", "hardmin", "rvpo 10", "softmin")
-    ]
-    last = [("grpo", 3), ("grpo", 4)]
-    for method, seed in [*first, *others, *last]:
-        yield Run("reply", method, "4e-5", seed, LONG)
-
-
-def ten_seeds(done: dict[str, dict]) -> Iterator[Run]:
-    """Seeds 5 to 9 of what is compared with a test: with five nothing can be significant."""
-    for seed in range(10):
-        for method in ("rvpo", "hardmin", "rvpo 10", "gdpo", "grpo", "softmin"):
-            yield Run("reply", method, rate(method, done), seed)
-
-
 def plan(done: dict[str, dict]) -> Iterator[Run]:
-    """All runs that can be named, the most important first.
-
-    A method's own come once its rates have been tried."""
-
-    def runs(
-        methods: tuple[str, ...],
-        seeds: tuple[int, ...],
-        task: str = "reply",
-        steps: int = STEPS,
-        schedule: str = "constant",
-    ) -> Iterator[Run]:
-        for seed in seeds:
-            for method in methods:
+    """All runs that can be named. Those of a group come once the method's rates have been tried."""
+    for method in METHODS:
+        if method not in TUNED:
+            for lr in GRID:
+                yield Run("reply", method, lr, TUNING)
+    yield from at_one_rate()
+    for group in GROUPS:
+        for seed in range(group.seeds):
+            for method in group.methods:
                 lr = rate(method, done)
                 if lr:
-                    yield Run(task, method, lr, seed, steps, schedule)
+                    yield Run(group.task, method, lr, seed, group.steps, group.schedule)
 
-    def tuning(methods: tuple[str, ...]) -> Iterator[Run]:
-        return (Run("reply", method, lr, TUNING) for method in methods for lr in GRID)
 
-    yield from tuning(("rvpo", "gdpo"))
-    for task in ("reply", "reply-capped"):
-        yield from runs(("rvpo", "gdpo"), (0, 1, 2), task)
-    yield from tuning(("softmin", "grpo", "hardmin"))
-    yield from runs(MOST, (0, 1, 2, 3, 4))
-    yield from runs(("rvpo", "hardmin"), (0,), steps=LONG)
-    yield from runs(("rvpo 0.5:2", "rvpo 10"), (0, 1, 2))
-    yield from runs(("rvpo 10",), (0,), steps=LONG)
-    yield from runs(("rvpo", "gdpo"), (0, 1), "reply-capped", LONG)
-    yield from tuning(("explicit",))
-    yield from runs(("hardmin",), (0, 1, 2), "reply-25")
-    yield from runs((*METHODS,), (0, 1, 2))
-    if all(rate(method, done) for method in METHODS):
-        yield from at_one_rate()
-        yield from ten_seeds(done)
-    yield from runs(("rvpo", "gdpo"), (2,), "reply-capped", LONG)
-    yield from runs(MOST, (0,), steps=LONG)
-    yield from runs(("grpo",), (1,), steps=LONG)
-    yield from runs(("rvpo", "gdpo"), (0, 1, 2), "reply-25")
-    yield from runs(MOST, (0,), schedule="linear")
-    yield from runs(("hardmin", "rvpo 10"), (0, 1, 2), "reply-capped")
-    yield from runs((*METHODS,), (0, 1, 2), "reply-25")
-    yield from runs(MOST, (1, 2), schedule="linear")
-    yield from runs(MOST, (3, 4), "reply-25")
-    yield from runs(MOST, (1, 2), steps=LONG)
-    yield from runs(MOST, (0, 1, 2), steps=LONG, schedule="linear")
+def at_one_rate() -> Iterator[Run]:
+    """Does a method regain the limit? Long runs at the rate of grpo, which regained it."""
+    for method in COMPARED:
+        for seed in range(5 if method == "grpo" else 3):
+            yield Run("reply", method, "4e-5", seed, LONG)
+    yield Run("reply", "gdpo" + MASKED, "4e-5", 0, LONG)
 
 
 # What is kept of a run's samples
@@ -187,12 +162,12 @@ def would_pay(samples: list[dict]) -> dict[str, dict[str, list[float | None]]]:
         groups = steps.setdefault(sample["step"], {})
         group = groups.setdefault(json.dumps(sample["prompt"]), [])
         group.append([*sample["rewards"].values()])  # short is the first
-    means = {method: {"all": [], "lacking": []} for method in WOULD_PAY}
+    means = {method: {"all": [], "lacking": []} for method in COMPARED}
     for groups in steps.values():
         rewards = torch.tensor([*groups.values()], dtype=torch.float64)  # (P, G, K)
         kept = rewards[..., 0] == 1
         satisfied = (rewards == 1).all(-1)
-        for method in WOULD_PAY:
+        for method in COMPARED:
             aggregation, *_ = method.split()
             advantages = rvpo.advantages(rewards, aggregation, float(METHODS[method] or 0))
             of_method = means[method]

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # a script sees its own f
 import curves
 import numpy as np
 from curves import Cells, best, channels, curve, differences, final, worst_channel
-from text import GRID, LONG, METHODS, STEPS, STUDY, TUNED, TUNING, WOULD_PAY, Run, rate
+from text import COMPARED, GRID, LONG, METHODS, STEPS, STUDY, TUNED, TUNING, Run, rate
 
 from tools.stats import fisher, holm, sign_flips, spread, table
 
@@ -236,7 +236,7 @@ def mean_of(run: dict, key: str, first: int, end: int) -> str:
 
 def first_pay(cells: Cells) -> str:
     """A row a method. Old runs were not compared."""
-    paid = {method: {"all": [], "lacking": []} for method in WOULD_PAY}
+    paid = {method: {"all": [], "lacking": []} for method in COMPARED}
     for run in itertools.chain(*cells.values()):
         if "would pay" not in run:
             continue
