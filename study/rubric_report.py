@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # a script sees its own f
 import curves
 import numpy as np
 from curves import Cells, best, curve, differences, final, worst_channel
-from rubric import METHODS, SEEDS, STUDY, rate, tuning
+from rubric import EVERY, METHODS, SEEDS, STUDY, rate, tuning
 
 from tools.stats import sign_flips, spread, table
 
@@ -27,8 +27,9 @@ Made by study/rubric_report.py from study/rubric.jsonl. study/rubric_task.py is 
 points of what a reply meets over the points that it could have, as in HealthBench. **Kept**: the
 share of replies that keep all three constraints. Both are held out, and count what is true. First
 is before training; least is the lowest of the evaluations after that; best is chosen on the prompts
-that measure it. ± is the deviation over seeds; p is of the exact sign-flip test, paired by seed, of
-a method against gdpo, the mean.
+that measure it. No signal: the share of groups whose replies all have the same rewards, in the last
+six steps. Neglected: criteria that less than .1 of the replies meet at the end. ± is the deviation
+over seeds; p is of the exact sign-flip test, paired by seed, of a method against gdpo, the mean.
 
 """
 TITLES = {
@@ -91,13 +92,20 @@ def levels(cells: Cells) -> str:
                     spread(least),
                     spread([final(run, "kept") for run in runs]),
                     worst_channel(runs, *NO_CRITERIA),
+                    spread([neglected(run) for run in runs]),
+                    spread([np.mean(run["train"]["no_signal"][-EVERY:]) for run in runs]),
                 ]
             )
     return table(
         "| | lr | n | score: first | best | final | kept: first | least | final "
-        "| worst criterion at the end |",
+        "| worst criterion at the end | neglected | no signal |",
         rows,
     )
+
+
+def neglected(run: dict) -> int:
+    """How many criteria less than .1 of the replies meet at the end."""
+    return sum(final(run, criterion) < 0.1 for criterion in curves.channels(run, *NO_CRITERIA))
 
 
 def against_gdpo(cells: Cells) -> str:

@@ -148,7 +148,9 @@ def outcome(run: rubric.Run, scores: list[float]) -> dict:
         values = {"short": [0.8, 0.1], "no number": [i / 10, 0.1], "joint": [0.0, 0.0]}
         values |= {"score": [score, 0.02], "kept": [0.9 - score, 0.1]}
         evaluations.append({"step": 6 * i, **values})
-    return {"name": run.name, **run._asdict(), "minutes": 6.0, "cpu": "a", "eval": evaluations}
+    train = {"no_signal": [0.0] * 6 + [0.25, 0.75] * 3}
+    line = {"name": run.name, **run._asdict(), "minutes": 6.0, "cpu": "a"}
+    return {**line, "eval": evaluations, "train": train}
 
 
 def test_the_plan_tries_rates_first_and_then_goes_seed_by_seed():
@@ -186,12 +188,15 @@ def test_the_report_by_hand():
     assert "| gdpo | 0.200 | 0.100 | 0.100 | 0.100 |" in report
     assert (
         "| gdpo | 1e-5 | 2 | 0.400 ± 0.000 | 0.700 ± 0.141 | 0.400 ± 0.141 | 0.500 ± 0.000 | "
-        "0.200 ± 0.141 | 0.500 ± 0.141 | no number 0.20 |" in report
+        "0.200 ± 0.141 | 0.500 ± 0.141 | no number 0.20 | 0.000 ± 0.000 | 0.500 ± 0.000 |" in report
     )
     assert "| rvpo | 2 | 0.200 ± 0.141 | 0.500, 0.500 | -0.200 ± 0.141 | 0.500, 0.500 |" in report
     assert "With 2 seeds p is at least 0.500: too few for a difference to be significant." in report
     assert "| rvpo | 0.40 0.50 0.00 | 0.50 0.40 0.10 | 0.60 0.30 0.20 |" in report
     assert "20 runs, 2.0 hours" in report
+    run = rubric.Run("plain", "gdpo", "1e-5", 0)
+    assert rubric_report.neglected(outcome(run, [0.4])) == 1  # at first no reply lacks a number
+    assert rubric_report.neglected(outcome(run, [0.4, 0.5])) == 0
 
 
 def test_the_figure(tmp_path):
