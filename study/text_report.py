@@ -25,11 +25,11 @@ from tools.stats import fisher, holm, sign_flips, spread, table
 ROOT = Path(__file__).parent.parent
 INTRODUCTION = """# Tables of the study on text
 
-Made by study/text_report.py from study/text.jsonl. [docs/results.md](../docs/results.md) says what
-they mean. ± is the deviation over seeds. joint and kept: the held-out shares of replies that
-satisfy all and that keep the limit; p is of the exact sign-flip test, paired by seed, of their
-values at the end against rvpo's. under half at step: the first step of training, a run, whose
-replies keep the limit in less than half.
+Made by study/text_report.py from study/text.jsonl. [docs/results.md](../docs/results.md) and
+[docs/regain.md](../docs/regain.md) say what they mean. joint and kept: the held-out shares of
+replies that satisfy all and that keep the limit. ± is the deviation over seeds. p is of the exact
+sign-flip test, paired by seed, of values at the end against rvpo's. under half at step: the first
+step of training, a run, whose replies keep the limit in less than half.
 
 """
 
