@@ -1,6 +1,6 @@
 """Does it protect a constraint on a real language model? Matched runs on tasks/reply.py's tasks.
 
-    python study/text.py                    # runs what is missing in study/text.jsonl: takes days
+    python study/text.py                    # runs what is missing in study/text.jsonl
     python study/text.py --minutes 60       # begins no run after an hour
     python study/text.py --repeat NAME      # one run of the file again: are its numbers the same?
 
