@@ -28,8 +28,9 @@ INTRODUCTION = """# Tables of the study on text
 Made by study/text_report.py from study/text.jsonl. [docs/results.md](../docs/results.md) and
 [docs/regain.md](../docs/regain.md) say what they mean. joint and kept: the held-out shares of
 replies that satisfy all and that keep the limit. ± is the deviation over seeds. p is of the exact
-sign-flip test, paired by seed, of values at the end against rvpo's. under half at step: the first
-step of training, a run, whose replies keep the limit in less than half.
+sign-flip test, paired by seed, of values at the end against rvpo's; rvpo 0.5:2 and explicit, in
+three seeds, have none. under half at step: the first step of training, a run, whose replies keep
+the limit in less than half.
 
 """
 
