@@ -5,8 +5,9 @@
     python study/rubric.py --repeat NAME  # one run of the file again: are its numbers the same?
 
 Five methods, five seeds, and two seeds of each harder variant. Runs of a seed differ in the
-aggregation and its learning rate alone. The rates are chosen on a seed of their own (`rate`).
-study/matched.py trains the runs, study/rubric_report.py makes tables of them.
+aggregation and its learning rate alone. The rates are chosen on a seed of their own (`rate`); gdpo
+and rvpo also run at each other's. study/matched.py trains the runs, study/rubric_report.py makes
+tables of them.
 """
 
 import sys
@@ -23,7 +24,8 @@ METHODS = "gdpo", "rvpo 0.5:2", "rvpo", "hardmin", "grpo"
 TUNED = {"rvpo 0.5:2": "rvpo"}  # takes the other's rate
 SEEDS = {"plain": range(5), "exclusive": range(2), "noisy": range(2)}  # of each variant
 STEPS, EVERY = 30, 6
-GRID = *matched.GRID, "8e-5"  # learning rates: 4e-5 was better than 2e-5
+GRID = *matched.GRID, "8e-5", "1.6e-4"  # learning rates
+ONE_RATE = "4e-5", "8e-5"  # rvpo's and gdpo's: is it the method or the rate?
 TRIED = 18  # steps of a run that tries a rate
 
 
@@ -61,7 +63,8 @@ def rate(method: str, done: dict[str, dict]) -> str | None:
 
 
 def plan(done: dict[str, dict]) -> Iterator[Run]:
-    """All runs that can be named: the rates, then a seed of all methods after the other."""
+    """All runs that can be named: the rates, then a seed of all methods after the other, then gdpo
+    and rvpo at one rate. Some are named twice."""
     for runs in tuning().values():
         yield from runs.values()
     for seed in SEEDS["plain"]:
@@ -70,6 +73,10 @@ def plan(done: dict[str, dict]) -> Iterator[Run]:
                 lr = rate(method, done)
                 if lr and seed in seeds:
                     yield Run(variant, method, lr, seed)
+    for seed in SEEDS["plain"]:
+        for method in ("gdpo", "rvpo"):
+            for lr in ONE_RATE:
+                yield Run("plain", method, lr, seed)
 
 
 def more(samples: list[dict]) -> dict:

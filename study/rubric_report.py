@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # a script sees its own f
 import curves
 import numpy as np
 from curves import Cells, best, curve, differences, final, worst_channel
-from rubric import EVERY, METHODS, SEEDS, STUDY, rate, tuning
+from rubric import EVERY, METHODS, ONE_RATE, SEEDS, STUDY, rate, tuning
 
 from tools.stats import sign_flips, spread, table
 
@@ -45,11 +45,11 @@ PANELS = {  # of the figure
 NO_CRITERIA = "score", "kept"  # what evaluations have beside criteria
 
 
-def cells_of(done: dict[str, dict], variant: str) -> Cells:
-    """The runs that count, not those that chose a rate."""
+def cells_of(done: dict[str, dict], variant: str, lr: str | None = None) -> Cells:
+    """The runs of a variant: at lr, or of each method at its own rate. Not those that chose it."""
     cells = {method: [] for method in METHODS}
     for run in done.values():
-        counts = run["seed"] in SEEDS[variant] and run["lr"] == rate(run["method"], done)
+        counts = run["seed"] in SEEDS[variant] and run["lr"] == (lr or rate(run["method"], done))
         if run["variant"] == variant and counts:
             cells[run["method"]].append(run)
     return cells
@@ -69,6 +69,10 @@ def report(done: dict[str, dict]) -> str:
         cells = cells_of(done, variant)
         if any(cells.values()):
             parts[title] = "\n".join([levels(cells), against_gdpo(cells), along(cells)])
+    for lr in ONE_RATE:
+        cells = cells_of(done, "plain", lr)
+        if cells["gdpo"] and cells["rvpo"]:
+            parts[f"{TITLES['plain']}, all at {lr}"] = f"{levels(cells)}\n{against_gdpo(cells)}"
     tables = "\n".join(f"## {title}\n\n{text}" for title, text in parts.items())
     return f"{tables}\n{curves.cost(done)}"
 

@@ -153,13 +153,25 @@ def outcome(run: rubric.Run, scores: list[float]) -> dict:
     return {**line, "eval": evaluations, "train": train}
 
 
+TUNED = 4 * 5  # methods, rates
+MAIN = 5 * (5 + 2 + 2)  # methods, seeds of each variant
+AT_ONE_RATE = 2 * 2 * 5  # methods, rates, seeds
+
+
 def test_the_plan_tries_rates_first_and_then_goes_seed_by_seed():
-    first = [*rubric.plan({})]
-    assert {run.seed for run in first} == {matched.TUNING} and len({*first}) == len(first) == 16
+    first = [*rubric.plan({})][:TUNED]
+    assert {run.seed for run in first} == {matched.TUNING} and len({*first}) == len(first)
     done = {run.name: outcome(run, [0.9, 0.5 if run.lr == "2e-5" else 0.1]) for run in first}
     runs = [run for run in rubric.plan(done) if run.seed != matched.TUNING]
-    assert len({*runs}) == len(runs) == 5 * (5 + 2 + 2)
+    runs, at_one_rate = runs[:MAIN], runs[MAIN:]
+    assert len({*runs}) == len(runs) == MAIN and len({*at_one_rate}) == AT_ONE_RATE
     assert {run.lr for run in runs} == {"2e-5"}  # also of 0.5:2, which takes rvpo's
+    assert {(run.method, run.lr) for run in at_one_rate} == {
+        ("gdpo", "4e-5"),
+        ("gdpo", "8e-5"),
+        ("rvpo", "4e-5"),
+        ("rvpo", "8e-5"),
+    }
     assert [run.method for run in runs[:5]] == [*rubric.METHODS]
     assert [run.seed for run in runs] == sorted(run.seed for run in runs)
     for run in runs:  # train.py refuses a beta that is not used
@@ -185,7 +197,7 @@ def test_the_report_by_hand():
     report = rubric_report.report(
         lines_of(*one_seed, ("gdpo", 1, [0.4, 0.6, 0.3]), ("rvpo", 1, [0.4, 0.5, 0.6]))
     )
-    assert "| gdpo | 0.200 | 0.100 | 0.100 | 0.100 |" in report
+    assert "| gdpo | 0.200 | 0.100 | 0.100 | 0.100 | 0.100 |" in report
     assert (
         "| gdpo | 1e-5 | 2 | 0.400 ± 0.000 | 0.700 ± 0.141 | 0.400 ± 0.141 | 0.500 ± 0.000 | "
         "0.200 ± 0.141 | 0.500 ± 0.141 | no number 0.20 | 0.000 ± 0.000 | 0.500 ± 0.000 |" in report
@@ -193,10 +205,22 @@ def test_the_report_by_hand():
     assert "| rvpo | 2 | 0.200 ± 0.141 | 0.500, 0.500 | -0.200 ± 0.141 | 0.500, 0.500 |" in report
     assert "With 2 seeds p is at least 0.500: too few for a difference to be significant." in report
     assert "| rvpo | 0.40 0.50 0.00 | 0.50 0.40 0.10 | 0.60 0.30 0.20 |" in report
-    assert "20 runs, 2.0 hours" in report
+    assert "24 runs, 2.4 hours" in report
     run = rubric.Run("plain", "gdpo", "1e-5", 0)
     assert rubric_report.neglected(outcome(run, [0.4])) == 1  # at first no reply lacks a number
     assert rubric_report.neglected(outcome(run, [0.4, 0.5])) == 0
+
+
+def test_all_at_one_rate():
+    done = {}
+    for run in rubric.plan({}):
+        done[run.name] = outcome(run, [0.4, 0.6 if run.method == "gdpo" else 0.5])
+    report = rubric_report.report(done)
+    for lr in rubric.ONE_RATE:
+        _, table = report.split(f"a prompt, all at {lr}\n")
+        assert f"| gdpo | {lr} | 5 | 0.400 ± 0.000 | 0.600" in table
+        assert "| rvpo | 5 | -0.100 ± 0.000 | 0.062, 0.062 |" in table
+    assert "all at" not in rubric_report.report(lines_of(("gdpo", 0, [0.4, 0.5])))
 
 
 def test_the_figure(tmp_path):
@@ -295,7 +319,8 @@ def test_the_work_is_shared_and_stops(study, monkeypatch):
 
     monkeypatch.setattr(matched, "TAKEN", set())
     matched.work([study], train, 2, end=time.time() + 600)
-    assert len({*ended}) == len(ended) == 16 + 45  # broken off ones are not begun again
+    everything = TUNED + MAIN + AT_ONE_RATE
+    assert len({*ended}) == len(ended) == everything  # broken off ones are not begun again
     assert len(study.read()) == 23
     matched.work([study], train, 2, end=0.0)
-    assert len(ended) == 16 + 45
+    assert len(ended) == everything
