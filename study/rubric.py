@@ -24,7 +24,7 @@ METHODS = "gdpo", "rvpo 0.5:2", "rvpo", "hardmin", "grpo"
 TUNED = {"rvpo 0.5:2": "rvpo"}  # takes the other's rate
 SEEDS = {"plain": range(5), "exclusive": range(2), "noisy": range(2)}  # of each variant
 STEPS, EVERY = 30, 6
-GRID = *matched.GRID, "8e-5", "1.6e-4"  # learning rates
+GRID = *matched.GRID, "8e-5", "1.6e-4", "3.2e-4"  # learning rates
 ONE_RATE = "4e-5", "8e-5"  # rvpo's and gdpo's: is it the method or the rate?
 TRIED = 18  # steps of a run that tries a rate
 
@@ -63,20 +63,20 @@ def rate(method: str, done: dict[str, dict]) -> str | None:
 
 
 def plan(done: dict[str, dict]) -> Iterator[Run]:
-    """All runs that can be named: the rates, then a seed of all methods after the other, then gdpo
-    and rvpo at one rate. Some are named twice."""
+    """All runs that can be named: the rates, then gdpo and rvpo at one rate, then a seed of all
+    methods after the other. Some are named twice."""
     for runs in tuning().values():
         yield from runs.values()
+    for seed in SEEDS["plain"]:
+        for method in ("gdpo", "rvpo"):
+            for lr in ONE_RATE:
+                yield Run("plain", method, lr, seed)
     for seed in SEEDS["plain"]:
         for variant, seeds in SEEDS.items():
             for method in METHODS:
                 lr = rate(method, done)
                 if lr and seed in seeds:
                     yield Run(variant, method, lr, seed)
-    for seed in SEEDS["plain"]:
-        for method in ("gdpo", "rvpo"):
-            for lr in ONE_RATE:
-                yield Run("plain", method, lr, seed)
 
 
 def more(samples: list[dict]) -> dict:

@@ -153,7 +153,7 @@ def outcome(run: rubric.Run, scores: list[float]) -> dict:
     return {**line, "eval": evaluations, "train": train}
 
 
-TUNED = 4 * 5  # methods, rates
+TUNED = 4 * 6  # methods, rates
 MAIN = 5 * (5 + 2 + 2)  # methods, seeds of each variant
 AT_ONE_RATE = 2 * 2 * 5  # methods, rates, seeds
 
@@ -163,9 +163,10 @@ def test_the_plan_tries_rates_first_and_then_goes_seed_by_seed():
     assert {run.seed for run in first} == {matched.TUNING} and len({*first}) == len(first)
     done = {run.name: outcome(run, [0.9, 0.5 if run.lr == "2e-5" else 0.1]) for run in first}
     runs = [run for run in rubric.plan(done) if run.seed != matched.TUNING]
-    runs, at_one_rate = runs[:MAIN], runs[MAIN:]
-    assert len({*runs}) == len(runs) == MAIN and len({*at_one_rate}) == AT_ONE_RATE
+    at_one_rate, runs = runs[:AT_ONE_RATE], runs[AT_ONE_RATE:]
+    assert len({*runs}) == len(runs) == MAIN
     assert {run.lr for run in runs} == {"2e-5"}  # also of 0.5:2, which takes rvpo's
+    assert len({*at_one_rate}) == AT_ONE_RATE
     assert {(run.method, run.lr) for run in at_one_rate} == {
         ("gdpo", "4e-5"),
         ("gdpo", "8e-5"),
@@ -197,7 +198,7 @@ def test_the_report_by_hand():
     report = rubric_report.report(
         lines_of(*one_seed, ("gdpo", 1, [0.4, 0.6, 0.3]), ("rvpo", 1, [0.4, 0.5, 0.6]))
     )
-    assert "| gdpo | 0.200 | 0.100 | 0.100 | 0.100 | 0.100 |" in report
+    assert "| gdpo | 0.200 | 0.100 | 0.100 | 0.100 | 0.100 | 0.100 |" in report
     assert (
         "| gdpo | 1e-5 | 2 | 0.400 ± 0.000 | 0.700 ± 0.141 | 0.400 ± 0.141 | 0.500 ± 0.000 | "
         "0.200 ± 0.141 | 0.500 ± 0.141 | no number 0.20 | 0.000 ± 0.000 | 0.500 ± 0.000 |" in report
@@ -205,7 +206,7 @@ def test_the_report_by_hand():
     assert "| rvpo | 2 | 0.200 ± 0.141 | 0.500, 0.500 | -0.200 ± 0.141 | 0.500, 0.500 |" in report
     assert "With 2 seeds p is at least 0.500: too few for a difference to be significant." in report
     assert "| rvpo | 0.40 0.50 0.00 | 0.50 0.40 0.10 | 0.60 0.30 0.20 |" in report
-    assert "24 runs, 2.4 hours" in report
+    assert "28 runs, 2.8 hours" in report
     run = rubric.Run("plain", "gdpo", "1e-5", 0)
     assert rubric_report.neglected(outcome(run, [0.4])) == 1  # at first no reply lacks a number
     assert rubric_report.neglected(outcome(run, [0.4, 0.5])) == 0
@@ -315,12 +316,12 @@ def test_the_work_is_shared_and_stops(study, monkeypatch):
 
     def train(study, run):
         ended.append(run.name)
-        return outcome(run, [0.4, 0.5, 0.6]) if len(ended) < 24 else None
+        return outcome(run, [0.4, 0.5, 0.6]) if len(ended) < 30 else None
 
     monkeypatch.setattr(matched, "TAKEN", set())
     matched.work([study], train, 2, end=time.time() + 600)
     everything = TUNED + MAIN + AT_ONE_RATE
     assert len({*ended}) == len(ended) == everything  # broken off ones are not begun again
-    assert len(study.read()) == 23
+    assert len(study.read()) == 29
     matched.work([study], train, 2, end=0.0)
     assert len(ended) == everything
