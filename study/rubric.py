@@ -5,9 +5,9 @@
     python study/rubric.py --repeat NAME  # one run of the file again: are its numbers the same?
 
 Five methods, five seeds, and two seeds of each harder variant. Runs of a seed differ in the
-aggregation and its learning rate alone. The rates are chosen on a seed of their own (`rate`); gdpo
-and rvpo also run at each other's. study/matched.py trains the runs, study/rubric_report.py makes
-tables of them.
+aggregation and its learning rate alone. All methods run at one rate; on the plain variant each also
+at its own, chosen on a seed of its own (`rate`), and two at a higher one. study/matched.py trains
+the runs, study/rubric_report.py makes tables of them.
 """
 
 import sys
@@ -25,7 +25,8 @@ TUNED = {"rvpo 0.5:2": "rvpo"}  # takes the other's rate
 SEEDS = {"plain": range(5), "exclusive": range(2), "noisy": range(2)}  # of each variant
 STEPS, EVERY = 30, 6
 GRID = *matched.GRID, "8e-5", "1.6e-4", "3.2e-4"  # learning rates
-ONE_RATE = "4e-5", "8e-5"  # rvpo's and gdpo's: is it the method or the rate?
+ONE_RATE = "4e-5"  # of all methods
+HIGHER = "8e-5"  # of gdpo and rvpo: is it the method or the rate?
 TRIED = 18  # steps of a run that tries a rate
 
 
@@ -63,20 +64,21 @@ def rate(method: str, done: dict[str, dict]) -> str | None:
 
 
 def plan(done: dict[str, dict]) -> Iterator[Run]:
-    """All runs that can be named: the rates, then gdpo and rvpo at one rate, then a seed of all
-    methods after the other. Some are named twice."""
+    """All runs that can be named: those that try a rate, then all methods at one rate, gdpo and
+    rvpo at a higher one, and each at its own. Some are named twice."""
     for runs in tuning().values():
         yield from runs.values()
+    for variant, seeds in SEEDS.items():
+        for seed in seeds:
+            for method in METHODS:
+                yield Run(variant, method, ONE_RATE, seed)
     for seed in SEEDS["plain"]:
         for method in ("gdpo", "rvpo"):
-            for lr in ONE_RATE:
+            yield Run("plain", method, HIGHER, seed)
+        for method in METHODS:
+            lr = rate(method, done)
+            if lr:
                 yield Run("plain", method, lr, seed)
-    for seed in SEEDS["plain"]:
-        for variant, seeds in SEEDS.items():
-            for method in METHODS:
-                lr = rate(method, done)
-                if lr and seed in seeds:
-                    yield Run(variant, method, lr, seed)
 
 
 def more(samples: list[dict]) -> dict:

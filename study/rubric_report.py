@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # a script sees its own f
 import curves
 import numpy as np
 from curves import Cells, best, curve, differences, final, worst_channel
-from rubric import EVERY, METHODS, ONE_RATE, SEEDS, STUDY, rate, tuning
+from rubric import EVERY, GRID, HIGHER, METHODS, ONE_RATE, SEEDS, STUDY, rate, tuning
 
 from tools.stats import sign_flips, spread, table
 
@@ -30,6 +30,7 @@ is before training; least is the lowest of the evaluations after that; best is c
 that measure it. No signal: the share of groups whose replies all have the same rewards, in the last
 six steps. Neglected: criteria that less than .1 of the replies meet at the end. ± is the deviation
 over seeds; p is of the exact sign-flip test, paired by seed, of a method against gdpo, the mean.
+Runs at every rate are listed; those of the harder variants above 4e-5 are of an earlier plan.
 
 """
 TITLES = {
@@ -37,16 +38,23 @@ TITLES = {
     "exclusive": "Two criteria exclude each other: at most 30 words, and more than 40",
     "noisy": "The judge inverts 30% of its verdicts on one constraint, at most 30 words",
 }
+OWN = None  # in place of a learning rate: that of each method
+COMPARED = {  # the rates at which methods are compared
+    "plain": {"All at 4e-5": ONE_RATE, "Both at 8e-5": HIGHER, "Each at its own rate": OWN},
+    "exclusive": {"All at 4e-5": ONE_RATE},
+    "noisy": {"All at 4e-5": ONE_RATE},
+}
 PANELS = {  # of the figure
-    "plain": "Binary criteria",
-    "exclusive": "Two criteria exclude\neach other",
-    "noisy": "The judge errs\nin one constraint",
+    "Binary criteria,\nall at 4e-5": ("plain", ONE_RATE),
+    "At twice\nthe rate": ("plain", HIGHER),
+    "Two criteria exclude\neach other": ("exclusive", ONE_RATE),
+    "The judge errs\nin one constraint": ("noisy", ONE_RATE),
 }
 NO_CRITERIA = "score", "kept"  # what evaluations have beside criteria
 
 
-def cells_of(done: dict[str, dict], variant: str, lr: str | None = None) -> Cells:
-    """The runs of a variant: at lr, or of each method at its own rate. Not those that chose it."""
+def cells_of(done: dict[str, dict], variant: str, lr: str | None) -> Cells:
+    """The runs at a learning rate, or of each method at its own. Not those that chose it."""
     cells = {method: [] for method in METHODS}
     for run in done.values():
         counts = run["seed"] in SEEDS[variant] and run["lr"] == (lr or rate(run["method"], done))
@@ -66,45 +74,45 @@ def report(done: dict[str, dict]) -> str:
         )
     }
     for variant, title in TITLES.items():
-        cells = cells_of(done, variant)
-        if any(cells.values()):
-            parts[title] = "\n".join([levels(cells), against_gdpo(cells), along(cells)])
-    for lr in ONE_RATE:
-        cells = cells_of(done, "plain", lr)
-        if cells["gdpo"] and cells["rvpo"]:
-            parts[f"{TITLES['plain']}, all at {lr}"] = f"{levels(cells)}\n{against_gdpo(cells)}"
+        compared = []
+        for at, lr in COMPARED[variant].items():
+            cells = cells_of(done, variant, lr)
+            if any(cells.values()):
+                compared.append(f"{at}:\n\n{against_gdpo(cells)}\n{along(cells)}")
+        parts[title] = "\n".join([levels(done, variant), *compared])
     tables = "\n".join(f"## {title}\n\n{text}" for title, text in parts.items())
     return f"{tables}\n{curves.cost(done)}"
 
 
-def levels(cells: Cells) -> str:
-    """Score and constraints, a row a method."""
+def levels(done: dict[str, dict], variant: str) -> str:
+    """Score and constraints, a row a method and learning rate."""
     rows = []
-    for method, runs in cells.items():
-        if runs:
-            # The first evaluation is before any training.
-            least = [min(curve(run, "kept")[1:]) for run in runs]
-            rows.append(
-                [
-                    method,
-                    runs[0]["lr"],
-                    str(len(runs)),
-                    spread([curve(run, "score")[0] for run in runs]),
-                    spread([best(run, "score") for run in runs]),
-                    spread([final(run, "score") for run in runs]),
-                    spread([curve(run, "kept")[0] for run in runs]),
-                    spread(least),
-                    spread([final(run, "kept") for run in runs]),
-                    worst_channel(runs, *NO_CRITERIA),
-                    spread([neglected(run) for run in runs]),
-                    spread([np.mean(run["train"]["no_signal"][-EVERY:]) for run in runs]),
-                ]
-            )
+    for method in METHODS:
+        for lr in GRID:
+            runs = cells_of(done, variant, lr)[method]
+            if runs:
+                rows.append([method, lr, str(len(runs)), *level(runs)])
     return table(
         "| | lr | n | score: first | best | final | kept: first | least | final "
         "| worst criterion at the end | neglected | no signal |",
         rows,
     )
+
+
+def level(runs: list[dict]) -> list[str]:
+    """What a row of `levels` says of runs that differ in the seed."""
+    least = [min(curve(run, "kept")[1:]) for run in runs]  # the first is before any training
+    return [
+        spread([curve(run, "score")[0] for run in runs]),
+        spread([best(run, "score") for run in runs]),
+        spread([final(run, "score") for run in runs]),
+        spread([curve(run, "kept")[0] for run in runs]),
+        spread(least),
+        spread([final(run, "kept") for run in runs]),
+        worst_channel(runs, *NO_CRITERIA),
+        spread([neglected(run) for run in runs]),
+        spread([np.mean(run["train"]["no_signal"][-EVERY:]) for run in runs]),
+    ]
 
 
 def neglected(run: dict) -> int:
@@ -163,12 +171,11 @@ ROWS = {"score": "score", "kept": "replies that keep\nthe constraints"}
 
 
 def figure(done: dict[str, dict], out: Path) -> None:
-    panels = {title: cells_of(done, variant) for variant, title in PANELS.items()}
+    panels = {title: cells_of(done, *of_panel) for title, of_panel in PANELS.items()}
     curves.figure(panels, ROWS, out, 5.0)
 
 
 if __name__ == "__main__":
     runs = STUDY.read()
     (ROOT / "study/rubric.md").write_text(INTRODUCTION + report(runs))
-    if all(any(cells_of(runs, variant).values()) for variant in SEEDS):
-        figure(runs, ROOT / "docs/rubric.png")
+    figure(runs, ROOT / "docs/rubric.png")

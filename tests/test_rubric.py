@@ -154,27 +154,24 @@ def outcome(run: rubric.Run, scores: list[float]) -> dict:
 
 
 TUNED = 4 * 6  # methods, rates
-MAIN = 5 * (5 + 2 + 2)  # methods, seeds of each variant
-AT_ONE_RATE = 2 * 2 * 5  # methods, rates, seeds
+OTHERS = 5 * (5 + 2 + 2) + 2 * 5 + 5 * 5  # at one rate, at a higher one, each at its own
 
 
-def test_the_plan_tries_rates_first_and_then_goes_seed_by_seed():
+def test_the_plan_tries_rates_first():
     first = [*rubric.plan({})][:TUNED]
     assert {run.seed for run in first} == {matched.TUNING} and len({*first}) == len(first)
     done = {run.name: outcome(run, [0.9, 0.5 if run.lr == "2e-5" else 0.1]) for run in first}
     runs = [run for run in rubric.plan(done) if run.seed != matched.TUNING]
-    at_one_rate, runs = runs[:AT_ONE_RATE], runs[AT_ONE_RATE:]
-    assert len({*runs}) == len(runs) == MAIN
-    assert {run.lr for run in runs} == {"2e-5"}  # also of 0.5:2, which takes rvpo's
-    assert len({*at_one_rate}) == AT_ONE_RATE
-    assert {(run.method, run.lr) for run in at_one_rate} == {
-        ("gdpo", "4e-5"),
+    assert len({*runs}) == len(runs) == OTHERS
+    at_one_rate, others = runs[:45], runs[45:]
+    assert {run.lr for run in at_one_rate} == {"4e-5"}
+    assert [run.method for run in at_one_rate[:5]] == [*rubric.METHODS]
+    assert [(run.method, run.lr) for run in others[:7]] == [
         ("gdpo", "8e-5"),
-        ("rvpo", "4e-5"),
         ("rvpo", "8e-5"),
-    }
-    assert [run.method for run in runs[:5]] == [*rubric.METHODS]
-    assert [run.seed for run in runs] == sorted(run.seed for run in runs)
+        *[(method, "2e-5") for method in rubric.METHODS],  # 0.5:2 takes rvpo's
+    ]
+    assert {run.variant for run in others} == {"plain"}
     for run in runs:  # train.py refuses a beta that is not used
         config = parse(TrainConfig, "", run.options())
         assert (config.steps, config.data, config.seed) == (30, run.variant, run.seed)
@@ -212,24 +209,21 @@ def test_the_report_by_hand():
     assert rubric_report.neglected(outcome(run, [0.4, 0.5])) == 0
 
 
-def test_all_at_one_rate():
+def test_methods_are_compared_at_several_rates():
     done = {}
     for run in rubric.plan({}):
         done[run.name] = outcome(run, [0.4, 0.6 if run.method == "gdpo" else 0.5])
     report = rubric_report.report(done)
-    for lr in rubric.ONE_RATE:
-        _, table = report.split(f"a prompt, all at {lr}\n")
-        assert f"| gdpo | {lr} | 5 | 0.400 ± 0.000 | 0.600" in table
-        assert "| rvpo | 5 | -0.100 ± 0.000 | 0.062, 0.062 |" in table
-    assert "all at" not in rubric_report.report(lines_of(("gdpo", 0, [0.4, 0.5])))
+    for at, lr in (("All at 4e-5", "4e-5"), ("Both at 8e-5", "8e-5")):
+        assert f"| gdpo | {lr} | 5 | 0.400 ± 0.000 | 0.600" in report
+        table, *_ = report.split(f"{at}:\n")[1].split("score, kept")
+        assert "| rvpo | 5 | -0.100 ± 0.000 | 0.062, " in table
+    assert "its own" not in report  # no seed but the tuning seed has run at these
+    assert "| hardmin | 4e-5 | 2 |" in report  # of the harder variants
 
 
 def test_the_figure(tmp_path):
-    done = {}
-    for variant in rubric.SEEDS:
-        for line in lines_of(("gdpo", 0, [0.4, 0.5]), ("rvpo", 0, [0.4, 0.6])).values():
-            done[f"{variant} {line['name']}"] = line | {"variant": variant}
-    done |= lines_of()
+    done = {run.name: outcome(run, [0.4, 0.5]) for run in rubric.plan({})}
     rubric_report.figure(done, tmp_path / "rubric.png")
     assert (tmp_path / "rubric.png").stat().st_size > 10_000
 
@@ -320,7 +314,7 @@ def test_the_work_is_shared_and_stops(study, monkeypatch):
 
     monkeypatch.setattr(matched, "TAKEN", set())
     matched.work([study], train, 2, end=time.time() + 600)
-    everything = TUNED + MAIN + AT_ONE_RATE
+    everything = TUNED + OTHERS
     assert len({*ended}) == len(ended) == everything  # broken off ones are not begun again
     assert len(study.read()) == 29
     matched.work([study], train, 2, end=0.0)
