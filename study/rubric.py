@@ -5,9 +5,9 @@
     python study/rubric.py --repeat NAME  # one run of the file again: are its numbers the same?
 
 Five methods, five seeds, and two seeds of each harder variant. Runs of a seed differ in the
-aggregation and its learning rate alone. All methods run at one rate; on the plain variant each also
-at its own, chosen on a seed of its own (`rate`), and two at a higher one. study/matched.py trains
-the runs, study/rubric_report.py makes tables of them.
+aggregation and its learning rate alone. All methods run at one rate. On the plain variant each also
+runs at its own rate, chosen on the tuning seed (`rate`), and gdpo and rvpo at twice the common one.
+study/matched.py trains the runs, study/rubric_report.py makes tables of them.
 """
 
 import sys
@@ -21,12 +21,12 @@ import matched
 from matched import TUNING, Study, arguments, best_rate, options_of
 
 METHODS = "gdpo", "rvpo 0.5:2", "rvpo", "hardmin", "grpo"
-TUNED = {"rvpo 0.5:2": "rvpo"}  # takes the other's rate
+BORROWS = {"rvpo 0.5:2": "rvpo"}  # takes the other's rate
 SEEDS = {"plain": range(5), "exclusive": range(2), "noisy": range(2)}  # of each variant
 STEPS, EVERY = 30, 6
 GRID = *matched.GRID, "8e-5", "1.6e-4", "3.2e-4"  # learning rates
 ONE_RATE = "4e-5"  # of all methods
-HIGHER = "8e-5"  # of gdpo and rvpo: is it the method or the rate?
+TWICE = "8e-5"  # twice that, of gdpo and rvpo: is it the method or the rate?
 TRIED = 18  # steps of a run that tries a rate
 
 
@@ -53,19 +53,19 @@ def tuning() -> dict[str, dict[str, Run]]:
     """{method: {learning rate: the run that tries it}}"""
     runs = {}
     for method in METHODS:
-        if method not in TUNED:
+        if method not in BORROWS:
             runs[method] = {lr: Run("plain", method, lr, TUNING, TRIED) for lr in GRID}
     return runs
 
 
 def rate(method: str, done: dict[str, dict]) -> str | None:
     """The learning rate with the best score on the tuning seed; None before all have run."""
-    return best_rate(tuning()[TUNED.get(method, method)], done, "score")
+    return best_rate(tuning()[BORROWS.get(method, method)], done, "score")
 
 
 def plan(done: dict[str, dict]) -> Iterator[Run]:
     """All runs that can be named: those that try a rate, then all methods at one rate, gdpo and
-    rvpo at a higher one, and each at its own. Some are named twice."""
+    rvpo at twice that, and each at its own. Some are named twice."""
     for runs in tuning().values():
         yield from runs.values()
     for variant, seeds in SEEDS.items():
@@ -74,7 +74,7 @@ def plan(done: dict[str, dict]) -> Iterator[Run]:
                 yield Run(variant, method, ONE_RATE, seed)
     for seed in SEEDS["plain"]:
         for method in ("gdpo", "rvpo"):
-            yield Run("plain", method, HIGHER, seed)
+            yield Run("plain", method, TWICE, seed)
         for method in METHODS:
             lr = rate(method, done)
             if lr:
@@ -82,7 +82,7 @@ def plan(done: dict[str, dict]) -> Iterator[Run]:
 
 
 def more(samples: list[dict]) -> dict:
-    """Nothing else is kept."""
+    """Nothing is kept of the samples."""
     return {}
 
 

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # a script sees its own f
 import curves
 import numpy as np
 from curves import Cells, best, curve, differences, final, worst_channel
-from rubric import EVERY, GRID, HIGHER, METHODS, ONE_RATE, SEEDS, STUDY, rate, tuning
+from rubric import EVERY, GRID, METHODS, ONE_RATE, SEEDS, STUDY, TWICE, rate, tuning
 
 from tools.stats import sign_flips, spread, table
 
@@ -38,15 +38,19 @@ TITLES = {
     "exclusive": "Two criteria exclude each other: at most 30 words, and more than 40",
     "noisy": "The judge inverts 30% of its verdicts on one constraint, at most 30 words",
 }
-OWN = None  # in place of a learning rate: that of each method
+OWN = None  # stands for the own learning rate of each method
 COMPARED = {  # the rates at which methods are compared
-    "plain": {"All at 4e-5": ONE_RATE, "Both at 8e-5": HIGHER, "Each at its own rate": OWN},
-    "exclusive": {"All at 4e-5": ONE_RATE},
-    "noisy": {"All at 4e-5": ONE_RATE},
+    "plain": {
+        f"All at {ONE_RATE}": ONE_RATE,
+        f"Both at {TWICE}": TWICE,
+        "Each at its own rate": OWN,
+    },
+    "exclusive": {f"All at {ONE_RATE}": ONE_RATE},
+    "noisy": {f"All at {ONE_RATE}": ONE_RATE},
 }
 PANELS = {  # of the figure
-    "Binary criteria,\nall at 4e-5": ("plain", ONE_RATE),
-    "At twice\nthe rate": ("plain", HIGHER),
+    f"Binary criteria,\nall at {ONE_RATE}": ("plain", ONE_RATE),
+    "At twice\nthe rate": ("plain", TWICE),
     "Two criteria exclude\neach other": ("exclusive", ONE_RATE),
     "The judge errs\nin one constraint": ("noisy", ONE_RATE),
 }
@@ -54,11 +58,11 @@ NO_CRITERIA = "score", "kept"  # what evaluations have beside criteria
 
 
 def cells_of(done: dict[str, dict], variant: str, lr: str | None) -> Cells:
-    """The runs at a learning rate, or of each method at its own. Not those that chose it."""
+    """The runs at a learning rate, or of each method at its own; without those that chose it."""
     cells = {method: [] for method in METHODS}
     for run in done.values():
-        counts = run["seed"] in SEEDS[variant] and run["lr"] == (lr or rate(run["method"], done))
-        if run["variant"] == variant and counts:
+        at_rate = run["lr"] == (lr or rate(run["method"], done))
+        if run["variant"] == variant and run["seed"] in SEEDS[variant] and at_rate:
             cells[run["method"]].append(run)
     return cells
 
@@ -133,17 +137,17 @@ def against_gdpo(cells: Cells) -> str:
             p, holm = sign_flips(of_methods)[method]
             row += [spread(of_methods[method]), f"{p:.3f}, {holm:.3f}"]
         rows.append(row)
-    most = max(len(of_seeds) for of_seeds in scores.values())
-    least = 2 / 2**most
-    sentence = f"With {most} seeds p is at least {least:.3f}"
-    if least > 0.05:
+    seeds = max(len(of_seeds) for of_seeds in scores.values())
+    smallest_p = 2 / 2**seeds
+    sentence = f"With {seeds} seeds p is at least {smallest_p:.3f}"
+    if smallest_p > 0.05:
         sentence += ": too few for a difference to be significant"
     compared = table("| less gdpo's | n | final score | p, Holm | final kept | p, Holm |", rows)
     return f"{compared}\n{sentence}.\n"
 
 
 def along(cells: Cells) -> str:
-    """Score, kept and worst criterion at each evaluation, means over seeds."""
+    """Score, kept and the worst criterion of each run at each evaluation, means over seeds."""
     rows = []
     steps = []
     for method, runs in cells.items():
@@ -158,7 +162,7 @@ def along(cells: Cells) -> str:
             for score, kept, least in np.transpose(measures):
                 row.append(f"{score:.2f} {kept:.2f} {least:.2f}")
             rows.append(row)
-    return table("| score, kept, worst criterion at step | " + " | ".join(steps) + " |", rows)
+    return table("| score, kept, worst criterion of each run, at step | " + " | ".join(steps) + " |", rows)
 
 
 def worst(run: dict) -> list[float]:
