@@ -162,7 +162,8 @@ def along(cells: Cells) -> str:
             for score, kept, least in np.transpose(measures):
                 row.append(f"{score:.2f} {kept:.2f} {least:.2f}")
             rows.append(row)
-    return table("| score, kept, worst criterion of each run, at step | " + " | ".join(steps) + " |", rows)
+    steps = " | ".join(steps)
+    return table(f"| score, kept, worst criterion of each run, at step | {steps} |", rows)
 
 
 def worst(run: dict) -> list[float]:
