@@ -183,4 +183,5 @@ def figure(done: dict[str, dict], out: Path) -> None:
 if __name__ == "__main__":
     runs = STUDY.read()
     (ROOT / "study/rubric.md").write_text(INTRODUCTION + report(runs))
-    figure(runs, ROOT / "docs/rubric.png")
+    if all(any(cells_of(runs, *of_panel).values()) for of_panel in PANELS.values()):
+        figure(runs, ROOT / "docs/rubric.png")
