@@ -21,7 +21,7 @@ import matched
 from matched import TUNING, Study, arguments, best_rate, options_of
 
 METHODS = "gdpo", "rvpo 0.5:2", "rvpo", "hardmin", "grpo"
-BORROWS = {"rvpo 0.5:2": "rvpo"}  # takes the other's rate
+TUNED = {"rvpo 0.5:2": "rvpo"}  # takes the other's rate
 SEEDS = {"plain": range(5), "exclusive": range(2), "noisy": range(2)}  # of each variant
 STEPS, EVERY = 30, 6
 GRID = *matched.GRID, "8e-5", "1.6e-4", "3.2e-4"  # learning rates
@@ -53,14 +53,14 @@ def tuning() -> dict[str, dict[str, Run]]:
     """{method: {learning rate: the run that tries it}}"""
     runs = {}
     for method in METHODS:
-        if method not in BORROWS:
+        if method not in TUNED:
             runs[method] = {lr: Run("plain", method, lr, TUNING, TRIED) for lr in GRID}
     return runs
 
 
 def rate(method: str, done: dict[str, dict]) -> str | None:
     """The learning rate with the best score on the tuning seed; None before all have run."""
-    return best_rate(tuning()[BORROWS.get(method, method)], done, "score")
+    return best_rate(tuning()[TUNED.get(method, method)], done, "score")
 
 
 def plan(done: dict[str, dict]) -> Iterator[Run]:

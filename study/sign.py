@@ -1,6 +1,6 @@
 """The sign rule: does an aggregation reward keeping a constraint? It depends on how many keep it.
 
-    python study/sign.py          # writes docs/sign.png, prints the table of docs/sign.md
+    python study/sign.py          # writes docs/sign.png, prints the figures of docs/sign.md
 
 A constraint is kept (1) or broken (0) by rollouts of one prompt, at a rate p. The K - 1 other
 channels are graded: r = logistic(x), x normal with variance 1 and a mean that is lower by `pull`
@@ -26,7 +26,7 @@ import text
 import torch
 
 import rvpo
-from tools import style
+from tools import stats, style
 
 ROOT = Path(__file__).parent.parent
 METHODS = {
@@ -208,6 +208,23 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def runs_table() -> str:
+    """The same of real runs: where their credit turns, and its means where few or most keep the
+    limit. It turns where a line through the steps of which .3 to .9 keep it is 0."""
+    rows = []
+    for method, steps in [*[(method, None) for method in text.METHODS], ("grpo", text.STEPS)]:
+        shares, credits = batches(method, steps)
+        middle = (shares > 0.3) & (shares < 0.9)
+        slope, height = np.polyfit(shares[middle], credits[middle], 1)
+        turns = -height / slope
+        row = [f"{method}, runs of {steps} steps" if steps else method, str(len(shares))]
+        row.append(f"{turns:.2f}" if 0 < turns < 1 else "")
+        for part in (shares < 0.2, shares < 0.4, shares >= 0.8):
+            row.append(f"{credits[part].mean():+.2f} ({part.sum()})")
+        rows.append(row)
+    return stats.table("| | steps | turns at | fewer than .2 | fewer than .4 | .8 or more |", rows)
+
+
 def figure(out: Path) -> None:
     drawn, axes = style.panels(1, 3, 3.4)
     first, second, third = axes
@@ -278,22 +295,23 @@ def draw_runs(axis) -> style.Ends:
     return 0.9, ends
 
 
-def batches(method: str) -> tuple[np.ndarray, np.ndarray]:
+def batches(method: str, steps: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Of the steps of the text study's runs: the share that keeps the limit, and its `credit`.
 
-    Without those on reply-capped, where little pulls against it."""
+    Without those on reply-capped, where little pulls against it. steps: only runs of so many."""
     pairs = []
     for run in text.STUDY.read().values():
-        if run["method"] == method and run["task"] != "reply-capped":
-            steps = zip(run["train"]["short"], run["credit"]["short"], strict=True)
-            pairs += [pair for pair in steps if None not in pair]  # kept by all, or by none
+        counts = run["method"] == method and steps in (None, run["steps"])
+        if counts and run["task"] != "reply-capped":
+            logged = zip(run["train"]["short"], run["credit"]["short"], strict=True)
+            pairs += [pair for pair in logged if None not in pair]  # kept by all, or by none
     shares, credits = np.transpose(pairs)
     return shares, credits
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(table())
+    print(f"{table()}\n\n{runs_table()}")
     path = ROOT / "docs" / "sign.png"
     figure(path)
     print(path)

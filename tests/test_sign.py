@@ -4,6 +4,7 @@ import functools
 import math
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -129,3 +130,13 @@ def test_batches_are_steps_of_the_text_study_in_which_the_limit_varies():
     shares, credits = sign.batches("gdpo")
     assert shares.shape == credits.shape and len(shares) > 150
     assert ((shares > 0) & (shares < 1)).all() and (abs(credits) <= 1).all()
+    short, _ = sign.batches("gdpo", steps=15)
+    assert 0 < len(short) < len(shares)
+
+
+def test_where_the_credit_of_runs_turns(monkeypatch):
+    shares = np.arange(1, 16) / 16
+    monkeypatch.setattr(sign, "batches", lambda method, steps: (shares, shares - 0.5))
+    lines = sign.runs_table().splitlines()
+    assert "| rvpo | 15 | 0.50 | -0.38 (3) | -0.28 (6) | +0.38 (3) |" in lines
+    assert "| grpo, runs of 15 steps | 15 | 0.50 |" in lines[-1]
